@@ -1,0 +1,201 @@
+"""The command line: ``tad-plugin VERB ...``. Flags and YAML files are the fields of the same dataclasses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tad_plugin import __version__
+from tad_plugin.errors import TadPluginError, missing_extra
+
+__all__ = ["main"]
+
+ABOUT = """Dataset distillation on imperfect real data.
+
+  tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
+  tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
+  tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
+  tad-plugin methods
+
+Every verb takes --config FILE.yaml; flags after it win. A run that was cut short goes on with the same command."""
+
+
+def _parser() -> Any:
+    try:
+        from jsonargparse import ActionConfigFile, ArgumentParser
+    except ImportError as error:
+        raise missing_extra("jsonargparse", "reproduce", "the command line") from error
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    from tad_plugin.experiment import ARMS, RunConfig
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the line breaks of the descriptions."""
+
+    arms = "".join(f"\n  {name:18} {arm.about}" for name, arm in ARMS.items())
+    parser = ArgumentParser(prog="tad-plugin", description=ABOUT, formatter_class=Formatter)
+    parser.add_argument("--version", action="version", version=f"tad_plugin {__version__}")
+    verbs = parser.add_subcommands(required=True, dest="verb")
+
+    def verb(name: str, about: str, skip: set[str] | None = None, run: bool = True) -> Any:
+        sub = ArgumentParser(description=about, formatter_class=Formatter)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML file of any of these settings")
+        if run:
+            sub.add_class_arguments(RunConfig, as_group=False, skip=skip or set())
+        verbs.add_subcommand(name, sub, help=about.splitlines()[0])
+        return sub
+
+    one = verb("distill", f"Distil one synthetic set.\n\nArms (or any registered method, several joined by '+'):{arms}")
+    one.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
+    one.add_argument("--out", type=str, required=True, help="run folder")
+    one.add_argument("--overwrite", type=bool, default=False, help="start over what other settings left in the folder")
+
+    check = verb("evaluate", "Train fresh networks on a synthetic set and test them on the real test images.")
+    check.add_argument("synthetic", type=str, help="synthetic.safetensors of a run")
+    check.add_argument("--out", type=str, default="", help="JSON file for the result")
+
+    many = verb("compare", f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}", {"ipc", "seed"})
+    many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
+    many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
+    many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9)")
+    many.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
+    many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
+    many.add_argument("--overwrite", type=bool, default=False, help="start over runs that stand there with other settings")
+    many.add_argument("--pictures", type=bool, default=True, help="draw the pictures and the HTML page")
+
+    verb("methods", "List the registered methods and their settings.", run=False)
+    return parser
+
+
+def _run_config(values: Any, **overrides: Any) -> Any:
+    import dataclasses
+
+    from tad_plugin.experiment import RunConfig
+
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    given = {k: v for k, v in values.as_dict().items() if k in names}
+    return RunConfig(**{**given, **overrides})
+
+
+def _distill(values: Any) -> None:
+    from tad_plugin.experiment import run
+    from tad_plugin.report import summarise, text_table
+
+    results = run(_run_config(values), values.arm, values.out, progress=True, overwrite=values.overwrite)
+    print(text_table(summarise([results])))
+    print(f"\nsynthetic set: {Path(values.out) / 'synthetic.safetensors'}")
+
+
+def _evaluate(values: Any) -> None:
+    import torch
+
+    from tad_plugin.data.datasets import load_dataset
+    from tad_plugin.evaluate import evaluate
+    from tad_plugin.files import atomic_write
+    from tad_plugin.synthetic import SyntheticSet
+
+    config = _run_config(values).resolved()
+    synthetic = SyntheticSet.load(values.synthetic, device=config.device)
+    splits = load_dataset(
+        config.dataset,
+        config.root,
+        per_class=config.per_class or None,
+        holdout=config.holdout,
+        seed=config.seed,
+        device=config.device,
+        preprocessing=synthetic.preprocessing,
+    )
+    found = {}
+    for network in (n.strip() for n in config.eval_network.split(",")):
+        generator = torch.Generator().manual_seed(config.seed)
+        result = evaluate(
+            synthetic,
+            (splits.test_images, splits.test_labels),
+            config.evaluation(),
+            preprocessing=splits.preprocessing,
+            network=network,
+            generator=generator,
+        )
+        found[network] = {"mean": result.mean, "std": result.std, "accuracies": list(result.accuracies)}
+        print(f"{network:12} {result.mean:6.2f} +- {result.std:.2f} %  ({len(result.accuracies)} networks)")
+    if values.out:
+        atomic_write(values.out, json.dumps(found, indent=1) + "\n")
+
+
+def _compare(values: Any) -> None:
+    from tad_plugin import compare as c
+    from tad_plugin import report
+    from tad_plugin.files import atomic_write
+
+    config = _run_config(values)
+    arms = [a.strip() for a in values.arms.split(",") if a.strip()]
+    seeds, ipcs, out = c.parse_seeds(values.seeds), c.parse_numbers(values.ipc, "ipc"), Path(values.out)
+    results = c.compare(
+        config,
+        arms=arms,
+        seeds=seeds,
+        ipcs=ipcs,
+        out=out,
+        jobs=values.jobs,
+        launcher=values.launcher,
+        overwrite=values.overwrite,
+    )
+    rows = report.summarise(results)
+    table = report.text_table(rows)
+    atomic_write(out / "table.txt", table + "\n")
+    atomic_write(out / "table.md", report.markdown_table(rows) + "\n")
+    print(table)
+    written = "results.json, table.txt, table.md"
+    if values.pictures:
+        from tad_plugin.pictures import draw_comparison
+
+        pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
+        atomic_write(out / "index.html", report.html_page(results, pictures))
+        written += ", index.html, pictures/"
+    print(f"\n{out}: {written}")
+
+
+def _methods(_values: Any) -> None:
+    import dataclasses
+
+    from tad_plugin.registry import available_methods, load_method
+
+    for name in available_methods():
+        cls = load_method(name)
+        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        for setting in dataclasses.fields(cls.Config) if cls.Config is not None else ():
+            default = setting.default if setting.default is not dataclasses.MISSING else "..."
+            print(f"    {setting.name} = {default!r}")
+
+
+VERBS: dict[str, Callable[[Any], None]] = {
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "methods": _methods,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``tad-plugin``; returns the exit status: 0, or 2 after an error that the user can mend."""
+    try:
+        parser = _parser()
+        values = parser.parse_args(list(argv) if argv is not None else None)
+        VERBS[values.verb](values[values.verb])
+    except TadPluginError as error:
+        print(f"tad-plugin: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tad-plugin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

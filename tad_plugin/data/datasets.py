@@ -1,0 +1,255 @@
+"""Datasets as the loops want them: float tensors on the device, with a held-out part of the real training data.
+
+"Best" iterates are chosen on the held-out part, never on the test part. The statistics that made the tensors travel
+with them (:class:`tad_plugin.data.preprocessing.Preprocessing`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tad_plugin.data.noise import NoiseSpec, NoisyLabels
+from tad_plugin.data.preprocessing import KNOWN_STATISTICS, Preprocessing, channel_statistics
+from tad_plugin.data.sources import RawSplits, read_source
+from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
+from tad_plugin.nn.whitening import fit_zca
+
+__all__ = ["DataSplits", "load_dataset", "stratified_holdout"]
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """A dataset in three parts, on one device. Labels are the true ones; :meth:`apply_noise` gives observed ones.
+
+    Attributes:
+        name: the dataset's name; for a folder "folder:" and its last path component.
+        num_classes: number of classes K.
+        class_names: K names in label order.
+        shape: (C, H, W) of an image.
+        train_images: float32 [N, C, H, W], normalised; the part that is distilled.
+        train_labels: int64 [N].
+        holdout_images: float32 [V, C, H, W], normalised; split from the real training data, V may be 0.
+        holdout_labels: int64 [V].
+        test_images: float32 [M, C, H, W], normalised.
+        test_labels: int64 [M].
+        preprocessing: what made the images from [0, 1].
+        source_index: int64 [N], position of each training sample in the published order.
+        holdout_source_index: int64 [V].
+        source_rank: int64 [N], number of each sample in its class, for image folders; else None.
+        holdout_source_rank: int64 [V], or None.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    train_images: Tensor
+    train_labels: Tensor
+    holdout_images: Tensor
+    holdout_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    preprocessing: Preprocessing
+    source_index: Tensor
+    holdout_source_index: Tensor
+    source_rank: Tensor | None = None
+    holdout_source_rank: Tensor | None = None
+
+    def __repr__(self) -> str:
+        parts = f"train={len(self.train_labels)}, holdout={len(self.holdout_labels)}, test={len(self.test_labels)}"
+        return f"DataSplits({self.name!r}, K={self.num_classes}, shape={self.shape}, {parts})"
+
+    def apply_noise(self, spec: NoiseSpec) -> tuple[NoisyLabels, NoisyLabels | None]:
+        """Noisy labels of the training part and of the held-out part (None where that is empty).
+
+        The noise is drawn over the real training data as a whole, in the published order, so a sample's label does not
+        depend on how much is held out, nor on which samples. Instance-dependent noise sees the 8-bit pixels, so it
+        does not depend on normalisation, whitening or device.
+
+        Raises:
+            ConfigError, FileFormatError, StateMismatchError, UnknownNameError: see :meth:`NoiseSpec.apply`.
+        """
+        n = len(self.train_labels)
+        index = torch.cat([self.source_index, self.holdout_source_index])
+        order = index.argsort()
+        true = torch.cat([self.train_labels, self.holdout_labels])
+        rank = None
+        if self.source_rank is not None and self.holdout_source_rank is not None:
+            rank = torch.cat([self.source_rank, self.holdout_source_rank])[order]
+        images = None
+        if spec.kind == "instance":
+            parts = [*self.train_images.split(_CHUNK), *self.holdout_images.split(_CHUNK)]
+            pixels = [(self.preprocessing.inverse(part) * 255).round().cpu() for part in parts if len(part)]
+            images = torch.cat(pixels)[order.cpu()] / 255
+        whole = spec.apply(
+            true[order],
+            self.num_classes,
+            images,
+            dataset=self.name,
+            class_names=self.class_names,
+            source_index=index[order],
+            source_rank=rank,
+        )
+        labels = torch.empty_like(true)
+        labels[order] = whole.labels
+        train = NoisyLabels.of(spec, labels[:n], self.train_labels, self.num_classes)
+        if len(self.holdout_labels) == 0:
+            return train, None
+        return train, NoisyLabels.of(spec, labels[n:], self.holdout_labels, self.num_classes)
+
+
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    per_class: int | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    zca: bool = False,
+    image_size: int | None = None,
+    download: bool = True,
+    preprocessing: Preprocessing | None = None,
+) -> DataSplits:
+    """Loads a dataset once, as tensors on a device.
+
+    Normalisation: the field's statistics for the named datasets, those of the training images for folders. With
+    ``zca``, whitening is fitted on the images in [0, 1] without normalisation, as MTT's code does [ours: on the real
+    training images after ``per_class``, held-out ones included, so that it does not depend on ``seed``].
+
+    Args:
+        name: "digits" (8x8, 1,442 training and 355 test images), "cifar10", "cifar100", "svhn", "tinyimagenet", or
+            "folder:PATH" for an image folder or a zip of one (``train/<class>/*``, ``test/<class>/*`` or ``val/``).
+        root: where the files are: torchvision's root, the folder of Tiny ImageNet, the base of a relative PATH. By
+            default "data", and for PATH the working directory.
+        per_class: take the first so many training samples of each class, before the split; None takes all.
+        holdout: share of each class that is held out, in [0, 1); above 0 at least one sample per class.
+        seed: of the split.
+        device: where the tensors go.
+        zca: fit whitening.
+        image_size: height and width in pixels to bring the images to; None keeps theirs.
+        download: whether torchvision may download what is missing.
+        preprocessing: use this one and compute none (evaluation of a saved synthetic set).
+
+    Raises:
+        UnknownNameError: no such dataset.
+        MissingExtraError: digits without scikit-learn.
+        FileFormatError: files are missing, corrupt, or laid out in another way.
+        EmptyClassError: a class without images, in training or test data.
+        NotEnoughSamplesError: ``per_class`` is more than a class has, or nothing would be left beside the holdout.
+        InvalidInputError: an argument out of range, images of several sizes, a preprocessing that does not fit.
+        ConfigError: ``zca`` with a ``preprocessing`` that has none.
+    """
+    _check_arguments(per_class, holdout, image_size, zca, preprocessing)
+    raw = read_source(name, root, per_class=per_class, image_size=image_size, download=download)
+    device = torch.device(device)
+    if preprocessing is None:
+        preprocessing = _fit(raw, zca, image_size, device)
+    train, held = stratified_holdout(raw.train_labels, len(raw.class_names), holdout, seed)
+
+    def images(part: Tensor, rows: Tensor | None = None) -> Tensor:
+        return _prepare(part, rows, raw.scale, image_size, preprocessing, device)
+
+    test_images = images(raw.test)
+    c, h, w = test_images.shape[1:]
+    return DataSplits(
+        name=raw.name,
+        num_classes=len(raw.class_names),
+        class_names=raw.class_names,
+        shape=(c, h, w),
+        train_images=images(raw.train, train),
+        train_labels=raw.train_labels[train].to(device),
+        holdout_images=images(raw.train, held),
+        holdout_labels=raw.train_labels[held].to(device),
+        test_images=test_images,
+        test_labels=raw.test_labels.to(device),
+        preprocessing=preprocessing,
+        source_index=raw.index[train].to(device),
+        holdout_source_index=raw.index[held].to(device),
+        source_rank=None if raw.rank is None else raw.rank[train].to(device),
+        holdout_source_rank=None if raw.rank is None else raw.rank[held].to(device),
+    )
+
+
+def stratified_holdout(labels: Tensor, num_classes: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits samples class by class.
+
+    Args:
+        labels: int64 [N] in [0, K).
+        num_classes: K.
+        fraction: share of each class that is held out, in [0, 1), rounded half up; above 0 at least one sample.
+        seed: of the CPU generator that chooses.
+
+    Returns:
+        (indices kept, indices held out), int64, each ascending.
+
+    Raises:
+        NotEnoughSamplesError: a class would keep no sample.
+    """
+    labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    if fraction > 0:
+        for c in range(num_classes):
+            members = (labels == c).nonzero().flatten()
+            count = max(1, int(fraction * len(members) + 0.5))
+            if count >= len(members):
+                got = f"{len(members)} in class {c}, of which {count} would be held out"
+                do = "Lower holdout (0 holds nothing out) or raise per_class"
+                raise NotEnoughSamplesError(explain("more samples in each class than are held out", got, do))
+            out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~out).nonzero().flatten(), out.nonzero().flatten()
+
+
+def _check_arguments(
+    per_class: int | None, holdout: float, image_size: int | None, zca: bool, preprocessing: Preprocessing | None
+) -> None:
+    for name, value in (("per_class", per_class), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise InvalidInputError(explain(f"`{name}` of at least 1", str(value), "Leave it out for the default"))
+    if not 0.0 <= holdout < 1.0:
+        raise InvalidInputError(explain("`holdout` in [0, 1)", str(holdout), "Pass a share such as 0.1, or 0 for none"))
+    if zca and preprocessing is not None and preprocessing.zca is None:
+        do = "Leave zca out, or pass a preprocessing with whitening"
+        raise ConfigError(explain("a preprocessing with ZCA, because zca is on", str(preprocessing), do))
+
+
+def _fit(raw: RawSplits, zca: bool, image_size: int | None, device: torch.device) -> Preprocessing:
+    channels = raw.train.shape[1]
+    if zca:
+        plain = Preprocessing((0.0,) * channels, (1.0,) * channels)
+        return replace(plain, zca=fit_zca(_prepare(raw.train, None, raw.scale, image_size, plain, device)))
+    if raw.name in KNOWN_STATISTICS:
+        return Preprocessing(*KNOWN_STATISTICS[raw.name])
+    return Preprocessing(*channel_statistics(raw.train, raw.scale))
+
+
+def _prepare(
+    images: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    image_size: int | None,
+    preprocessing: Preprocessing,
+    device: torch.device,
+) -> Tensor:
+    """uint8 images (those of ``rows``, or all) as normalised float32 on the device, a chunk at a time."""
+    parts = images.split(_CHUNK) if rows is None else (images[chunk] for chunk in rows.split(_CHUNK))
+    done = []
+    for part in parts:
+        pixels = part.to(device).float().div(scale)
+        if image_size is not None and pixels.shape[-2:] != (image_size, image_size):
+            # Only arrays come here with another size: folders are resized, and cropped to a square, when decoded.
+            size = (image_size, image_size)
+            if len(pixels):
+                pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+            else:
+                pixels = pixels.new_empty(0, pixels.shape[1], *size)
+        done.append(preprocessing(pixels))
+    return torch.cat(done)

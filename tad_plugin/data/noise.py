@@ -1,0 +1,333 @@
+"""Label noise as a versioned object: what was flipped, by which convention, from which seed.
+
+Section 3 of the methods: codebases differ in what "40% symmetric" means, so :class:`NoiseSpec` says it, and
+:class:`NoisyLabels` records what came out (realised rate, realised matrix, hash of the labels). Every draw comes
+from a CPU generator of the object's own, so a CUDA run gets the same labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad_plugin.data import flips
+from tad_plugin.data.classmaps import asymmetric_map
+from tad_plugin.data.labelfiles import human_labels
+from tad_plugin.data.noisetext import ACCEPTED, format_spec, parse_fields, read_matrix
+from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain
+from tad_plugin.files import atomic_write, read_json
+from tad_plugin.state import check_labels, label_digest
+
+__all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
+
+KINDS = ("none", "symmetric", "asymmetric", "pair", "instance", "matrix", "human")
+VERSION = 1
+_FORMAT = "tad_plugin.noise"
+_RATED = {"symmetric", "asymmetric", "pair", "instance"}
+
+
+@dataclass(frozen=True)
+class NoisyLabels:
+    """Labels after noise, and what the noise turned out to be.
+
+    Attributes:
+        labels: int64 [N], the observed labels, on the true labels' device.
+        true_labels: int64 [N].
+        realised_rate: share of labels that differ from the true ones, in [0, 1].
+        matrix: float64 [K, K] on the CPU, ``matrix[true, observed]`` as shares of the true class; a class without
+            samples has a row of zeros.
+        digest: sha256 (hex) of the observed labels.
+        spec: what made them.
+    """
+
+    labels: Tensor
+    true_labels: Tensor
+    realised_rate: float
+    matrix: Tensor
+    digest: str
+    spec: NoiseSpec
+
+    @classmethod
+    def of(cls, spec: NoiseSpec, labels: Tensor, true_labels: Tensor, num_classes: int) -> NoisyLabels:
+        """Measures observed labels (int64 [N]) against the true ones (int64 [N]) of K classes."""
+        pairs = true_labels.cpu() * num_classes + labels.cpu()
+        counts = torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).double()
+        matrix = counts / counts.sum(1, keepdim=True).clamp_min(1.0)
+        rate = float((labels != true_labels).double().mean())
+        return cls(labels, true_labels, rate, matrix, label_digest(labels), spec)
+
+    def description(self) -> dict[str, Any]:
+        """Plain values for a JSON file: the spec, the realised rate and matrix, the hash."""
+        return {
+            "format": _FORMAT,
+            "spec": self.spec.to_dict(),
+            "samples": len(self.labels),
+            "realised_rate": self.realised_rate,
+            "matrix": self.matrix.tolist(),
+            "digest": self.digest,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes :meth:`description` as JSON (atomically replaced); the labels follow from the spec."""
+        atomic_write(path, json.dumps(self.description(), indent=1) + "\n")
+
+    def check(self, path: str | Path) -> None:
+        """Checks that these are the labels which a saved description speaks of.
+
+        Raises:
+            FileFormatError: not such a file.
+            StateMismatchError: other labels; both hashes and both specs are shown.
+        """
+        saved = _read_description(path)
+        if saved.get("digest") == self.digest:
+            return
+        theirs = NoiseSpec.from_dict(saved["spec"])
+        raise StateMismatchError(
+            explain(
+                f"labels with hash {str(saved.get('digest'))[:16]} ({theirs}), as in {path}",
+                f"labels with hash {self.digest[:16]} ({self.spec})",
+                "Load the same data (files, order, per_class) and give the same noise, or write to another folder",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """What noise to put on labels. Checked when made; equal specs give equal labels.
+
+    Attributes:
+        kind: "none"; "symmetric" (see ``convention``); "asymmetric" (to the confusable class of the dataset, for
+            classes that have one); "pair" (c to c + 1 mod K); "instance" (depends on the image,
+            :func:`tad_plugin.data.flips.instance_dependent`); "matrix"; "human" (a label file).
+        rate: flip probability of a sample in [0, 1], for the four kinds from symmetric to instance. For asymmetric
+            that of samples in a confusable class, so the share over the dataset is lower. Mean before truncation for
+            instance.
+        seed: seed of the generator, >= 0. Ignored by none and human.
+        convention: for symmetric: "others" draws from the other K-1 classes (default: 0.4 makes 40% wrong), "all"
+            from all K (with K = 10, 0.4 makes 36% wrong).
+        matrix: K x K row-stochastic, ``matrix[true][observed]``, for kind matrix; any nested sequence or tensor.
+        path: label file for human; file with the matrix (``.npy`` or ``.json``) for matrix.
+        key: which label set of the file, for human ("worse", "aggre", ...).
+        class_map: for asymmetric, pairs (class, confusable class); None takes the dataset's own.
+        spread: for instance, standard deviation of the samples' flip probabilities, > 0.
+        version: of this definition; a later one that draws differently gets another number.
+
+    Raises:
+        ConfigError: an unknown kind, a value out of range, or one that the kind does not take.
+    """
+
+    kind: str
+    rate: float = 0.0
+    seed: int = 0
+    convention: str = "others"
+    matrix: tuple[tuple[float, ...], ...] | None = None
+    path: str | None = None
+    key: str | None = None
+    class_map: tuple[tuple[int, int], ...] | None = None
+    spread: float = 0.1
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        """Normalises the values' types and checks them."""
+        if self.kind not in KINDS:
+            raise ConfigError(explain(f"a kind of noise out of {', '.join(KINDS)}", repr(self.kind), ACCEPTED))
+        try:
+            self._normalise()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(explain("noise settings of the documented types", str(error), ACCEPTED)) from error
+        for wrong, expected, got in self._complaints():
+            if wrong:
+                raise ConfigError(explain(expected, got, ACCEPTED))
+
+    def _normalise(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("rate", float(self.rate))
+        put("spread", float(self.spread))
+        if self.matrix is not None:
+            rows = self.matrix.tolist() if hasattr(self.matrix, "tolist") else self.matrix
+            put("matrix", tuple(tuple(float(v) for v in row) for row in rows))
+        if self.class_map is not None:
+            pairs = self.class_map.items() if isinstance(self.class_map, Mapping) else self.class_map
+            put("class_map", tuple(sorted((int(a), int(b)) for a, b in pairs)))
+        if self.path is not None:
+            put("path", str(self.path))
+
+    def _complaints(self) -> list[tuple[bool, str, str]]:
+        kind = self.kind
+        whole_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        rows = self.matrix
+        square = rows is None or (len(rows) > 0 and all(len(row) == len(rows) for row in rows))
+        stochastic = rows is None or all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in rows if row)
+        sources = [a for a, _ in self.class_map or ()]
+        return [
+            (self.version != VERSION, f"version {VERSION} of the noise definition", str(self.version)),
+            (not 0.0 <= self.rate <= 1.0, "a rate in [0, 1]", str(self.rate)),
+            (kind not in _RATED and self.rate != 0.0, f"no rate for {kind} noise", str(self.rate)),
+            (not (whole_seed and 0 <= self.seed < 2**63), "a seed from 0 to 2**63 - 1", repr(self.seed)),
+            (self.convention not in {"others", "all"}, "convention 'others' or 'all'", repr(self.convention)),
+            (self.convention != "others" and kind != "symmetric", f"no convention for {kind} noise", self.convention),
+            (kind != "instance" and self.spread != 0.1, f"no spread for {kind} noise", str(self.spread)),
+            (not 0.0 < self.spread < float("inf"), "a spread above 0", str(self.spread)),
+            (kind == "human" and not self.key, "a label set for human noise, as in 'human:worse'", "none"),
+            (kind != "human" and self.key is not None, f"no key for {kind} noise", repr(self.key)),
+            (kind not in {"human", "matrix"} and self.path is not None, f"no path for {kind} noise", repr(self.path)),
+            (kind != "matrix" and rows is not None, f"no matrix for {kind} noise", "a matrix"),
+            (kind == "matrix" and (rows is None) == (self.path is None), "a matrix or the path of one", "none or both"),
+            (not square, "a matrix of K rows with K entries", f"rows of {[len(r) for r in rows or ()]} entries"),
+            (not stochastic, "rows of numbers >= 0 that sum to 1", f"sums {[round(sum(r), 6) for r in rows or ()]}"),
+            (kind != "asymmetric" and self.class_map is not None, f"no map for {kind} noise", "a map"),
+            (len(set(sources)) != len(sources), "one confusable class per class", f"pairs {self.class_map}"),
+        ]
+
+    # -- text and files ----------------------------------------------------------------------------
+    @classmethod
+    def parse(cls, text: str, *, seed: int | None = None, path: str | Path | None = None) -> NoiseSpec:
+        """Reads the short form: ``none``, ``symmetric:0.4``, ``asymmetric:0.4@seed=3``, ``human:worse@path=FILE``.
+
+        Args:
+            text: ``KIND[:RATE or label set][@name=value,...]``; names are seed, convention, spread, map
+                (``7-1/2-7``), rows (``0.9:0.1/0.2:0.8``) and, last, path. ``str(spec)`` gives it back.
+            seed: replaces the text's seed, if given.
+            path: replaces the text's path, if given.
+
+        Raises:
+            ConfigError: not of that form; the message shows the accepted forms.
+        """
+        fields = parse_fields(text, _RATED)
+        if seed is not None:
+            fields["seed"] = seed
+        if path is not None:
+            fields["path"] = str(path)
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        return format_spec(self, _RATED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; only what differs from the defaults, and always kind, rate, seed and version."""
+        values = dataclasses.asdict(self)
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        always = {"kind", "rate", "seed", "version"}
+        return {k: v for k, v in values.items() if k in always or v != default[k]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseSpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: an unknown key, or a value that does not fit.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if "kind" not in values or not set(values) <= known:
+            got = ", ".join(map(str, values)) or "nothing"
+            raise ConfigError(explain(f"a kind, and keys out of {', '.join(sorted(known))}", got, ACCEPTED))
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the spec as JSON (atomically replaced)."""
+        atomic_write(path, json.dumps({"format": _FORMAT, "spec": self.to_dict()}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoiseSpec:
+        """Reads the spec from a file of :meth:`save` or :meth:`NoisyLabels.save`.
+
+        Raises:
+            FileFormatError: missing, or not such a file.
+            ConfigError: of another version, or with values that do not fit.
+        """
+        return cls.from_dict(_read_description(path)["spec"])
+
+    # -- noise -------------------------------------------------------------------------------------
+    def apply(
+        self,
+        labels: Tensor,
+        num_classes: int,
+        images: Tensor | None = None,
+        *,
+        dataset: str | None = None,
+        class_names: Sequence[str] | None = None,
+        source_index: Tensor | None = None,
+        source_rank: Tensor | None = None,
+    ) -> NoisyLabels:
+        """Puts the noise on true labels. Draws from its own CPU generator only.
+
+        Args:
+            labels: integers [N] in [0, K), the true labels.
+            num_classes: number of classes K.
+            images: float [N, C, H, W], needed for instance; in [0, 1], so that the labels do not depend on a
+                normalisation per channel.
+            dataset: name, for the class map of asymmetric.
+            class_names: names of the K classes, by which an image folder of CIFAR-10 is recognised.
+            source_index: int64 [N], position of each sample in the published order, for human.
+            source_rank: int64 [N], rank of each sample in its class, for human; goes before ``source_index``.
+
+        Raises:
+            InvalidLabelsError: labels out of range or of a wrong type.
+            ConfigError: fewer than 2 classes, a matrix or map for other classes, no images, no path, no class map.
+            FileFormatError, StateMismatchError, UnknownNameError: see :func:`tad_plugin.data.labelfiles.human_labels`.
+        """
+        true = check_labels(labels, num_classes)
+        if self.kind == "human":
+            if self.path is None:
+                do = "Add the file, as in 'human:worse@path=FILE'"
+                raise ConfigError(explain("a path of a label file for human noise", "none", do))
+            noisy = human_labels(
+                self.path, self.key or "", true, num_classes, source_index=source_index, source_rank=source_rank
+            )
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            noisy = self._flip(true.cpu(), num_classes, images, dataset, class_names, generator).to(true.device)
+        return NoisyLabels.of(self, noisy, true, num_classes)
+
+    def _flip(
+        self,
+        true: Tensor,
+        num_classes: int,
+        images: Tensor | None,
+        dataset: str | None,
+        class_names: Sequence[str] | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        if self.kind == "none":
+            return true.clone()
+        if num_classes < 2:
+            raise ConfigError(explain("at least 2 classes for label noise", str(num_classes), "Use noise 'none'"))
+        if self.kind == "symmetric":
+            include_self = self.convention == "all"
+            return flips.symmetric(true, self.rate, num_classes, include_self=include_self, generator=generator)
+        if self.kind == "pair":
+            mapping = {c: (c + 1) % num_classes for c in range(num_classes)}
+            return flips.by_map(true, self.rate, mapping, generator=generator)
+        if self.kind == "asymmetric":
+            mapping = dict(self.class_map) if self.class_map else asymmetric_map(dataset, num_classes, class_names)
+            if not all(0 <= c < num_classes for pair in mapping.items() for c in pair):
+                got = ", ".join(f"{a}-{b}" for a, b in mapping.items())
+                raise ConfigError(explain(f"a map between classes in [0, {num_classes})", got, "Correct the map"))
+            return flips.by_map(true, self.rate, mapping, generator=generator)
+        if self.kind == "matrix":
+            rows = self.matrix if self.matrix is not None else read_matrix(str(self.path))
+            checked = NoiseSpec("matrix", matrix=rows).matrix or ()
+            if len(checked) != num_classes:
+                got = f"{len(checked)} rows"
+                raise ConfigError(explain(f"a matrix for {num_classes} classes", got, "Give one row per class"))
+            return flips.by_matrix(true, torch.tensor(checked, dtype=torch.float64), generator=generator)
+        if images is None:
+            raise ConfigError(explain("images for instance-dependent noise", "none", "Pass the samples' images"))
+        return flips.instance_dependent(true, images, self.rate, num_classes, spread=self.spread, generator=generator)
+
+
+def _read_description(path: str | Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("spec"), dict):
+        do = "Pass the file that NoiseSpec.save or NoisyLabels.save wrote"
+        raise FileFormatError(explain(f"a JSON file of format {_FORMAT!r}", f"{path} without it", do))
+    return content

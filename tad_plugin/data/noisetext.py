@@ -1,0 +1,122 @@
+"""The short text form of a noise spec (``symmetric:0.4@seed=3``), and matrices from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tad_plugin.errors import ConfigError, FileFormatError, explain
+
+if TYPE_CHECKING:
+    from tad_plugin.data.noise import NoiseSpec
+
+__all__ = ["ACCEPTED", "format_spec", "parse_fields", "read_matrix"]
+
+ACCEPTED = (
+    "Accepted are: none, symmetric:0.4, symmetric:0.4@convention=all, asymmetric:0.4, asymmetric:0.4@map=7-1/2-7,"
+    " pair:0.4, instance:0.4@spread=0.1, matrix@path=FILE.npy, matrix@rows=0.9:0.1/0.2:0.8, human:worse@path=FILE;"
+    " each with @seed=3, options separated by commas, path last"
+)
+_OPTIONS = {"seed", "convention", "spread", "map", "rows"}
+
+
+def parse_fields(text: str, rated: Collection[str]) -> dict[str, Any]:
+    """The fields of a noise spec from its text form; ``rated`` are the kinds whose argument is a rate.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+
+    def bad(expected: str, got: object) -> ConfigError:
+        return ConfigError(explain(expected, f"{got!r} in {text!r}", ACCEPTED))
+
+    head, at, tail = text.strip().partition("@")
+    kind, colon, argument = head.partition(":")
+    fields: dict[str, Any] = {"kind": kind}
+    if kind in rated:
+        try:
+            fields["rate"] = float(argument)
+        except ValueError:
+            raise bad(f"a rate after '{kind}:'", argument) from None
+    elif kind == "human":
+        fields["key"] = argument or None
+    elif colon:
+        raise bad(f"nothing after {kind!r}", argument)
+    # A path may hold commas and equals signs, so it comes last and takes the rest.
+    before, has_path, path = tail.partition("path=") if tail.startswith("path=") else _split_path(tail)
+    if has_path:
+        fields["path"] = path
+    items = [item for item in before.split(",") if item]
+    if at and not items and not has_path:
+        raise bad("options after '@'", tail)
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or name not in _OPTIONS:
+            raise bad(f"an option name=value with a name out of {', '.join(sorted(_OPTIONS))}, path", item)
+        try:
+            fields |= _option(name, value)
+        except ValueError:
+            raise bad(f"a value for {name!r}", value) from None
+    return fields
+
+
+def _split_path(tail: str) -> tuple[str, str, str]:
+    before, mark, path = tail.partition(",path=")
+    return before, mark, path
+
+
+def _option(name: str, value: str) -> dict[str, Any]:
+    if name == "seed":
+        return {"seed": int(value)}
+    if name == "spread":
+        return {"spread": float(value)}
+    if name == "map":
+        pairs = [pair.split("-") for pair in value.split("/")]
+        return {"class_map": tuple((int(a), int(b)) for a, b in pairs)}
+    if name == "rows":
+        return {"matrix": tuple(tuple(float(v) for v in row.split(":")) for row in value.split("/"))}
+    return {name: value}
+
+
+def format_spec(spec: NoiseSpec, rated: Collection[str]) -> str:
+    """The text form of a spec, without what equals the default."""
+    head = spec.kind
+    if spec.kind in rated:
+        head += f":{spec.rate:g}" if float(f"{spec.rate:g}") == spec.rate else f":{spec.rate!r}"
+    elif spec.key:
+        head += f":{spec.key}"
+    options = []
+    if spec.seed:
+        options.append(f"seed={spec.seed}")
+    if spec.convention != "others":
+        options.append(f"convention={spec.convention}")
+    if spec.spread != 0.1:
+        options.append(f"spread={spec.spread!r}")
+    if spec.class_map is not None:
+        options.append("map=" + "/".join(f"{a}-{b}" for a, b in spec.class_map))
+    if spec.matrix is not None:
+        options.append("rows=" + "/".join(":".join(repr(v) for v in row) for row in spec.matrix))
+    if spec.path is not None:
+        options.append(f"path={spec.path}")
+    return head + ("@" + ",".join(options) if options else "")
+
+
+def read_matrix(path: str) -> tuple[tuple[float, ...], ...]:
+    """A noise matrix [K, K] from a ``.npy`` file (no pickle) or a JSON list of lists.
+
+    Raises:
+        FileFormatError: missing, corrupt, or not a matrix of numbers.
+    """
+    try:
+        if path.endswith(".npy"):
+            values: Any = np.load(path, allow_pickle=False).tolist()
+        else:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return tuple(tuple(float(v) for v in row) for row in values)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        do = "Write it with numpy.save, or as a JSON list of rows"
+        raise FileFormatError(explain("a .npy or .json file with a K x K matrix", f"{path}: {error}", do)) from error

@@ -1,0 +1,192 @@
+"""The datasets as they are published: 8-bit images, true labels, names, and where each sample stood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tad_plugin.data.classmaps import DIGITS_CLASSES
+from tad_plugin.data.imagefolder import class_files, decode, open_tree
+from tad_plugin.errors import (
+    EmptyClassError,
+    FileFormatError,
+    NotEnoughSamplesError,
+    explain,
+    missing_extra,
+    unknown_name,
+)
+
+__all__ = ["DATASETS", "RawSplits", "read_source"]
+
+DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tinyimagenet")
+_FOLDER = "folder:"
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """A dataset before splitting and normalising.
+
+    Attributes:
+        name: the dataset's name; for a folder "folder:" and its last path component.
+        class_names: K names in label order.
+        train: uint8 [N, C, H, W], the real training data.
+        train_labels: int64 [N], true labels.
+        index: int64 [N], position of each sample in the published order.
+        rank: int64 [N], number of each sample in its class, for folders; None where ``index`` is the published order.
+        test: uint8 [M, C, H, W].
+        test_labels: int64 [M].
+        scale: the pixel value that stands for 1.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Tensor
+    train_labels: Tensor
+    index: Tensor
+    rank: Tensor | None
+    test: Tensor
+    test_labels: Tensor
+    scale: float = 255.0
+
+
+def read_source(
+    name: str, root: str | Path | None, *, per_class: int | None, image_size: int | None, download: bool
+) -> RawSplits:
+    """Reads a dataset by name; the arguments are those of :func:`tad_plugin.data.datasets.load_dataset`."""
+    if name.startswith(_FOLDER):
+        return _folder(Path(root or ".") / name[len(_FOLDER) :], per_class, image_size)
+    if name == "digits":
+        return _first_per_class(_digits(), per_class)
+    if name in {"cifar10", "cifar100", "svhn"}:
+        return _first_per_class(_torchvision(name, Path(root or "data"), download), per_class)
+    if name == "tinyimagenet":
+        return _tinyimagenet(Path(root or "data"), per_class, image_size)
+    raise unknown_name("dataset", name, [*DATASETS, _FOLDER + "PATH"])
+
+
+def _digits() -> RawSplits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise missing_extra("scikit-learn", "reproduce", "the digits dataset") from error
+    found: Any = load_digits()
+    images = torch.from_numpy(found.images.astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(found.target.astype(np.int64))
+    # Every fifth image of each class is for testing: fixed for ever, whatever a generator's next version draws.
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for c in range(10):
+        test[(labels == c).nonzero().flatten()[4::5]] = True
+    index = (~test).nonzero().flatten()
+    return RawSplits(
+        "digits", DIGITS_CLASSES, images[~test], labels[~test], index, None, images[test], labels[test], 16.0
+    )
+
+
+def _torchvision(name: str, root: Path, download: bool) -> RawSplits:
+    from torchvision import datasets
+
+    try:
+        if name == "svhn":
+            train: Any = datasets.SVHN(str(root), split="train", download=download)
+            test: Any = datasets.SVHN(str(root), split="test", download=download)
+        else:
+            source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            train, test = (source(str(root), train=part, download=download) for part in (True, False))
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        do = "Allow the download, or put the published files there (they are those of torchvision)"
+        raise FileFormatError(explain(f"the files of {name} below {root}", str(error), do)) from error
+    arrays = []
+    for part in (train, test):
+        pixels = part.data if name == "svhn" else part.data.transpose(0, 3, 1, 2)
+        labels = torch.as_tensor(part.labels if name == "svhn" else part.targets, dtype=torch.int64)
+        arrays.append((torch.from_numpy(np.ascontiguousarray(pixels)), labels))
+    (images, labels), (test_images, test_labels) = arrays
+    names = DIGITS_CLASSES if name == "svhn" else tuple(train.classes)
+    return RawSplits(name, names, images, labels, torch.arange(len(labels)), None, test_images, test_labels)
+
+
+def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSplits:
+    with open_tree(path) as tree:
+        names, train = class_files(tree, "train", per_class=per_class)
+        held = next((split for split in ("test", "val") if tree.has(split)), None)
+        if held is None:
+            got = "only train/"
+            raise FileFormatError(
+                explain(f"test images below test/<class>/ or val/<class>/ in {path}", got, "Add one of the two folders")
+            )
+        _, test = class_files(tree, held, names)
+        # One call, so that both have the same number of channels.
+        pixels = decode(tree, [*train.paths, *test.paths], image_size, label=path.name)
+    n = len(train.paths)
+    name = _FOLDER + path.resolve().stem
+    return RawSplits(name, names, pixels[:n], train.labels, torch.arange(n), train.ranks, pixels[n:], test.labels)
+
+
+def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None) -> RawSplits:
+    top = "tiny-imagenet-200"
+    places = [place for place in (root / top, root / f"{top}.zip") if place.exists()]
+    with open_tree(places[0] if places else root) as tree:
+        names, train = class_files(tree, "train", per_class=per_class)
+        listing = "val/val_annotations.txt"
+        if listing not in tree.names:
+            do = "Use the archive as published; for a rearranged val/<class>/ give folder:PATH as the dataset"
+            raise FileFormatError(explain(f"{listing} in {tree.source}", "none", do))
+        paths, labels = _annotations(tree.read(listing).decode("utf-8", "replace"), names, set(tree.names), listing)
+        pixels = decode(tree, [*train.paths, *paths], image_size, label="tinyimagenet")
+    n = len(train.paths)
+    index = torch.arange(n)
+    return RawSplits("tinyimagenet", names, pixels[:n], train.labels, index, train.ranks, pixels[n:], labels)
+
+
+def _annotations(text: str, names: Sequence[str], files: set[str], listing: str) -> tuple[list[str], Tensor]:
+    """Paths and labels from lines ``FILE<tab>CLASS<tab>box``."""
+    number = {name: i for i, name in enumerate(names)}
+    paths: list[str] = []
+    labels: list[int] = []
+    for line_number, line in enumerate(filter(None, text.splitlines()), 1):
+        fields = line.split("\t")
+        path = f"val/images/{fields[0]}"
+        if len(fields) < 2 or fields[1] not in number or path not in files:
+            got = f"{line[:60]!r} in line {line_number} of {listing}"
+            do = "Unpack the archive again, all of it"
+            raise FileFormatError(explain("an existing image and a class of train/", got, do))
+        paths.append(path)
+        labels.append(number[fields[1]])
+    missing = [name for name in names if number[name] not in set(labels)]
+    if missing:
+        do = "Unpack the archive again, all of it"
+        raise EmptyClassError(explain(f"every class in {listing}", f"none of {', '.join(missing[:8])}", do))
+    return paths, torch.tensor(labels)
+
+
+def _first_per_class(raw: RawSplits, per_class: int | None) -> RawSplits:
+    """The first ``per_class`` training samples of each class, in their order."""
+    if per_class is None:
+        return raw
+    kept = []
+    for c, name in enumerate(raw.class_names):
+        members = (raw.train_labels == c).nonzero().flatten()
+        if len(members) < per_class:
+            got = f"{len(members)} of class {name!r}"
+            raise NotEnoughSamplesError(
+                explain(f"at least per_class = {per_class} images of each class", got, "Lower per_class")
+            )
+        kept.append(members[:per_class])
+    keep = torch.cat(kept).sort().values
+    return RawSplits(
+        raw.name,
+        raw.class_names,
+        raw.train[keep],
+        raw.train_labels[keep],
+        raw.index[keep],
+        None if raw.rank is None else raw.rank[keep],
+        raw.test,
+        raw.test_labels,
+        raw.scale,
+    )

@@ -1,0 +1,1 @@
+"""Bundled distillation loops: they follow the published algorithms and reach the methods through the hook."""

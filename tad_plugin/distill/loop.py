@@ -1,0 +1,183 @@
+"""What every bundled baseline shares: initialisation, the step loop with resume, evaluation and results.
+
+A baseline is one file: a settings dataclass and a class with ``step(iteration)``. See ``dm.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tad_plugin.errors import ConfigError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
+from tad_plugin.hook import Hook
+from tad_plugin.nn.networks import make_network
+from tad_plugin.scorer import RealData
+from tad_plugin.synthetic import SyntheticSet
+
+__all__ = ["BASELINES", "Baseline", "BaselineConfig", "baseline_class", "class_pool", "draw_class", "initial_images"]
+
+
+@dataclass
+class BaselineConfig:
+    """Settings that every baseline has.
+
+    Attributes:
+        ipc: synthetic images per class.
+        iterations: steps of the synthetic set.
+        lr_img: learning rate of the images.
+        init: "real" (usable real images) or "noise".
+        width: channels of the ConvNet that is matched on.
+        depth: its blocks; 0 takes 3 (2 for images under 16 pixels).
+        norm: its normalisation.
+        augment: DSA strategy; "auto" is the dataset's own, "none" switches it off.
+    """
+
+    ipc: int = 10
+    iterations: int = 200
+    lr_img: float = 1.0
+    init: str = "real"
+    width: int = 128
+    depth: int = 0
+    norm: str = "instance"
+    augment: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, low in (("ipc", 1), ("iterations", 0), ("width", 1), ("depth", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(explain(f"{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
+        if self.init not in ("real", "noise"):
+            raise ConfigError(explain('init "real" or "noise"', repr(self.init), "Correct the setting"))
+
+
+class Baseline:
+    """One distillation algorithm. Subclasses make the synthetic set in ``__init__`` and improve it in :meth:`step`.
+
+    Args:
+        config: the settings.
+        data: the real data.
+        hook: the seam to the methods, or None for the plain loop without any.
+        synthetic: the starting set; the baseline updates ``self.synthetic`` in place.
+        generator: CPU generator of every draw of the loop.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[BaselineConfig]] = BaselineConfig
+    #: the loop trains networks on the real data through the hook, so the plugin's own scorer is not needed
+    trains_on_real: ClassVar[bool] = False
+
+    def __init__(
+        self, config: Any, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.hook = hook
+        self.synthetic = synthetic
+        self.generator = generator
+
+    def step(self, iteration: int) -> Mapping[str, Any]:
+        """One update of the synthetic set; returns what is worth logging (at least ``loss``)."""
+        raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", "Override Baseline.step"))
+
+    def result(self) -> SyntheticSet:
+        """The synthetic set as it is now, detached."""
+        return self.synthetic.detached()
+
+    def fresh_network(self, generator: torch.Generator) -> nn.Module:
+        """A newly drawn network of the kind that is matched on."""
+        c, h, w = (int(v) for v in self.data.images.shape[1:])
+        return make_network(
+            "convnet",
+            in_channels=c,
+            num_classes=self.data.num_classes,
+            image_size=(h, w),
+            width=self.config.width,
+            depth=self.config.depth or (3 if min(h, w) >= 16 else 2),
+            norm=self.config.norm,
+            generator=generator,
+            device=self.data.images.device,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Synthetic tensors, optimiser and generator."""
+        return {
+            "images": self.synthetic.images.detach(),
+            "labels": self.synthetic.labels.detach(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict` in place, so that optimisers keep their tensors."""
+        with torch.no_grad():
+            self.synthetic.images.copy_(state["images"])
+            self.synthetic.labels.copy_(state["labels"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+BASELINES: dict[str, str] = {"dm": "tad_plugin.distill.dm:DM"}
+"""Bundled baselines: name -> "module:class", imported when asked for."""
+
+
+def baseline_class(name: str) -> type[Baseline]:
+    """The bundled baseline called ``name``. Raises UnknownNameError."""
+    from importlib import import_module
+
+    if name not in BASELINES:
+        raise unknown_name("baseline", name, list(BASELINES))
+    module, _, cls = BASELINES[name].partition(":")
+    found: type[Baseline] = getattr(import_module(module), cls)
+    return found
+
+
+def class_pool(hook: Hook | None, data: RealData, c: int) -> Tensor:
+    """Usable indices of class c: the hook's pool, or every sample with that label."""
+    return hook.pool(c) if hook is not None else (data.labels == c).nonzero().flatten()
+
+
+def draw_class(hook: Hook | None, data: RealData, c: int, n: int, generator: torch.Generator) -> Tensor:
+    """Up to n indices of class c without replacement: the same draw with and without a hook."""
+    if hook is not None:
+        return hook.sample(c, n, generator)
+    pool = class_pool(None, data, c)
+    return pool[torch.randperm(len(pool), generator=generator)[:n].to(pool.device)]
+
+
+def initial_images(config: BaselineConfig, data: RealData, hook: Hook | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Starting images [K*IPC,C,H,W], class after class, and their labels int64.
+
+    Raises:
+        NotEnoughSamplesError: a class has fewer usable samples than IPC.
+    """
+    k, device = data.num_classes, data.images.device
+    labels = torch.arange(k, device=device).repeat_interleave(config.ipc)
+    if config.init == "noise":
+        shape = (k * config.ipc, *data.images.shape[1:])
+        return torch.randn(shape, generator=generator).to(device), labels
+    rows = []
+    for c in range(k):
+        indices = draw_class(hook, data, c, config.ipc, generator)
+        if len(indices) < config.ipc:
+            raise NotEnoughSamplesError(
+                explain(
+                    f"at least IPC = {config.ipc} usable samples of class {c}",
+                    str(len(indices)),
+                    "Lower --ipc, use init=noise, or raise min_per_class of the method",
+                )
+            )
+        rows.append(data.images[indices])
+    return torch.cat(rows).clone(), labels
+
+
+def check_loss(loss: Tensor, iteration: int, parts: Sequence[str] = ()) -> None:
+    """Raises NonFiniteError if a matching loss is NaN or infinite."""
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(
+            explain(
+                "a finite matching loss",
+                f"{float(loss)} at iteration {iteration}{' in ' + ', '.join(parts) if parts else ''}",
+                "Lower lr_img; the last checkpoint of the run is intact",
+            )
+        )

@@ -1,0 +1,159 @@
+"""The named exceptions and warnings of tad_plugin.
+
+Every message says three things: what was expected, what came, and what to do. Build it with
+:func:`explain`, so that the three are never forgotten. Exceptions also inherit the built-in class
+that a caller would guess (``ValueError``, ``ImportError``...), so ordinary ``except`` clauses work.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DisconnectedGraphError",
+    "EmptyClassError",
+    "FileFormatError",
+    "InvalidInputError",
+    "InvalidLabelsError",
+    "MemoryBudgetError",
+    "MissingExtraError",
+    "NoHeldOutError",
+    "NonFiniteError",
+    "NotEnoughSamplesError",
+    "PatchError",
+    "PreprocessingMismatchError",
+    "ResumeError",
+    "StateMismatchError",
+    "TadPluginError",
+    "TadPluginWarning",
+    "UnimodalClassWarning",
+    "UnknownNameError",
+    "explain",
+    "missing_extra",
+    "unknown_name",
+]
+
+
+def explain(expected: str, got: str, do: str) -> str:
+    """One message in the house form: ``Expected ..., but got .... <what to do>.``"""
+    return f"Expected {expected}, but got {got}. {do.rstrip('.')}."
+
+
+class TadPluginError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidInputError(TadPluginError, ValueError):
+    """An argument has a wrong type, shape, length or range."""
+
+
+class InvalidLabelsError(InvalidInputError):
+    """Labels are out of range, of a wrong type, or of a wrong length."""
+
+
+class EmptyClassError(InvalidInputError):
+    """A class has no sample where at least one is needed."""
+
+
+class NotEnoughSamplesError(InvalidInputError):
+    """A class has fewer samples than an operation needs."""
+
+
+class NonFiniteError(TadPluginError, ArithmeticError):
+    """A loss, gradient or influence is NaN or infinite."""
+
+
+class UnknownNameError(TadPluginError, KeyError):
+    """A method, dataset, network, baseline or arm of that name does not exist."""
+
+    def __str__(self) -> str:  # KeyError would print the message in quotes
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(TadPluginError, ValueError):
+    """A configuration has an unknown key or a value that does not fit."""
+
+
+class MissingExtraError(TadPluginError, ImportError):
+    """An optional dependency is not installed; the message names the extra."""
+
+
+class FileFormatError(TadPluginError, ValueError):
+    """A file is truncated, corrupt, of another format or of another version."""
+
+
+class StateMismatchError(TadPluginError, ValueError):
+    """A saved state belongs to other data than the one it is loaded into."""
+
+
+class PreprocessingMismatchError(TadPluginError, ValueError):
+    """Synthetic and test images were normalised or whitened differently."""
+
+
+class ResumeError(TadPluginError, ValueError):
+    """A run folder was written by another configuration than the one that resumes it."""
+
+
+class PatchError(TadPluginError, ValueError):
+    """A checkout is not in the condition that a patch needs."""
+
+
+class DisconnectedGraphError(TadPluginError, ValueError):
+    """A loss does not depend on a tensor that a derivative is asked for."""
+
+
+class NoHeldOutError(TadPluginError, ValueError):
+    """An influence target needs held-out real samples and there are none."""
+
+
+class ConvergenceError(TadPluginError, ArithmeticError):
+    """An iterative solver stopped without reaching its tolerance."""
+
+
+class MemoryBudgetError(TadPluginError, ValueError):
+    """A memory budget is too small for a single sample."""
+
+
+class TadPluginWarning(UserWarning):
+    """Base of every warning that this package raises on purpose."""
+
+
+class UnimodalClassWarning(TadPluginWarning):
+    """The losses of a class show no two groups; its threshold was replaced."""
+
+
+class ConvergenceWarning(TadPluginWarning):
+    """An iterative solver was cut off early; its result is usable but less exact."""
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> UnknownNameError:
+    """The error for an unknown ``kind`` called ``name``, with the closest known names.
+
+    Args:
+        kind: what was looked up, in one word ("method", "dataset", "network").
+        name: the name that was not found.
+        known: all names that exist.
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}" if close else "Check the spelling, or install the package that provides it"
+    return UnknownNameError(explain(f"a {kind} out of {', '.join(sorted(known))}", repr(name), hint))
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """The error for an optional ``package`` that is not installed.
+
+    Args:
+        package: the import name that failed.
+        extra: the extra of tad_plugin that brings it.
+        purpose: what needs it, as a noun phrase.
+    """
+    return MissingExtraError(
+        explain(
+            f"the package {package!r}, which {purpose} needs",
+            "an environment without it",
+            f"Install it with: pip install 'tad_plugin[{extra}]'",
+        )
+    )

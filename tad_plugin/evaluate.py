@@ -1,0 +1,200 @@
+"""Evaluation: fresh networks are trained on the synthetic set and tested on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.nn.augment import Augmentation, default_strategy
+from tad_plugin.nn.networks import make_network
+from tad_plugin.synthetic import SyntheticSet
+
+__all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
+
+DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {}
+"""By the word before ":" of ``SyntheticSet.decode``: (images, labels, factor) -> training (images, labels)."""
+
+
+@dataclass
+class EvaluateConfig:
+    """How a synthetic set is evaluated [METHODS 4].
+
+    Attributes:
+        network: architecture, or several joined by "," for cross-architecture evaluation.
+        width: channels of a ConvNet.
+        depth: blocks of a ConvNet; 0 takes 3 (2 for images under 16 pixels).
+        norm: normalisation; "" takes the architecture's own.
+        runs: networks per evaluation.
+        epochs: epochs of each (1000 in the field).
+        batch_size: images per step.
+        lr: SGD learning rate, times 0.1 after half of the epochs; a learned rate of the set wins over it.
+        momentum: SGD momentum.
+        weight_decay: L2 penalty.
+        augment: DSA strategy; "auto" is the dataset's own, "none" switches it off.
+    """
+
+    network: str = "convnet"
+    width: int = 128
+    depth: int = 0
+    norm: str = ""
+    runs: int = 5
+    epochs: int = 1000
+    batch_size: int = 256
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "epochs", "batch_size", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(explain(f"evaluation {name} of at least 1", str(getattr(self, name)), "Correct the setting"))
+        if not self.lr > 0:
+            raise ConfigError(explain("an evaluation lr above 0", str(self.lr), "Correct the setting"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in percent, one per network.
+
+    Attributes:
+        accuracies: one number in [0, 100] per network.
+        network: the architecture.
+    """
+
+    accuracies: tuple[float, ...]
+    network: str = "convnet"
+    mean: float = field(init=False)
+    std: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = torch.tensor(self.accuracies, dtype=torch.float64)
+        object.__setattr__(self, "mean", float(values.mean()))
+        object.__setattr__(self, "std", float(values.std(unbiased=False)))
+
+
+def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
+    """The (images, labels) that a network is trained on: decoded where the set says so.
+
+    Raises:
+        ConfigError: the set names a decoder that does not exist.
+    """
+    if not synthetic.decode:
+        return synthetic.images, synthetic.labels
+    name, _, factor = synthetic.decode.partition(":")
+    if name not in DECODERS:
+        raise ConfigError(explain(f"a decoder out of {sorted(DECODERS)}", repr(name), "Use the version that wrote this set"))
+    return DECODERS[name](synthetic.images, synthetic.labels, int(factor))
+
+
+def train_on_synthetic(
+    network: nn.Module, synthetic: SyntheticSet, config: EvaluateConfig, generator: torch.Generator
+) -> nn.Module:
+    """Trains ``network`` in place on the synthetic set and returns it in eval mode.
+
+    Args:
+        network: a fresh network.
+        synthetic: hard labels give cross-entropy, soft labels cross-entropy with probabilities.
+        config: the settings.
+        generator: CPU generator of batch order and augmentation.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    images, labels = training_pairs(synthetic)
+    images, labels = images.detach(), labels.detach()
+    strategy = default_strategy(synthetic.dataset) if config.augment == "auto" else config.augment
+    augmentation = Augmentation("" if strategy == "none" else strategy)
+    rate = synthetic.learning_rate or config.lr
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    network.train()
+    for epoch in range(config.epochs):
+        if epoch == config.epochs // 2 + 1:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.1
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for indices in order.split(config.batch_size):
+            batch = images[indices]
+            if augmentation.strategies:
+                draw = augmentation.draw(len(batch), batch.shape[-2:], generator=generator, siamese=False, device=batch.device)
+                batch = augmentation.apply(batch, draw)
+            loss = F.cross_entropy(network(batch), labels[indices])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(
+            explain("a finite training loss on the synthetic set", str(float(loss)), "Lower the evaluation lr, and look at the synthetic images")
+        )
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:
+    """Accuracy in percent of ``network`` (put into eval mode) on images [N,C,H,W] and labels int64 [N]."""
+    network.eval()
+    hits = sum(
+        int((network(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    )
+    return 100.0 * hits / len(labels)
+
+
+def evaluate(
+    synthetic: SyntheticSet,
+    test: tuple[Tensor, Tensor],
+    config: EvaluateConfig | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    network: str | None = None,
+    runs: int | None = None,
+    generator: torch.Generator,
+) -> Evaluation:
+    """Trains fresh networks on the synthetic set and tests them.
+
+    Args:
+        synthetic: the set.
+        test: (images float32 [N,C,H,W], labels int64 [N]).
+        config: the settings.
+        preprocessing: how the test images were mapped; checked against the synthetic set's.
+        network: overrides ``config.network`` (one architecture).
+        runs: overrides ``config.runs``.
+        generator: CPU generator of initial weights, batches and augmentation.
+
+    Raises:
+        PreprocessingMismatchError: test and synthetic images were normalised or whitened differently.
+        InvalidInputError: images of another shape.
+    """
+    config = config or EvaluateConfig()
+    images, labels = test
+    if preprocessing is not None:
+        synthetic.preprocessing.check_same(preprocessing)
+    if images.shape[1:] != synthetic.images.shape[1:]:
+        raise InvalidInputError(
+            explain(
+                f"test images {list(synthetic.images.shape[1:])}", f"{list(images.shape[1:])}", "Load the dataset that was distilled"
+            )
+        )
+    synthetic = synthetic.to(images.device)
+    name = network or config.network
+    size = int(images.shape[-1])
+    results = []
+    for _ in range(runs or config.runs):
+        fresh = make_network(
+            name,
+            in_channels=int(images.shape[1]),
+            num_classes=synthetic.num_classes,
+            image_size=(int(images.shape[2]), size),
+            width=config.width,
+            depth=config.depth or (3 if size >= 16 else 2),
+            norm=config.norm or None,
+            generator=generator,
+            device=images.device,
+        )
+        results.append(accuracy(train_on_synthetic(fresh, synthetic, config, generator), images, labels))
+    return Evaluation(tuple(results), name)

@@ -1,0 +1,87 @@
+"""Writing files so that a reader never sees half of one.
+
+Everything that the package writes goes through :func:`atomic_save`: a temporary name in the same folder, then one
+rename. A process that is killed while writing leaves the old file, or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tad_plugin.errors import FileFormatError, explain
+
+__all__ = ["atomic_save", "atomic_write", "file_digest", "read_json", "remove_temporaries"]
+
+_TEMPORARY = ".tmp-"
+
+
+def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Lets ``write`` make the file under a temporary name, then renames it to ``path``.
+
+    The temporary name lies in the same folder and ends like ``path``, because some writers look at the suffix or
+    append one. Missing parent folders are made. The contents are flushed to the disk before the rename. If ``write``
+    raises, the temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        path: where the finished file shall be.
+        write: called once with the temporary path, which does not exist yet.
+
+    Returns:
+        ``path``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def atomic_write(path: str | Path, content: bytes | str) -> Path:
+    """Writes bytes, or text as UTF-8, to ``path`` in one step; see :func:`atomic_save`."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    return atomic_save(path, lambda temporary: temporary.write_bytes(data))
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Removes what killed writers left in ``folder``. Call it only where no other process is writing."""
+    for leftover in Path(folder).glob(f"{_TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileFormatError: the file does not exist, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(
+            explain(f"a readable file at {path}", str(error.strerror or error), "Check the path and the permissions")
+        ) from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise FileFormatError(
+            explain(f"JSON in {path}", f"text that does not parse ({error})", "Restore the file, or write it again")
+        ) from error

@@ -1,0 +1,333 @@
+"""Explicit influence: the sample is in the statistic that the synthetic set is matched to. [ours: METHODS.md 2.1]
+
+Notation: L(S; w) the distillation loss with real-sample weights w, M(S) how good the synthetic set S is,
+S' = S - eta * grad_S L(S; w) after one descent step. The influence of real sample i is
+
+    I_i = dM(S') / dw_i = -eta * < grad M(S'), d/dw_i grad_S L(S; w) >,
+
+so **negative influence = helpful**: more weight on the sample lowers M. With the gradient of M held fixed,
+h(w) = < grad M, grad_S L(S; w) > has dh/dw = -I / eta: one further backward pass gives all samples at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
+from tad_plugin.iwd.vectors import Tensors, as_tuple, require_finite
+from tad_plugin.state import check_labels
+
+__all__ = ["dm_influence", "embedding_directions", "explicit_influence", "influence", "target_direction"]
+
+Embed = Callable[[Tensor], Tensor]
+
+
+def explicit_influence(
+    loss: Tensor,
+    weights: Tensor,
+    synthetic: Tensors,
+    target_gradient: Tensors,
+    *,
+    eta: float | Sequence[float] = 1.0,
+    retain_graph: bool = True,
+) -> Tensor:
+    """Influence of every real sample of a batch on M, through one descent step of the synthetic set.
+
+    Works for any loss whose graph reaches both ``weights`` and ``synthetic``. It is the exact derivative
+    when ``target_gradient`` was taken at S' (after the step), and correct to first order in eta when
+    it was taken at S. Momentum does not change it: a step's derivative with respect to w is -eta dg/dw either way.
+
+    Args:
+        loss: L(S; w), a scalar with its graph.
+        weights: the leaf tensor [B] that entered the loss, ``requires_grad=True``.
+        synthetic: the tensor that the loop updates, or several (images, soft labels, learning rate). One that
+            does not enter the loss contributes nothing, as long as another does.
+        target_gradient: grad M, one tensor of the same shape for each of ``synthetic``.
+        eta: step size of S > 0, or one for each of ``synthetic``. The default 1 gives dM/dw per unit step.
+        retain_graph: keep the loss's graph for the loop's own backward pass.
+
+    Returns:
+        dM/dw, [B], detached, in the dtype and on the device of the weights. Negative = helpful.
+
+    Raises:
+        DisconnectedGraphError: the loss depends on neither, or its gradient not on the weights.
+        InvalidInputError: weights are no leaf, or shapes do not fit.
+        NonFiniteError: the loss, a gradient or an influence is NaN or infinite.
+    """
+    if weights.ndim != 1 or not weights.is_leaf or not weights.requires_grad:
+        got = f"shape {list(weights.shape)}, is_leaf={weights.is_leaf}, requires_grad={weights.requires_grad}"
+        do = "Make it with weights.detach().clone().requires_grad_() before it enters the loss"
+        raise InvalidInputError(explain("`weights` as a leaf tensor [B] that requires a gradient", got, do))
+    (derivative,) = _mixed_derivative(loss, (weights,), "weights", synthetic, target_gradient, eta, retain_graph)
+    return derivative
+
+
+def target_direction(
+    loss: Tensor,
+    parameters: Tensors,
+    synthetic: Tensors,
+    target_gradient: Tensors,
+    *,
+    eta: float | Sequence[float] = 1.0,
+    retain_graph: bool = True,
+) -> tuple[Tensor, ...]:
+    """u = dM(S')/dtheta: how M after the step answers to the parameters that S is matched to (MTT, DATM).
+
+    The same identity as :func:`explicit_influence` with the target parameters in the place of the weights:
+    u = -eta * d/dtheta < grad M, grad_S L(S; theta) >. Flattened it is the ``direction`` of ``implicit``'s functions.
+    With the target `matching`, where M is L itself, u is simply dL/dtheta and this function is not needed.
+
+    Args:
+        loss: L(S; theta), a scalar with its graph.
+        parameters: the leaf tensor(s) theta that entered the loss, ``requires_grad=True``.
+        synthetic: as in :func:`explicit_influence`.
+        target_gradient: as in :func:`explicit_influence`.
+        eta: step size of S > 0, or one for each of ``synthetic``.
+        retain_graph: keep the loss's graph for the loop's own backward pass.
+
+    Returns:
+        One detached tensor for each of ``parameters``, in its shape.
+
+    Raises:
+        DisconnectedGraphError: the loss or its gradient does not depend on the parameters.
+        InvalidInputError: parameters are no leaves, or shapes do not fit.
+        NonFiniteError: the loss, a gradient or a result is NaN or infinite.
+    """
+    leaves = as_tuple(parameters)
+    if not leaves or not all(p.is_leaf and p.requires_grad for p in leaves):
+        do = "Make them with .detach().clone().requires_grad_() before they enter the loss"
+        raise InvalidInputError(explain("`parameters` as leaf tensors that require a gradient", "others", do))
+    return _mixed_derivative(loss, leaves, "target parameters", synthetic, target_gradient, eta, retain_graph)
+
+
+def influence(
+    loss_fn: Callable[[Tensor, Any], Tensor],
+    weights: Tensor,
+    synthetic: Tensors,
+    target: Callable[[Any], Tensor],
+    *,
+    eta: float | Sequence[float] = 1.0,
+    target_at: Literal["after", "before"] = "after",
+) -> Tensor:
+    """Explicit influence from two functions, without any loop.
+
+    Args:
+        loss_fn: L, (weights [B], synthetic) -> scalar; ``synthetic`` comes in the form given here (tensor or tuple).
+        weights: real-sample weights [B], at which the derivative is taken; copied.
+        synthetic: the synthetic tensor, or several; copied.
+        target: M, synthetic -> scalar.
+        eta: step size of S > 0, or one for each of ``synthetic``; absorbed into the result.
+        target_at: "after" takes grad M at S' = S - eta * grad_S L, the exact derivative of M(S');
+            "before" takes it at S, one evaluation at the same place as the loop, correct to first order in eta.
+
+    Returns:
+        dM/dw, [B], detached. Negative = helpful.
+
+    Raises:
+        DisconnectedGraphError: loss or target do not depend on what they are differentiated by.
+        InvalidInputError: shapes or ``target_at`` do not fit.
+        NonFiniteError: the loss, a gradient or an influence is NaN or infinite.
+    """
+    if target_at not in ("after", "before"):
+        raise InvalidInputError(explain("target_at 'after' or 'before'", repr(target_at), "Pass one of the two"))
+    single = isinstance(synthetic, Tensor)
+    leaf = weights.detach().clone().requires_grad_()
+    parts = tuple(s.detach().clone().requires_grad_() for s in as_tuple(synthetic))
+    with torch.enable_grad():
+        loss = loss_fn(leaf, parts[0] if single else parts)
+        where = parts
+        if target_at == "after":
+            gradients = _gradients(loss, parts, "loss", "synthetic set", create_graph=False)
+            rates = _rates(eta, len(parts))
+            where = tuple(
+                (s - r * g).detach().requires_grad_() for s, g, r in zip(parts, gradients, rates, strict=True)
+            )
+        value = target(where[0] if single else where)
+        slope = _gradients(value, where, "target", "synthetic set", create_graph=False)
+    return explicit_influence(loss, leaf, parts, slope, eta=eta, retain_graph=False)
+
+
+def embedding_directions(
+    embed: Embed, synthetic: Tensor, synthetic_labels: Tensor, target_gradient: Tensor, num_classes: int
+) -> Tensor:
+    """v_c: how the mean embedding of each synthetic class moves when S moves along grad M.
+
+    One forward-mode pass through ``embed``.
+
+    Args:
+        embed: images [B, C, H, W] -> features [B, D]; a loop's augmentation belongs inside.
+        synthetic: images [M, C, H, W].
+        synthetic_labels: int64 [M] in [0, num_classes).
+        target_gradient: grad_S M, same shape as ``synthetic``.
+        num_classes: K.
+
+    Returns:
+        [K, D], detached; zeros for a class without synthetic images.
+    """
+    labels = check_labels(synthetic_labels, num_classes, len(synthetic), "synthetic_labels")
+    if target_gradient.shape != synthetic.shape:
+        got = f"{list(target_gradient.shape)} and {list(synthetic.shape)}"
+        raise InvalidInputError(explain("target_gradient in the shape of synthetic", got, "Pass grad_S M"))
+    with torch.no_grad():
+        pushed = torch.func.jvp(embed, (synthetic.detach(),), (target_gradient.detach(),))[1]
+    counts = torch.bincount(labels, minlength=num_classes).clamp_min(1).to(pushed.dtype)
+    total = torch.zeros(num_classes, pushed.shape[1], dtype=pushed.dtype, device=pushed.device)
+    return total.index_add_(0, labels, pushed) / counts[:, None]
+
+
+def dm_influence(
+    embed: Embed,
+    images: Tensor,
+    labels: Tensor,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    target_gradient: Tensor,
+    num_classes: int,
+    *,
+    weights: Tensor | None = None,
+    normalise: bool = True,
+    divisor: float | None = None,
+    eta: float = 1.0,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Explicit influence of every real sample for a loss of class means (DM, IDM), without a backward pass.
+
+    For L = sum_c |mu_c - nu_c(S)|^2 with mu_c the weighted mean of real embeddings phi_i and nu_c the mean of the
+    synthetic ones, d/dw_i grad_S L = -2 J_c^T dmu_c/dw_i, so with v_c = J_c grad_S M (:func:`embedding_directions`)
+
+        I_i = 2 eta / n_c * < v_c, phi_i - mu_c >     ``normalise``: mu_c = sum w_i phi_i / sum w_i, n_c = sum w_i
+        I_i = 2 eta / n_c * < v_c, phi_i >            otherwise:     mu_c = sum w_i phi_i / n_c, n_c the count
+
+    It equals :func:`explicit_influence` on the same loss. Terms without real samples (a cross-entropy on S) do not
+    matter; a loss that takes the mean over the D features instead of the sum is 1/D of it: put that into ``eta``.
+
+    Args:
+        embed: images [B, C, H, W] -> features [B, D], the same function for real and synthetic images.
+        images: real images [N, C, H, W]; they pass through ``embed`` once, ``chunk_size`` at a time.
+        labels: their classes in the loss, int64 [N] in [0, num_classes).
+        synthetic: images [M, C, H, W].
+        synthetic_labels: int64 [M]. A real sample of a class without synthetic images has influence 0.
+        target_gradient: grad_S M, same shape as ``synthetic``.
+        num_classes: K.
+        weights: current weights [N] >= 0; None for 1.
+        normalise: whether the loss divides by the sum of the weights (as :meth:`SampleState.weights` does, which
+            has mean 1 over the batch's samples of a class) or by their number.
+        divisor: n_c to use for the scale instead, such as the loop's real batch size per class; by default as above
+            over the samples given. It changes no ranking inside a class.
+        eta: step size of S > 0.
+        chunk_size: real images per forward pass.
+
+    Returns:
+        dM/dw, [N], detached, in the features' dtype. Negative = helpful.
+
+    Raises:
+        InvalidLabelsError: labels out of range or of another length.
+        InvalidInputError: shapes, weights or sizes do not fit.
+        NonFiniteError: an influence is NaN or infinite.
+    """
+    labels = check_labels(labels, num_classes, len(images))
+    (rate,) = _rates(eta, 1)
+    if chunk_size < 1 or (divisor is not None and not divisor > 0):
+        got = f"chunk_size {chunk_size}, divisor {divisor}"
+        raise InvalidInputError(explain("chunk_size >= 1 and divisor > 0", got, "Pass positive numbers"))
+    directions = embedding_directions(embed, synthetic, synthetic_labels, target_gradient, num_classes)
+    with torch.no_grad():
+        along = torch.cat(
+            [
+                (embed(images[start : start + chunk_size]) * directions[labels[start : start + chunk_size]]).sum(1)
+                for start in range(0, len(images), chunk_size)
+            ]
+        )
+    w = torch.ones_like(along) if weights is None else weights.detach().to(along)
+    if w.shape != along.shape or bool((w < 0).any()):
+        got = f"shape {list(w.shape)}, smallest {float(w.min())}"
+        raise InvalidInputError(explain(f"weights >= 0 of shape [{len(along)}]", got, "Pass one weight per real image"))
+    zeros = torch.zeros(num_classes, dtype=along.dtype, device=along.device)
+    size = zeros.index_add(0, labels, w if normalise else torch.ones_like(w))
+    if normalise:
+        mean = zeros.index_add(0, labels, w * along) / size
+        along = along - mean[labels]
+    scale = 2.0 * rate / (size[labels] if divisor is None else divisor)
+    return require_finite(
+        scale * along, "influences", "Check the images and weights (no class may have only zero weights)"
+    )
+
+
+def _mixed_derivative(
+    loss: Tensor,
+    inputs: tuple[Tensor, ...],
+    name: str,
+    synthetic: Tensors,
+    target_gradient: Tensors,
+    eta: float | Sequence[float],
+    retain_graph: bool,
+) -> tuple[Tensor, ...]:
+    """-eta * d/dinputs < target_gradient, grad_S L >."""
+    parts, slopes = as_tuple(synthetic), as_tuple(target_gradient)
+    if len(parts) != len(slopes) or any(s.shape != g.shape for s, g in zip(parts, slopes, strict=True)):
+        got = f"{[list(g.shape) for g in slopes]} for {[list(s.shape) for s in parts]}"
+        raise InvalidInputError(
+            explain("one target gradient in the shape of each synthetic tensor", got, "Pass grad_S M")
+        )
+    rates = _rates(eta, len(parts))
+    with torch.enable_grad():
+        gradients = _gradients(loss, parts, "loss", "synthetic set", create_graph=True)
+        terms = [
+            r * (g * slope.detach()).sum()
+            for g, slope, r in zip(gradients, slopes, rates, strict=True)
+            if g.requires_grad
+        ]
+        found: Sequence[Tensor | None] = [None]
+        if terms:
+            h = torch.stack([term.reshape(()) for term in terms]).sum()
+            found = torch.autograd.grad(h, inputs, retain_graph=retain_graph, allow_unused=True)
+    if all(derivative is None for derivative in found):
+        do = f"Use the {name} inside the term that compares real with synthetic data, without .detach() or a copy"
+        got = f"a gradient that does not depend on the {name}"
+        raise DisconnectedGraphError(explain(f"a loss whose synthetic gradient depends on the {name}", got, do))
+    full = [torch.zeros_like(x) if d is None else d.neg() for d, x in zip(found, inputs, strict=True)]
+    way_out = "Lower the learning rate, or look for NaN in the images and the network"
+    # In this order the message names the first that went wrong, not what followed from it.
+    checked = {"loss": (loss,), "synthetic gradient": gradients, "target gradient": slopes, "influence": full}
+    for label, values in checked.items():
+        for value in values:
+            require_finite(value.detach(), label, way_out)
+    return tuple(full)
+
+
+def _gradients(
+    value: Tensor, inputs: tuple[Tensor, ...], name: str, what: str, *, create_graph: bool
+) -> tuple[Tensor, ...]:
+    if value.ndim != 0:
+        raise InvalidInputError(
+            explain(f"a scalar {name}", f"shape {list(value.shape)}", "Reduce it with .mean() or .sum()")
+        )
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    needing = [tensor for tensor in inputs if tensor.requires_grad]
+    if value.requires_grad and needing:
+        got = iter(torch.autograd.grad(value, needing, create_graph=create_graph, retain_graph=True, allow_unused=True))
+        found = [next(got) if tensor.requires_grad else None for tensor in inputs]
+    if all(gradient is None for gradient in found):
+        do = f"Compute the {name} from the {what} that is passed, without .detach(), and let it require a gradient"
+        raise DisconnectedGraphError(
+            explain(f"a {name} that depends on the {what}", f"a {name} without it in its graph", do)
+        )
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
+
+
+def _rates(eta: float | Sequence[float], count: int) -> tuple[float, ...]:
+    rates = tuple(float(e) for e in eta) if isinstance(eta, Sequence) else (float(eta),) * count
+    if len(rates) != count or not all(math.isfinite(r) and r > 0 for r in rates):
+        raise InvalidInputError(
+            explain(
+                f"eta as a finite step size > 0, or {count} of them",
+                repr(eta),
+                "Pass the learning rate of the synthetic set",
+            )
+        )
+    return rates

@@ -1,0 +1,223 @@
+"""Curvature-vector products and the conjugate gradients that invert them. [ours: METHODS.md 2.1]
+
+Products are closures, ``make(f, parameters) -> (v -> product)``, over flat vectors [P], so a solver
+never needs to know what it solves for and can be tested on functions whose Hessian is known.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad_plugin.errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    DisconnectedGraphError,
+    InvalidInputError,
+    NonFiniteError,
+    explain,
+)
+from tad_plugin.iwd.vectors import Tensors, as_tuple, flatten, require_finite, unflatten
+
+__all__ = ["CGResult", "MatVec", "conjugate_gradient", "gauss_newton_vector_product", "hessian_vector_product"]
+
+MatVec = Callable[[Tensor], Tensor]
+"""A symmetric linear map of flat vectors, [P] -> [P]."""
+
+
+def hessian_vector_product(f: Callable[[Any], Tensor], parameters: Tensors) -> MatVec:
+    """The map v -> H v with H the Hessian of ``f`` at ``parameters``.
+
+    The gradient's graph is built once and kept, so each product costs one backward pass; it is freed
+    with the closure.
+
+    Args:
+        f: gets the parameters in the form they are given here (one tensor, or a tuple), returns a scalar.
+        parameters: a tensor or a sequence of tensors with P entries in all; copied, never changed.
+
+    Returns:
+        A closure [P] -> [P] in the parameters' dtype, on their device. Where the gradient does not depend
+        on the parameters (f is linear) it gives zeros, which is the Hessian.
+
+    Raises:
+        DisconnectedGraphError: ``f`` does not depend on the parameters.
+    """
+    leaves = tuple(p.detach().clone().requires_grad_() for p in as_tuple(parameters))
+    with torch.enable_grad():
+        value = f(leaves[0] if isinstance(parameters, Tensor) else leaves)
+        gradients = _connected_gradients(value, leaves)
+        gradient = flatten(gradients)
+
+    def product(vector: Tensor) -> Tensor:
+        unflatten(vector, leaves)  # checks the length
+        if not gradient.requires_grad:
+            return torch.zeros_like(vector)
+        parts = torch.autograd.grad(gradient, leaves, vector, retain_graph=True, allow_unused=True)
+        return flatten([torch.zeros_like(p) if d is None else d for d, p in zip(parts, leaves, strict=True)])
+
+    return product
+
+
+def gauss_newton_vector_product(
+    model: Callable[[Any], Tensor], loss: Callable[[Tensor], Tensor], parameters: Tensors
+) -> MatVec:
+    """The map v -> J^T H_out J v: the Hessian of loss(model(parameters)) without the model's own curvature.
+
+    It is positive semi-definite wherever the loss is convex in the outputs (cross-entropy is), so
+    conjugate gradients cannot meet negative curvature. J v is one forward-mode pass, J^T one backward pass.
+
+    Args:
+        model: gets the parameters in the form they are given here, returns outputs of any shape.
+        loss: outputs -> scalar.
+        parameters: a tensor or a sequence of tensors with P entries in all; never changed.
+
+    Returns:
+        A closure [P] -> [P] in the parameters' dtype, on their device.
+    """
+    single = isinstance(parameters, Tensor)
+    fixed = tuple(p.detach() for p in as_tuple(parameters))
+
+    def outputs(*parts: Tensor) -> Tensor:
+        return model(parts[0] if single else parts)
+
+    found = torch.func.vjp(outputs, *fixed)
+    out, pull_back = found[0], found[1]
+    curvature = hessian_vector_product(loss, out)
+
+    def product(vector: Tensor) -> Tensor:
+        with torch.no_grad():
+            pushed = torch.func.jvp(outputs, fixed, unflatten(vector, fixed))[1]
+        return flatten(pull_back(curvature(pushed.reshape(-1)).reshape(out.shape)))
+
+    return product
+
+
+@dataclass(frozen=True)
+class CGResult:
+    """What :func:`conjugate_gradient` found.
+
+    Attributes:
+        solution: x, [P].
+        iterations: steps taken (one product each; checks of the true residual are not counted).
+        residual: |b - A x| / |b|, of the true residual, recomputed at the end.
+        converged: whether ``residual`` is within the tolerance.
+    """
+
+    solution: Tensor
+    iterations: int
+    residual: float
+    converged: bool
+
+
+def conjugate_gradient(
+    matvec: MatVec,
+    b: Tensor,
+    *,
+    tolerance: float = 1e-6,
+    max_iterations: int = 100,
+    x0: Tensor | None = None,
+    strict: bool = False,
+) -> CGResult:
+    """Solves A x = b for a symmetric positive definite A that is known by its products only.
+
+    Args:
+        matvec: v -> A v, [P] -> [P]. Add the damping inside: ``lambda v: hvp(v) + damping * v``.
+        b: right-hand side [P].
+        tolerance: wanted relative residual |b - A x| / |b|, > 0.
+        max_iterations: most products, >= 1.
+        x0: start [P]; zeros by default.
+        strict: raise instead of warning when the tolerance is not reached.
+
+    Returns:
+        A :class:`CGResult`. Not converged: a :class:`~tad_plugin.errors.ConvergenceWarning` says so, and the
+        best iterate so far is returned.
+
+    Raises:
+        ConvergenceError: ``strict`` and the tolerance was not reached, or A has negative curvature.
+        NonFiniteError: b or a product is NaN or infinite.
+        InvalidInputError: shapes or limits that do not fit.
+    """
+    if b.ndim != 1 or (x0 is not None and x0.shape != b.shape):
+        got = f"b {list(b.shape)}" + ("" if x0 is None else f" and x0 {list(x0.shape)}")
+        raise InvalidInputError(explain("vectors [P] of one length", got, "Flatten them first"))
+    if not tolerance > 0 or max_iterations < 1:
+        got = f"tolerance {tolerance}, max_iterations {max_iterations}"
+        raise InvalidInputError(explain("tolerance > 0 and max_iterations >= 1", got, "Pass positive limits"))
+    require_finite(b, "right-hand side", "Check the gradient that is to be multiplied with the inverse")
+    scale = float(b.norm())
+    if scale == 0.0:
+        return CGResult(torch.zeros_like(b), 0, 0.0, True)
+
+    x = torch.zeros_like(b) if x0 is None else x0.detach().clone()
+    residual = b.clone() if x0 is None else b - matvec(x)
+    direction = residual.clone()
+    squared = float(residual.square().sum())
+    best, best_squared = x, squared
+    goal, iterations, trouble, last_true = (tolerance * scale) ** 2, 0, "", math.inf
+    while True:
+        if squared <= goal:
+            # The recurrence drifts from the true residual (float32): what is promised is measured, and
+            # the iteration restarts from there as long as that still helps.
+            residual = b - matvec(x)
+            true_squared = float(residual.square().sum())
+            if true_squared <= goal or true_squared > 0.25 * last_true:
+                best = x
+                trouble = "" if true_squared <= goal else "the residual stalls at rounding errors"
+                break
+            squared = last_true = best_squared = true_squared
+            best, direction = x, residual.clone()
+        if iterations >= max_iterations:
+            trouble = f"no convergence after {iterations} iterations"
+            break
+        product = matvec(direction)
+        curvature = float(direction @ product)
+        iterations += 1
+        if not math.isfinite(curvature):
+            got = f"{curvature} in iteration {iterations}"
+            raise NonFiniteError(explain("finite curvature products", got, "Check the loss, or use float64"))
+        if curvature <= 0.0:
+            trouble = f"negative curvature ({curvature:.3g} in iteration {iterations}: not positive definite)"
+            break
+        step = squared / curvature
+        x = x + step * direction
+        residual = residual - step * product
+        updated = float(residual.square().sum())
+        direction = residual + (updated / squared) * direction
+        squared = updated
+        if squared < best_squared:  # the residual's norm may rise in between; what is handed out never does
+            best, best_squared = x, squared
+
+    true = float((b - matvec(best)).norm()) / scale
+    converged = not trouble
+    if not converged:
+        got = f"{trouble} (relative residual {true:.3g})"
+        ways = "Raise damping (add a larger multiple of the identity)"
+        indefinite = "curvature" in trouble
+        ways += ", or use the Gauss-Newton product" if indefinite else ", raise max_iterations, or use float64"
+        message = explain(f"conjugate gradients to reach a relative residual of {tolerance:.3g}", got, ways)
+        if strict:
+            raise ConvergenceError(message)
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    return CGResult(best, iterations, true, converged)
+
+
+def _connected_gradients(value: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    way_out = "Compute the value from the parameters that it is given, without .detach() or .item()"
+    if value.ndim != 0:
+        raise InvalidInputError(
+            explain("a scalar function", f"shape {list(value.shape)}", "Reduce it with .mean() or .sum()")
+        )
+    if not value.requires_grad:
+        raise DisconnectedGraphError(explain("a value that depends on the parameters", "one without a graph", way_out))
+    parts = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+    if all(part is None for part in parts):
+        raise DisconnectedGraphError(
+            explain("a value that depends on the parameters", "one that ignores them", way_out)
+        )
+    return tuple(torch.zeros_like(p) if d is None else d for d, p in zip(parts, leaves, strict=True))

@@ -1,0 +1,75 @@
+"""Small helpers that every module of ``iwd`` shares: flat vectors and checks. No mathematics lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
+
+__all__ = ["LossFunction", "Tensors", "as_tuple", "cross_entropy", "flatten", "require_finite", "unflatten"]
+
+Tensors = Tensor | Sequence[Tensor]
+"""One tensor, or several that are treated as one long vector."""
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Per-sample loss: (logits [B, K], labels [B] or [B, K]) -> [B]."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample, without reduction.
+
+    Args:
+        logits: [B, K].
+        labels: int64 [B], or probabilities [B, K] (soft labels).
+
+    Returns:
+        [B], the default :data:`LossFunction` of this package.
+    """
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:
+    """A tensor as a tuple of one; a sequence as a tuple."""
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def flatten(tensors: Tensors | Mapping[str, Tensor]) -> Tensor:
+    """All entries in one vector [P], in the given order (of a mapping: its own order)."""
+    parts = tuple(tensors.values()) if isinstance(tensors, Mapping) else as_tuple(tensors)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cuts a vector [P] into views with the shapes of ``like``; the inverse of :func:`flatten`.
+
+    Raises:
+        InvalidInputError: the vector is not 1-D or has another number of entries.
+    """
+    sizes = [tensor.numel() for tensor in like]
+    if vector.ndim != 1 or vector.numel() != sum(sizes):
+        raise InvalidInputError(
+            explain(
+                f"a vector of {sum(sizes)} entries",
+                f"shape {list(vector.shape)}",
+                "Pass one entry per parameter, flattened in the parameters' order",
+            )
+        )
+    return tuple(part.reshape(tensor.shape) for part, tensor in zip(vector.split(sizes), like, strict=True))
+
+
+def require_finite(values: Tensor, name: str, do: str) -> Tensor:
+    """Returns ``values`` unchanged.
+
+    Raises:
+        NonFiniteError: an entry is NaN or infinite; the message counts them and names the first flat position.
+    """
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        where = int(bad.reshape(-1).nonzero()[0])
+        got = f"{int(bad.sum())} of {values.numel()} NaN or infinite (first at position {where})"
+        raise NonFiniteError(explain(f"finite {name}", got, do))
+    return values

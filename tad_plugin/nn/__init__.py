@@ -1,0 +1,1 @@
+"""Networks, differentiable augmentation and whitening: what the bundled loops compute with."""

@@ -1,0 +1,167 @@
+"""Networks by name, built and redrawn from a generator.
+
+The definitions are the field's: the ConvNet of dataset condensation (Zhao et al., ICLR 2021) and the
+small-image AlexNet, VGG11, ResNet-18 and MLP that the baselines evaluate with, with the same parameter order
+and torch's default initialisation, so that parameters saved by those codebases can be loaded by position.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tad_plugin.errors import InvalidInputError, explain, unknown_name
+from tad_plugin.nn.alternatives import alexnet, mlp, resnet18, resnet18ap, vgg11
+from tad_plugin.nn.blocks import LayerBuilder, Network, NetworkOptions
+
+__all__ = ["NETWORKS", "Network", "NetworkOptions", "convnet", "make_network", "reinitialise", "seeded"]
+
+
+def convnet(options: NetworkOptions) -> Network:
+    """The field's ConvNet: ``depth`` blocks of 3x3 convolution, norm, activation, 2x2 pooling; then one linear layer.
+
+    Instance norm (a group norm of one channel per group, with scale and shift) by default. 28x28 grey images
+    are padded to 32x32 by the first convolution.
+
+    Raises:
+        ConfigError: images under 2^depth pixels a side (with pooling).
+    """
+    build = LayerBuilder("convnet", options, default_norm="instance")
+    for _ in range(options.depth):
+        build.conv(options.width, 3)
+        build.norm()
+        build.activation()
+        build.pool(options.pooling)
+    return Network(build.sequential(), build.feature_dim, options.num_classes)
+
+
+NETWORKS: dict[str, Callable[[NetworkOptions], nn.Module]] = {
+    "convnet": convnet,
+    "mlp": mlp,
+    "alexnet": alexnet,
+    "vgg11": vgg11,
+    "resnet18": resnet18,
+    "resnet18ap": resnet18ap,
+}
+"""Builder by name; it may draw from the global generator, as :func:`make_network` calls it inside :func:`seeded`."""
+
+
+@contextmanager
+def seeded(generator: torch.Generator, devices: Iterable[torch.device | str | int] = ()) -> Iterator[int]:
+    """Makes code that only knows the global generator reproducible, and restores that generator afterwards.
+
+    Inside, torch's global CPU generator (and that of the CUDA ``devices``) is seeded with one number drawn from
+    ``generator``; yields that number. CUDA generators that are not named are not touched, nor is CUDA started.
+
+    Args:
+        generator: where the seed is drawn from: exactly one draw, on any device.
+        devices: CUDA devices on which the code inside draws.
+    """
+    seed = int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=generator.device))
+    cuda = [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in devices]
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield seed
+
+
+def make_network(
+    name: str,
+    *,
+    in_channels: int,
+    num_classes: int,
+    image_size: int | tuple[int, int],
+    width: int = 128,
+    depth: int = 3,
+    norm: str | None = None,
+    pooling: str = "avg",
+    activation: str = "relu",
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A freshly drawn network with ``forward(x) -> logits [B, K]`` and ``embed(x) -> features [B, D]``.
+
+    The parameters are drawn on the CPU, so they are the same bits on every device.
+
+    Args:
+        name: a key of ``NETWORKS``: convnet, mlp, alexnet, vgg11, resnet18 or resnet18ap.
+        in_channels: image channels C.
+        num_classes: number of classes K.
+        image_size: height and width in pixels, or one number for both.
+        width: channels of the ConvNet, hidden units of the MLP; the other networks have their usual channel
+            counts at 128 and scale them in proportion otherwise.
+        depth: blocks of the ConvNet, linear layers of the MLP; the other networks have the depth in their name.
+        norm: instance, batch, group (4 groups), layer or none; None is what the field uses: no norm in alexnet,
+            instance norm in the other convolutional networks. The MLP has no norm in any case.
+        pooling: avg, max or none, in the ConvNet; the other networks' pooling is part of their definition.
+        activation: relu, sigmoid or leaky.
+        generator: where the parameters are drawn from (one draw, a seed).
+        device: where the network is put.
+
+    Returns:
+        A float32 module in training mode with the integer attributes ``feature_dim`` (D) and ``num_classes``.
+
+    Raises:
+        UnknownNameError: no network of that name.
+        ConfigError: an option that does not exist or does not fit, or images too small for the network.
+    """
+    if name not in NETWORKS:
+        raise unknown_name("network", name, list(NETWORKS))
+    size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+    options = NetworkOptions(
+        in_channels=in_channels,
+        num_classes=num_classes,
+        image_size=size,
+        width=width,
+        depth=depth,
+        norm=norm,
+        pooling=pooling,
+        activation=activation,
+    )
+    with seeded(generator):
+        network = NETWORKS[name](options)
+    return network.to(device)
+
+
+def reinitialise(network: nn.Module, generator: torch.Generator) -> None:
+    """Redraws all parameters in place and resets running statistics and gradients: a fresh network, cheaply.
+
+    For the networks of this module the result has the same bits as :func:`make_network` with the same generator
+    state, on every device and in every float type. Training mode and ``requires_grad`` stay as they are.
+
+    Args:
+        network: any module whose parameters belong to layers with a ``reset_parameters`` method.
+        generator: where the parameters are drawn from (one draw, a seed).
+
+    Raises:
+        InvalidInputError: a layer holds parameters that it cannot redraw; nothing was changed.
+    """
+    for name, module in network.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and not hasattr(module, "reset_parameters"):
+            raise InvalidInputError(
+                explain(
+                    "every layer with parameters to have reset_parameters()",
+                    f"{type(module).__name__} at {name or 'the top'!r} without it",
+                    "Give the layer that method, or build a new network instead",
+                )
+            )
+    # What is drawn depends on device, float type and memory layout: elsewhere it is drawn on a plain copy on the CPU.
+    native = all(
+        p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in network.parameters()
+    )
+    target = (
+        network if native else copy.deepcopy(network).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    )
+    with seeded(generator):
+        for module in target.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    if target is not network:
+        network.load_state_dict(target.state_dict())
+    network.zero_grad(set_to_none=True)

@@ -1,0 +1,186 @@
+"""The eight differentiable image operations of Siamese augmentation (Zhao & Bilen, ICML 2021), as pure functions.
+
+Every function maps images, float [B, C, H, W], to new images of the same shape, dtype and device, and is
+differentiable in the images to any order. Its parameters are tensors of length 1 (shared by the batch) or B (one per
+image); they may live on the CPU while the images do not. Images are normalised, so no value is clipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["brightness", "contrast", "crop", "cutout", "flip", "rotate", "saturation", "scale"]
+
+
+def brightness(images: Tensor, shift: Tensor) -> Tensor:
+    """Adds ``shift``, float [1 | B], to every pixel."""
+    return images + _per_image(shift, images)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Scales each pixel's distance to its mean over channels by ``factor``, float [1 | B], >= 0; 1 changes nothing."""
+    return _about_mean(images, images.mean(dim=1, keepdim=True), factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scales each pixel's distance to its image's mean by ``factor``, float [1 | B], >= 0; 1 changes nothing."""
+    return _about_mean(images, images.mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def crop(images: Tensor, offset: Tensor) -> Tensor:
+    """Pads with zeros and crops to the old size.
+
+    Args:
+        images: float [B, C, H, W].
+        offset: int64 [1 | B, 2], pixels (down, right) by which the cropped window moves; a move by a whole side
+            or more leaves zeros only.
+    """
+    height, width = images.shape[-2:]
+    if len(offset) == 1:
+        down, right = (max(-side, min(side, int(v))) for v, side in zip(offset[0], (height, width), strict=True))
+        return F.pad(images, (-right, right, -down, down))
+    # One ring of zeros around the image stands for all the padding: rows and columns beyond are clamped to it.
+    offset = offset.to(images.device)
+    rows = (torch.arange(1, height + 1, device=images.device) + offset[:, :1]).clamp(0, height + 1)
+    columns = (torch.arange(1, width + 1, device=images.device) + offset[:, 1:]).clamp(0, width + 1)
+    flat = (rows[:, :, None] * (width + 2) + columns[:, None, :]).view(len(images), 1, -1)
+    padded = F.pad(images, (1, 1, 1, 1)).flatten(2)
+    return padded.gather(2, flat.expand(-1, images.shape[1], -1)).view(images.shape)
+
+
+def cutout(images: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
+    """Sets a rectangle to zero, clipped at the borders.
+
+    Args:
+        images: float [B, C, H, W].
+        centre: int64 [1 | B, 2], (row, column); the rectangle starts at ``centre - size // 2``.
+        size: (height, width) of the rectangle in pixels.
+    """
+    inside = []
+    for axis, (length, extent) in enumerate(zip(images.shape[-2:], size, strict=True)):
+        first = centre[:, axis] - extent // 2
+        # A shared number stays on the CPU: a 0-d tensor there mixes with any device and makes nothing wait.
+        first = first[0] if len(first) == 1 else first.to(images.device)[:, None]
+        position = torch.arange(length, device=images.device)
+        inside.append((position >= first) & (position < first + extent))
+    rectangle = inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2)
+    return images.masked_fill(rectangle.unsqueeze(-3), 0.0)
+
+
+def flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Mirrors left and right where ``flipped``, bool [1 | B], is True."""
+    if len(flipped) == 1:
+        return images.flip(3) if bool(flipped[0]) else images
+    return torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def scale(images: Tensor, factors: Tensor, *, align_corners: bool = False) -> Tensor:
+    """Samples the image on a grid stretched about the centre, bilinear, zeros outside.
+
+    Args:
+        images: float [B, C, H, W].
+        factors: float [1 | B, 2], (horizontal, vertical) stretch of the grid, > 0: 0.5 enlarges the content twice.
+        align_corners: whether -1 and 1 are the centres of the corner pixels (True) or their outer edges.
+    """
+    zero = torch.zeros_like(factors[:, 0])
+    theta = torch.stack((factors[:, 0], zero, zero, zero, factors[:, 1], zero), dim=1)
+    return _affine(images, theta, align_corners)
+
+
+def rotate(images: Tensor, angle: Tensor, *, align_corners: bool = False) -> Tensor:
+    """Rotates about the centre, anticlockwise for positive angles, bilinear, zeros outside.
+
+    Args:
+        images: float [B, C, H, W].
+        angle: float [1 | B], radians.
+        align_corners: as in :func:`scale`.
+    """
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return _affine(images, torch.stack((cosine, -sine, zero, sine, cosine, zero), dim=1), align_corners)
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    """``values`` [1 | B] so that they broadcast over images; a shared one as a 0-d tensor, which needs no transfer."""
+    if len(values) == 1:
+        return values[0].to(images.dtype)
+    return values.to(images.device, images.dtype).view(-1, 1, 1, 1)
+
+
+def _about_mean(images: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    # One pass over the images; the sum written out takes three, and as many large temporaries.
+    if len(factor) == 1:
+        return torch.lerp(mean, images, float(factor[0]))
+    return torch.lerp(mean, images, _per_image(factor, images))
+
+
+def _affine(images: Tensor, theta: Tensor, align_corners: bool) -> Tensor:
+    theta = theta.to(images.device, images.dtype).view(-1, 2, 3)
+    # A shared grid is made once and repeated as a view: making it costs more than sampling with it.
+    grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=align_corners)
+    sampled: Tensor = _Sample.apply(images, grid.expand(len(images), -1, -1, -1), align_corners)
+    return sampled
+
+
+class _Sample(torch.autograd.Function):
+    """Bilinear sampling on a constant grid, and (below) its adjoint: each is the other's derivative.
+
+    The map is linear in the images, yet older releases of torch cannot differentiate the backward pass of
+    ``grid_sample``, which second-order losses (influence on the distillation loss) need.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(images: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _SampleAdjoint.apply(gradient, ctx.saved_tensors[0], ctx.align_corners), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        result: Tensor = _Sample.apply(tangent, ctx.saved_tensors[0], ctx.align_corners)
+        return result
+
+
+class _SampleAdjoint(torch.autograd.Function):
+    """Spreads each output pixel back over the four pixels that it was interpolated from."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
+        # Input and output have one shape, and the images' values matter to the grid's gradient only, which is not asked
+        # for: the gradient itself stands in for them. 0, 0 = bilinear, zero padding.
+        result: Tensor = torch.ops.aten.grid_sampler_2d_backward(
+            gradient.contiguous(), gradient, grid, 0, 0, align_corners, [True, False]
+        )[0]
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Sample.apply(gradient, ctx.saved_tensors[0], ctx.align_corners), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        result: Tensor = _SampleAdjoint.apply(tangent, ctx.saved_tensors[0], ctx.align_corners)
+        return result
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    _, grid, ctx.align_corners = inputs
+    ctx.save_for_backward(grid)
+    ctx.save_for_forward(grid)

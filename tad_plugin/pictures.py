@@ -1,0 +1,66 @@
+"""The pictures of a finished comparison, drawn from its run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tad_plugin import report
+from tad_plugin.compare import Task
+from tad_plugin.experiment import load_noisy
+from tad_plugin.runs import RunFolder
+from tad_plugin.state import SampleState
+from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.tad.mixture import fit_class_mixture
+
+__all__ = ["draw_comparison"]
+
+
+def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path) -> dict[str, Path]:
+    """Draws everything that the run folders allow into ``out/pictures``; returns title -> file.
+
+    The first seed's synthetic sets per arm and IPC, and for arms that divided the data by loss the trusted space over the
+    rounds and the loss histogram with the fitted mixture.
+    """
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"Accuracy by arm": folder / "accuracy.png"}
+    report.plot_comparison(report.summarise(results), found["Accuracy by arm"])
+    first = min(t.config.seed for t in tasks)
+    for task in (t for t in tasks if t.config.seed == first):
+        label = f"{task.arm}, IPC {task.config.ipc}"
+        stem = f"{task.arm.replace('+', '_')}-ipc{task.config.ipc}"
+        synthetic = SyntheticSet.load(task.folder / "synthetic.safetensors")
+        path = found[f"Synthetic images: {label}"] = folder / f"synthetic-{stem}.png"
+        names = list(synthetic.class_names) or [str(c) for c in range(synthetic.num_classes)]
+        report.plot_synthetic(
+            synthetic.images, synthetic.hard_labels, path, inverse=synthetic.preprocessing.inverse, class_names=names
+        )
+    for task in _dividing(tasks, first):
+        records = RunFolder(task.folder).records()
+        stem = task.arm.replace("+", "_")
+        path = found[f"Trusted space: {task.arm}"] = folder / f"trusted-{stem}.png"
+        report.plot_trusted_space(records, path)
+        state = SampleState.load(task.folder / "state.safetensors")
+        losses = state["tad_loss"]
+        mixture = fit_class_mixture(losses, state.observed, state.num_classes)
+        wrong: torch.Tensor | None = None
+        splits = load_noisy(task.config.resolved())[0]
+        if len(splits.train_labels) == len(state):
+            wrong = state.observed != splits.train_labels.cpu()
+        path = found[f"Losses and mixture: {task.arm}"] = folder / f"losses-{stem}.png"
+        report.plot_loss_histogram(losses, state.observed, mixture, path, true_wrong=wrong)
+    return found
+
+
+def _dividing(tasks: list[Task], seed: int) -> list[Task]:
+    """One run per arm (the largest IPC of that seed) whose state holds the losses of a division."""
+    chosen: dict[str, Task] = {}
+    for task in tasks:
+        if task.config.seed == seed and "tad" in task.arm.split("+"):
+            best = chosen.get(task.arm)
+            if best is None or task.config.ipc > best.config.ipc:
+                chosen[task.arm] = task
+    return list(chosen.values())

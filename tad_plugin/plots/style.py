@@ -1,0 +1,85 @@
+"""What all pictures share: colours, fonts, and a figure that changes no global state.
+
+Everything is drawn on Figure objects of its own: no window is opened and no display is needed. The colours are those of
+Okabe and Ito, which colour-blind readers can tell apart; line styles and markers differ as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tad_plugin.errors import InvalidInputError, explain, missing_extra
+from tad_plugin.files import atomic_save
+
+__all__ = ["BLUE", "GREEN", "GREY", "LIGHT", "ORANGE", "PURPLE", "VERMILLION", "legend_above", "picture"]
+
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#A8518A"
+GREY, LIGHT = "#5F6871", "#C9D0D7"
+SUFFIXES = (".png", ".svg", ".pdf")
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so pictures look the same everywhere
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E9EC",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "savefig.dpi": 150,
+    "svg.hashsalt": "tad_plugin",  # the same picture gives the same file
+}
+
+
+@contextmanager
+def picture(path: str | Path, *, tight: bool = False) -> Iterator[Any]:
+    """A matplotlib Figure to draw on; on leaving, it is written to ``path`` in one step.
+
+    Args:
+        path: picture to write.
+        tight: the caller places the axes, and the picture is cut to what was drawn; otherwise matplotlib places them.
+
+    Raises:
+        InvalidInputError: the suffix is not .png, .svg or .pdf.
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "reproduce", "a picture") from error
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InvalidInputError(
+            explain(f"a picture's path that ends in {', '.join(SUFFIXES)}", str(path), "Rename the picture")
+        )
+    with rc_context(_STYLE):
+        figure = Figure(layout=None if tight else "constrained")
+        yield figure
+        cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.08} if tight else {}
+        # without the date the same picture gives the same file
+        dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+        atomic_save(path, lambda temporary: figure.savefig(temporary, metadata=dated, **cut))
+
+
+def legend_above(axis: Any, **options: Any) -> None:
+    """A one-line legend above the right end of the axes, where no data can be, on the title's line."""
+    axis.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(axis.get_legend_handles_labels()[1]),
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handlelength=1.8,
+        **options,
+    )

@@ -1,0 +1,73 @@
+"""Methods found by name through the entry-point group ``tad_plugin.methods``.
+
+Ours are registered the same way as a stranger's: a package that names a Callback in that group can
+be used as ``attach("its-name")`` without a change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from tad_plugin.callback import Callback
+from tad_plugin.errors import ConfigError, explain, unknown_name
+
+__all__ = ["GROUP", "available_methods", "load_method", "make_callbacks"]
+
+GROUP = "tad_plugin.methods"
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=GROUP)}
+
+
+def available_methods() -> list[str]:
+    """Names of all registered methods, sorted; "none" is not among them."""
+    return sorted(_entries())
+
+
+def load_method(name: str) -> type[Callback]:
+    """The Callback class registered as ``name``.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: the entry point does not name a Callback.
+    """
+    entries = _entries()
+    if name not in entries:
+        if not entries:
+            raise ConfigError(
+                explain(f"the entry points of group {GROUP!r}", "none", "Install the package (pip install -e .), not only put it on the path")
+            )
+        raise unknown_name("method", name, ["none", *entries])
+    cls = entries[name].load()
+    if not (isinstance(cls, type) and issubclass(cls, Callback)):
+        raise ConfigError(
+            explain(f"a Callback class behind the method {name!r}", repr(cls), f"Correct the entry point {entries[name].value!r}")
+        )
+    return cls
+
+
+def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0) -> list[Callback]:
+    """The callbacks of "none", "tad", "tad+iwd"..., in the order given.
+
+    Args:
+        method: names joined by "+", or "none".
+        settings: method name -> its settings; a name that is not in ``method`` is an error.
+        seed: each callback's generator is seeded with it and with its position.
+
+    Raises:
+        UnknownNameError: an unknown method.
+        ConfigError: unknown settings, or a method named twice.
+    """
+    names = [] if method in ("none", "") else [n.strip() for n in method.split("+")]
+    if len(set(names)) != len(names):
+        raise ConfigError(explain("each method once", repr(method), "Remove the repetition"))
+    settings = dict(settings or {})
+    extra = sorted(set(settings) - set(names) - {"scorer"})
+    if extra:
+        raise ConfigError(
+            explain(f"settings for {', '.join([*names, 'scorer'])}", f"some for {', '.join(extra)}", "Remove them, or add the method")
+        )
+    return [load_method(n).from_settings(settings.get(n), seed=seed * 1009 + 17 * i + 1) for i, n in enumerate(names)]

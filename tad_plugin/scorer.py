@@ -1,0 +1,274 @@
+"""The scorer: a network trained on the real data, whose losses and features methods read.
+
+MTT and DATM have one already (the expert in training), and so has IDM. For loops that train
+nothing on real data (DM, DC) the hook trains this small one before distillation [METHODS 1.1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tad_plugin.callback import CallbackList
+from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.nn.augment import Augmentation
+from tad_plugin.nn.networks import make_network
+from tad_plugin.state import SampleState, check_labels
+
+__all__ = ["RealData", "Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
+
+
+@dataclass
+class RealData:
+    """The real training data of a loop, held on one device.
+
+    Attributes:
+        images: float32 [N,C,H,W], normalised.
+        labels: int64 [N], observed labels.
+        num_classes: K.
+        true_labels: int64 [N] where they are known (controlled experiments), else None. Only oracles and
+            diagnostics read them.
+        dataset: name of the dataset, "" if unknown; chooses which augmentations are label-preserving.
+        noise_rate: nominal share of wrong labels where the experiment set it, else None.
+        ipc: images per class of the synthetic set, where known (TAD keeps at least that many per class).
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    true_labels: Tensor | None = None
+    dataset: str = ""
+    noise_rate: float | None = None
+    ipc: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim < 2 or not self.images.is_floating_point():
+            raise InvalidInputError(
+                explain("images as a float tensor [N,C,H,W]", f"{self.images.dtype} {list(self.images.shape)}", "Stack and normalise them")
+            )
+        self.labels = check_labels(self.labels, self.num_classes, len(self.images)).to(self.images.device)
+        if self.true_labels is not None:
+            self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(self.images.device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (indices int64 [B], images [B,...]) over the data in order."""
+        for start in range(0, len(self), size):
+            images = self.images[start : start + size]
+            yield torch.arange(start, start + len(images), device=images.device), images
+
+    def subset(self, indices: Tensor) -> RealData:
+        """The same data restricted to ``indices`` (int64 [M])."""
+        return RealData(
+            self.images[indices],
+            self.labels[indices],
+            self.num_classes,
+            None if self.true_labels is None else self.true_labels[indices],
+            self.dataset,
+            self.noise_rate,
+            self.ipc,
+        )
+
+
+@dataclass
+class Scores:
+    """Logits float32 [N,K] and features float32 [N,D] (input of the last linear layer) of the whole data, eval mode."""
+
+    logits: Tensor
+    features: Tensor
+
+
+def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward pass; features are the input of the network's last ``nn.Linear``, so foreign networks work too.
+
+    Returns:
+        (features [B,D], logits [B,K]).
+
+    Raises:
+        InvalidInputError: the network has no ``nn.Linear``.
+    """
+    last = None
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            last = module
+    if last is None:
+        raise InvalidInputError(explain("a network with an nn.Linear classifier", type(network).__name__, "Give it a linear last layer"))
+    caught: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+    try:
+        logits = network(images)
+    finally:
+        handle.remove()
+    return caught[-1].flatten(1), logits
+
+
+@torch.no_grad()
+def score_all(network: nn.Module, data: RealData, batch_size: int = 512) -> Scores:
+    """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored."""
+    training = network.training
+    network.eval()
+    try:
+        parts = [features_and_logits(network, images) for _, images in data.batches(batch_size)]
+    finally:
+        network.train(training)
+    return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i CE_i / sum_i w_i, a scalar; 0 with a graph where every weight is 0.
+
+    Args:
+        logits: [B,K].
+        targets: int64 [B].
+        weights: float [B], >= 0.
+    """
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (weights * losses).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+@dataclass
+class ScorerConfig:
+    """Settings of the plugin's own scorer [ours].
+
+    Attributes:
+        network: architecture name.
+        width: channels of a ConvNet.
+        depth: blocks of a ConvNet; 0 takes 3, or fewer for images under 16 pixels.
+        norm: normalisation.
+        epochs: epochs before distillation.
+        batch_size: samples per step.
+        lr: peak learning rate of SGD; one cosine decay over ``epochs``.
+        momentum: SGD momentum.
+        weight_decay: L2 penalty.
+        augment: augmentation strategy while training ("" none, "auto" crop and, where it keeps the label, flip).
+        refresh_every: iterations of distillation between further epochs; 0 never.
+    """
+
+    network: str = "convnet"
+    width: int = 32
+    depth: int = 0
+    norm: str = "instance"
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: str = "auto"
+    refresh_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 1), ("batch_size", 1), ("width", 1), ("depth", 0), ("refresh_every", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(explain(f"scorer.{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
+        if not self.lr > 0:
+            raise ConfigError(explain("scorer.lr above 0", str(self.lr), "Correct the setting"))
+
+
+class Scorer:
+    """Trains a network on the real data with the state's targets and weights, firing the scorer events.
+
+    Args:
+        data: the real data.
+        config: settings.
+        seed: seed of its own CPU generator (initial weights, order of samples, augmentation).
+    """
+
+    def __init__(self, data: RealData, config: ScorerConfig | None = None, *, seed: int = 0) -> None:
+        self.data = data
+        self.config = config = config or ScorerConfig()
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = data.images.shape
+        flat = data.images.ndim == 2
+        size = int(shape[-1])
+        # Three 2x2 poolings leave nothing to compare of an 8x8 image; two leave 2x2.
+        depth = config.depth or (3 if size >= 16 else 2)
+        self.network = make_network(
+            "mlp" if flat else config.network,
+            in_channels=1 if flat else int(shape[1]),
+            num_classes=data.num_classes,
+            image_size=(1, size) if flat else (int(shape[2]), size),
+            width=config.width,
+            depth=depth,
+            norm=config.norm,
+            generator=self.generator,
+            device=data.images.device,
+        )
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.augmentation = Augmentation(_strategy(config.augment, data))
+        self.epoch = 0
+
+    def run_epoch(self, state: SampleState, events: CallbackList) -> float:
+        """One epoch; fires on_scorer_batch for each batch and on_scorer_epoch at the end; returns the mean loss.
+
+        Samples that are not trusted weigh 0 in the cross-entropy and still take part in what callbacks add.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        config, n = self.config, len(self.data)
+        self.network.train()
+        order = torch.randperm(n, generator=self.generator).to(self.data.images.device)
+        batches = order.split(config.batch_size)
+        # The mean 1 of the state's weights holds over the trusted samples only.
+        effective = state.weight * state.trusted
+        total = 0.0
+        for step, indices in enumerate(batches):
+            progress = min(1.0, (self.epoch + step / len(batches)) / config.epochs)
+            # Refreshes after the schedule go on with a small constant rate.
+            rate = config.lr * max(0.05, 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi)))))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            images = self.data.images[indices]
+            if self.augmentation.strategies:
+                draw = self.augmentation.draw(
+                    len(images), images.shape[-2:], generator=self.generator, siamese=False, device=images.device
+                )
+                images = self.augmentation.apply(images, draw)
+            logits = self.network(images)
+            loss = weighted_cross_entropy(logits, state.target[indices], effective[indices])
+            loss = events.scorer_batch(state, indices, logits, loss)
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(
+                    explain("a finite scorer loss", f"{float(loss)} in epoch {self.epoch}", "Lower scorer.lr, and check the images for NaN")
+                )
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += float(loss.detach()) * len(indices)
+        self.epoch += 1
+        events.position(scorer_epoch=self.epoch)
+        events.scorer_epoch(state, self.network, self.data)
+        return total / n
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimiser, generator and epoch."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.epoch = int(state["epoch"])
+
+
+def _strategy(name: str, data: RealData) -> str:
+    if name != "auto":
+        return name
+    if data.images.ndim != 4:
+        return ""
+    return "crop" if data.dataset in ("digits", "mnist", "svhn") else "crop_flip"

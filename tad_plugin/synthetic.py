@@ -1,0 +1,128 @@
+"""The synthetic set: images, labels, and the preprocessing that its pixels went through, in one file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.errors import FileFormatError, InvalidInputError, explain
+from tad_plugin.files import atomic_save
+
+__all__ = ["SyntheticSet"]
+
+FORMAT = "tad_plugin.synthetic"
+VERSION = 1
+
+
+@dataclass
+class SyntheticSet:
+    """A distilled set of M images.
+
+    Attributes:
+        images: float32 [M,C,H,W], in the space that ``preprocessing`` maps to.
+        labels: int64 [M], or soft labels float32 [M,K] (logits of the teachers are not accepted: rows sum to 1).
+        num_classes: K.
+        preprocessing: how real images in [0,1] were mapped; test images must be mapped the same way.
+        dataset: name of the real dataset.
+        class_names: K names, or empty.
+        learning_rate: the learned rate of trajectory matching, to be used when training on the set; else None.
+        decode: how the images become training images: "" as they are, "partition:F" each is F x F images (IDM).
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    preprocessing: Preprocessing
+    dataset: str = ""
+    class_names: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    decode: str = ""
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or len(self.images) != len(self.labels):
+            raise InvalidInputError(
+                explain(
+                    "images [M,C,H,W] with one label each",
+                    f"images {list(self.images.shape)} and labels {list(self.labels.shape)}",
+                    "Pass as many labels as images",
+                )
+            )
+        if self.labels.ndim == 2 and self.labels.shape[1] != self.num_classes:
+            raise InvalidInputError(
+                explain(f"soft labels [M,{self.num_classes}]", f"{list(self.labels.shape)}", "Pass one probability per class")
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def hard_labels(self) -> Tensor:
+        """int64 [M]: the labels, or the likeliest class of soft ones."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+
+    def detached(self) -> SyntheticSet:
+        """A copy whose tensors share nothing with this one's."""
+        return replace(self, images=self.images.detach().clone(), labels=self.labels.detach().clone())
+
+    def to(self, device: torch.device | str) -> SyntheticSet:
+        """The set with its tensors on ``device``."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file (atomic) with everything that is needed to use or undo the images."""
+        from safetensors.torch import save_file
+
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_classes": self.num_classes,
+            "dataset": self.dataset,
+            "class_names": list(self.class_names),
+            "learning_rate": self.learning_rate,
+            "decode": self.decode,
+            "preprocessing": self.preprocessing.to_header(),
+        }
+        tensors = {"images": self.images, "labels": self.labels}
+        tensors |= {f"preprocessing/{k}": v for k, v in self.preprocessing.tensors().items()}
+        ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        atomic_save(path, lambda tmp: save_file(ready, str(tmp), metadata={"tad_plugin": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> SyntheticSet:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, or another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        way_out = "Pass the synthetic.safetensors of a finished run"
+        if not Path(path).is_file():
+            raise FileFormatError(explain("a synthetic set", f"nothing at {path}", way_out))
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                header = json.loads((f.metadata() or {}).get("tad_plugin", "{}"))
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FileFormatError(explain("a readable synthetic set", f"{path}: {error}", way_out)) from error
+        if header.get("format") != FORMAT or header.get("version") != VERSION or not {"images", "labels"} <= set(tensors):
+            got = f"format {header.get('format')!r}, version {header.get('version')!r} in {path}"
+            raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, way_out))
+        prefix = "preprocessing/"
+        stats = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return cls(
+            tensors["images"],
+            tensors["labels"],
+            int(header["num_classes"]),
+            Preprocessing.from_header(header["preprocessing"], stats),
+            header["dataset"],
+            tuple(header["class_names"]),
+            header["learning_rate"],
+            header["decode"],
+        ).to(device)

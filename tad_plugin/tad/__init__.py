@@ -1,0 +1,44 @@
+"""Trust-aware diversion (TAD): the pure functions that split, recalibrate and steady.
+
+``mixture`` fits the losses of all classes, ``threshold`` divides the samples, ``reliability`` finds new
+labels for untrusted ones, ``consistency`` steadies the scorer's training.
+"""
+
+from tad_plugin.tad.calibration import Calibration, calibrate_threshold
+from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
+from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
+from tad_plugin.tad.reliability import (
+    Reliability,
+    class_anchors,
+    cosine,
+    fit_temperature,
+    ledoit_wolf,
+    mahalanobis,
+    principal_axes,
+    propose,
+    reliability,
+)
+from tad_plugin.tad.threshold import Division, divide, renormalise
+
+__all__ = [
+    "Calibration",
+    "ClassMixture",
+    "Division",
+    "MixtureInit",
+    "Reliability",
+    "TemporalEnsemble",
+    "calibrate_threshold",
+    "class_anchors",
+    "consistency_loss",
+    "cosine",
+    "divide",
+    "fit_class_mixture",
+    "fit_temperature",
+    "ledoit_wolf",
+    "mahalanobis",
+    "principal_axes",
+    "propose",
+    "ramp_up",
+    "reliability",
+    "renormalise",
+]

@@ -1,0 +1,161 @@
+"""The consistency term: predictions are held close to their own running mean.
+
+[paper] A consistency regularisation term steadies the scorer's training. [ours] Its form, for the formula is not
+public: temporal ensembling (Laine & Aila, ICLR 2017). It needs only logits and sample indices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad_plugin.errors import InvalidInputError, NonFiniteError, StateMismatchError, explain
+
+__all__ = ["TemporalEnsemble", "consistency_loss", "ramp_up"]
+
+
+class TemporalEnsemble:
+    """Running, bias-corrected mean of each sample's class probabilities.
+
+    The corrected mean itself is stored, p <- p + (1 - beta) / (1 - beta^t) (new - p) at a sample's t-th visit, which equals
+    the exponential mean divided by 1 - beta^t and keeps early, small values inside the range of half precision.
+
+    Args:
+        num_samples: N.
+        num_classes: K.
+        beta: decay in [0, 1); 0 keeps the last prediction only.
+        dtype: storage type; float16 takes 2 N K bytes.
+        device: where the storage lives. Batches on another device are moved.
+
+    Raises:
+        InvalidInputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        beta: float = 0.6,
+        *,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
+            got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
+            raise InvalidInputError(
+                explain("positive sizes, beta in [0, 1), a floating-point dtype", got, "Pass the data's sizes, beta=0.6")
+            )
+        self.beta = beta
+        self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
+        self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)
+
+    def update(self, indices: Tensor, probabilities: Tensor) -> None:
+        """Takes in one visit of each sample; a sample twice in the batch counts once, with its mean prediction.
+
+        Args:
+            indices: int64 [B], positions in the dataset.
+            probabilities: float [B, K], rows that sum to 1.
+
+        Raises:
+            InvalidInputError: a wrong shape or an index out of range.
+            NonFiniteError: a NaN or infinite probability.
+        """
+        indices = self._checked(indices)
+        new = probabilities.detach().to(self.mean.device, torch.float32)
+        if new.shape != (len(indices), self.mean.shape[1]):
+            expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
+            raise InvalidInputError(explain(expected, f"shape {list(new.shape)}", "Pass one row per index"))
+        if not bool(torch.isfinite(new).all()):
+            got = f"{int((~torch.isfinite(new)).sum())} values that are not"
+            raise NonFiniteError(explain("finite `probabilities`", got, "Look for a diverged scorer"))
+        indices, inverse, copies = torch.unique(indices, return_inverse=True, return_counts=True)
+        total = new.new_zeros(len(indices), new.shape[1]).index_add_(0, inverse, new)
+        count = self.count[indices] + 1
+        # expm1 keeps 1 - beta^t exact for a beta close to 1.
+        decay = -torch.expm1(count.double() * math.log(self.beta)) if self.beta > 0 else torch.ones_like(count, dtype=torch.float64)
+        rate = ((1 - self.beta) / decay).float().unsqueeze(1)
+        old = self.mean[indices].float()
+        self.mean[indices] = (old + rate * (total / copies.unsqueeze(1) - old)).to(self.mean.dtype)
+        self.count[indices] = count
+
+    def ensemble(self, indices: Tensor) -> Tensor:
+        """Mean probabilities, float32 [B, K] on the device of ``indices``; a sample never visited has a row of zeros.
+
+        Raises:
+            InvalidInputError: a wrong shape or an index out of range.
+        """
+        return self.mean[self._checked(indices)].float().to(indices.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What restores this ensemble bit for bit."""
+        return {"beta": self.beta, "mean": self.mean.clone(), "count": self.count.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave.
+
+        Raises:
+            StateMismatchError: another beta, size or storage type.
+        """
+        mine = (self.beta, list(self.mean.shape), self.mean.dtype)
+        theirs = (float(state["beta"]), list(state["mean"].shape), state["mean"].dtype)
+        if mine != theirs:
+            do = "Build the ensemble with the saved settings, or start without this state"
+            raise StateMismatchError(explain(f"beta, size and dtype {mine}", f"{theirs}", do))
+        self.mean.copy_(state["mean"])
+        self.count.copy_(state["count"])
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        if indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
+            got = f"shape {list(indices.shape)}, dtype {indices.dtype}"
+            raise InvalidInputError(explain("integer `indices` of shape [B]", got, "Pass positions in the dataset"))
+        indices = indices.to(self.mean.device, torch.int64)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self.mean):
+            got = f"{int(indices.min())} to {int(indices.max())}"
+            raise InvalidInputError(explain(f"indices in [0, {len(self.mean)})", got, "Pass positions in the dataset"))
+        return indices
+
+
+def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
+    """mean_i ||softmax(logits_i) - p_i||^2, a scalar [ours].
+
+    The mean is over the whole batch. A row of zeros in ``targets_probs`` marks a sample without a history (its first visit):
+    it contributes zero, and no gradient.
+
+    Args:
+        logits: float [B, K], with a graph.
+        targets_probs: float [B, K], from :meth:`TemporalEnsemble.ensemble`; taken as constant.
+
+    Raises:
+        InvalidInputError: shapes that differ, or an empty batch.
+    """
+    if logits.ndim != 2 or logits.shape != targets_probs.shape or len(logits) == 0:
+        got = f"shapes {list(logits.shape)} and {list(targets_probs.shape)}"
+        raise InvalidInputError(explain("`logits` and `targets_probs` of one shape [B, K]", got, "Pass one row per sample"))
+    target = targets_probs.detach()
+    seen = target.sum(1) > 0
+    distance = (logits.softmax(1) - target).square().sum(1)
+    return torch.where(seen, distance, 0.0).mean()
+
+
+def ramp_up(epoch: float, length: float, maximum: float) -> float:
+    """Weight of the consistency term: maximum * exp(-5 (1 - t)^2), t = epoch / length within [0, 1].
+
+    Laine & Aila's "sigmoid" ramp-up: 0.7% of the maximum at epoch 0, all of it from ``length`` on. A length of 0
+    gives the maximum at once.
+
+    Args:
+        epoch: epochs done, >= 0; fractions allowed.
+        length: epochs that the ramp takes, >= 0.
+        maximum: the final weight, >= 0.
+
+    Raises:
+        InvalidInputError: a negative argument.
+    """
+    if min(epoch, length, maximum) < 0:
+        got = f"epoch={epoch}, length={length}, maximum={maximum}"
+        raise InvalidInputError(explain("epoch, length and maximum >= 0", got, "Pass the epochs done so far"))
+    t = min(epoch / length, 1.0) if length > 0 else 1.0
+    return maximum * math.exp(-5.0 * (1.0 - t) ** 2)

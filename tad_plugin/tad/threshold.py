@@ -1,0 +1,163 @@
+"""From posteriors to a trusted and an untrusted space.
+
+[paper] A dynamic division into a trusted and an untrusted space. [ours] All else: the threshold, the guard for
+classes whose losses show no two groups, the smallest size, and the weights' normalisation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tad_plugin.errors import InvalidInputError, UnimodalClassWarning, explain
+from tad_plugin.state import check_labels
+from tad_plugin.tad.mixture import ClassMixture, check_losses
+
+__all__ = ["Division", "divide", "renormalise"]
+
+# Classes named in one warning; the rest is counted, so that 1,000 classes do not fill the screen.
+_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which samples are trusted.
+
+    Attributes:
+        trusted: bool [N].
+        kept_share: float32 [K], trusted share of each class after the fill-up; 0 for an empty class.
+        replaced: bool [K], classes that did not use ``threshold`` because their losses are unimodal.
+    """
+
+    trusted: Tensor
+    kept_share: Tensor
+    replaced: Tensor
+
+
+def divide(
+    losses: Tensor,
+    labels: Tensor,
+    mixture: ClassMixture,
+    num_classes: int,
+    *,
+    threshold: float = 0.5,
+    min_per_class: int = 1,
+    monotone: bool = True,
+) -> Division:
+    """Divides samples by the posterior of their class's low-loss component [ours: the rules].
+
+    - A class with two groups trusts the samples whose posterior exceeds ``threshold``.
+    - A unimodal class keeps, by lowest loss, the median share that the classes with two groups keep (before their
+      fill-up). If no class has two groups there is no evidence of noise, and every sample is trusted.
+      A :class:`~tad_plugin.errors.UnimodalClassWarning` names the classes and their separation.
+    - A class with fewer than ``min_per_class`` trusted samples is filled up by lowest loss, as far as it reaches.
+
+    Args:
+        losses: float [N], those that ``mixture`` was fitted on.
+        labels: integers [N] in [0, num_classes), the same as for the fit.
+        mixture: the fit.
+        num_classes: K.
+        threshold: in [0, 1); a sample at exactly the threshold is not trusted.
+        min_per_class: fewest trusted samples per class, >= 0.
+        monotone: whether a lower loss is never trusted less than a higher one of its class
+            (:meth:`ClassMixture.posterior` with ``monotone``); False compares ``mixture.trust`` as it is.
+
+    Raises:
+        InvalidInputError: an option out of range, or a mixture of other data.
+        InvalidLabelsError: labels out of range, of a wrong type or length.
+        NonFiniteError: a NaN or infinite loss.
+    """
+    values = check_losses(losses)
+    labels = check_labels(labels, num_classes, len(values)).to(values.device)
+    if not 0 <= threshold < 1 or min_per_class < 0:
+        got = f"threshold={threshold}, min_per_class={min_per_class}"
+        raise InvalidInputError(explain("threshold in [0, 1) and min_per_class >= 0", got, "Leave them at their defaults"))
+    counts = torch.bincount(labels, minlength=num_classes)
+    if mixture.trust.shape != values.shape or not torch.equal(mixture.counts.to(counts.device), counts):
+        got = f"{len(values)} losses for a mixture of {len(mixture.trust)} samples, or other labels"
+        raise InvalidInputError(explain("the losses and labels that the mixture was fitted on", got, "Fit the mixture again"))
+    posterior = mixture.posterior(values, labels, monotone=True) if monotone else mixture.trust
+    trusted = posterior.to(values.device) > threshold
+    rank = _rank(values, labels, counts)
+
+    present = counts > 0
+    replaced = mixture.unimodal.to(counts.device) & present
+    bimodal = present & ~replaced
+    if bool(replaced.any()):
+        kept = _shares(trusted, labels, counts)[bimodal]
+        # quantile, not median: torch's median of an even number is the lower one of the middle two.
+        share = float(torch.quantile(kept, 0.5)) if len(kept) else 1.0
+        quota = (share * counts.double()).round().long()
+        trusted = torch.where(replaced[labels], rank < quota[labels], trusted)
+        _warn(replaced, mixture.separation, share, everything=not len(kept))
+
+    missing = min_per_class - torch.bincount(labels[trusted], minlength=num_classes)
+    left_out = torch.where(trusted, num_classes, labels)  # trusted samples form a group of their own, never filled up
+    position = _rank(values, left_out, torch.bincount(left_out, minlength=num_classes + 1))
+    trusted = trusted | (position < missing[labels]) & ~trusted
+    return Division(trusted, _shares(trusted, labels, counts).float(), replaced)
+
+
+def renormalise(weights: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Scales weights to mean 1 over the masked samples of each class; 0 elsewhere [ours].
+
+    A class whose masked weights are all 0 counts evenly (1 each), so that no class is lost from the loss.
+
+    Args:
+        weights: float [N], finite, >= 0.
+        labels: integers [N] in [0, num_classes).
+        mask: bool [N], the samples that take part.
+        num_classes: K.
+
+    Returns:
+        float32 [N].
+
+    Raises:
+        InvalidInputError: a wrong shape or type, or a negative or non-finite weight.
+        InvalidLabelsError: labels out of range, of a wrong type or length.
+    """
+    values = weights.detach().double()
+    if values.ndim != 1 or mask.shape != values.shape or mask.dtype != torch.bool:
+        got = f"shapes {list(weights.shape)} and {list(mask.shape)}, mask of dtype {mask.dtype}"
+        raise InvalidInputError(explain("`weights` and a boolean `mask` of one shape [N]", got, "Pass one value per sample"))
+    bad = ~torch.isfinite(values) | (values < 0)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        got = f"{float(values[first])} at position {first}"
+        raise InvalidInputError(explain("finite `weights` >= 0", got, "Check the method that computed them"))
+    labels = check_labels(labels, num_classes, len(values)).to(values.device)
+    inside = labels[mask]
+    count = torch.bincount(inside, minlength=num_classes).double()
+    total = torch.zeros_like(count).index_add_(0, inside, values[mask])
+    mean = torch.where(total > 0, total / count.clamp_min(1), 1.0)[labels]
+    even = torch.where((total > 0)[labels], values / mean, 1.0)
+    return torch.where(mask, even, 0.0).float()
+
+
+def _rank(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """Position [N] of each sample in its group by rising value, ties by index; ``counts`` are the groups' sizes."""
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(groups[order], stable=True)]
+    start = (counts.cumsum(0) - counts)[groups[order]]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - start
+    return rank
+
+
+def _shares(trusted: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    return torch.bincount(labels[trusted], minlength=len(counts)).double() / counts.clamp_min(1)
+
+
+def _warn(replaced: Tensor, separation: Tensor, share: float, *, everything: bool) -> None:
+    classes = replaced.nonzero().flatten().tolist()
+    named = ", ".join(f"class {c} (D = {float(separation[c]):.2f})" for c in classes[:_NAMED])
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    if everything:
+        do = "No class shows two groups, so all samples are trusted; train the scorer longer if you expect noise"
+    else:
+        do = f"These classes keep {share:.0%} of their samples, the other classes' median, by lowest loss"
+    message = explain("two groups of losses in every class (D of at least 2)", f"one group in {named}{more}", do)
+    warnings.warn(message, UnimodalClassWarning, stacklevel=3)

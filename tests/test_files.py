@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tad_plugin.errors import FileFormatError
+from tad_plugin.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
+
+
+def test_write_makes_parents_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    assert atomic_write(path, "ä") == path
+    assert path.read_bytes() == "ä".encode()
+    atomic_write(path, b"\x00new")
+    assert path.read_bytes() == b"\x00new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    atomic_write(path, "old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        atomic_save(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_temporary_lies_beside_the_target_and_ends_like_it(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary)
+        temporary.write_bytes(b"")
+
+    atomic_save(tmp_path / "picture.png", write)
+    assert seen[0].parent == tmp_path and seen[0].suffix == ".png" and not seen[0].exists()
+
+
+def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    assert atomic_write(tmp_path / "ours", "").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    kept = atomic_write(tmp_path / "kept.txt", "x")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_save(tmp_path / "y.txt", lambda temporary: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tmp_path / ".tmp-0123456789ab.pt").write_bytes(b"half")
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_digest_is_sha256(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 8192  # over one piece of 1 MiB
+    assert file_digest(atomic_write(tmp_path / "d", data)) == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe"])
+def test_unreadable_json_is_a_named_error(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"Expected .*r\.json.*, but got"):
+        read_json(path)
