@@ -122,8 +122,7 @@ def train_on_synthetic(
         for indices in order.split(config.batch_size):
             batch = images[indices]
             if augmentation.strategies:
-                draw = augmentation.draw(len(batch), batch.shape[-2:], generator=generator, siamese=False, device=batch.device)
-                batch = augmentation.apply(batch, draw)
+                batch = augmentation(batch, generator=generator)
             loss = F.cross_entropy(network(batch), labels[indices])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

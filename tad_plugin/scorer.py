@@ -229,10 +229,7 @@ class Scorer:
                 group["lr"] = rate
             images = self.data.images[indices]
             if self.augmentation.strategies:
-                draw = self.augmentation.draw(
-                    len(images), images.shape[-2:], generator=self.generator, siamese=False, device=images.device
-                )
-                images = self.augmentation.apply(images, draw)
+                images = self.augmentation(images, generator=self.generator)
             logits = self.network(images)
             loss = weighted_cross_entropy(logits, state.target[indices], effective[indices])
             loss = events.scorer_batch(state, indices, logits, loss)

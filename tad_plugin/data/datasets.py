@@ -44,6 +44,7 @@ class DataSplits:
         holdout_source_index: int64 [V].
         source_rank: int64 [N], number of each sample in its class, for image folders; else None.
         holdout_source_rank: int64 [V], or None.
+        pixel_scale: the published pixels are whole numbers from 0 to this (255; digits 16).
     """
 
     name: str
@@ -61,6 +62,7 @@ class DataSplits:
     holdout_source_index: Tensor
     source_rank: Tensor | None = None
     holdout_source_rank: Tensor | None = None
+    pixel_scale: float = 255.0
 
     def __repr__(self) -> str:
         parts = f"train={len(self.train_labels)}, holdout={len(self.holdout_labels)}, test={len(self.test_labels)}"
@@ -70,8 +72,8 @@ class DataSplits:
         """Noisy labels of the training part and of the held-out part (None where that is empty).
 
         The noise is drawn over the real training data as a whole, in the published order, so a sample's label does not
-        depend on how much is held out, nor on which samples. Instance-dependent noise sees the 8-bit pixels, so it
-        does not depend on normalisation, whitening or device.
+        depend on how much is held out, nor on which samples. Instance-dependent noise sees the published whole
+        pixels, so it does not depend on normalisation, whitening or device (resized images are rounded to them).
 
         Raises:
             ConfigError, FileFormatError, StateMismatchError, UnknownNameError: see :meth:`NoiseSpec.apply`.
@@ -86,8 +88,9 @@ class DataSplits:
         images = None
         if spec.kind == "instance":
             parts = [*self.train_images.split(_CHUNK), *self.holdout_images.split(_CHUNK)]
-            pixels = [(self.preprocessing.inverse(part) * 255).round().cpu() for part in parts if len(part)]
-            images = torch.cat(pixels)[order.cpu()] / 255
+            scale = self.pixel_scale
+            pixels = [(self.preprocessing.inverse(part) * scale).round().cpu() for part in parts if len(part)]
+            images = torch.cat(pixels)[order.cpu()] / scale
         whole = spec.apply(
             true[order],
             self.num_classes,
@@ -175,6 +178,7 @@ def load_dataset(
         holdout_source_index=raw.index[held].to(device),
         source_rank=None if raw.rank is None else raw.rank[train].to(device),
         holdout_source_rank=None if raw.rank is None else raw.rank[held].to(device),
+        pixel_scale=raw.scale,
     )
 
 

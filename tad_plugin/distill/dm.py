@@ -81,7 +81,7 @@ class DM(Baseline):
             indices = draw_class(self.hook, self.data, c, config.batch_real, self.generator)
             batch, own = self.data.images[indices], images[c * config.ipc : (c + 1) * config.ipc]
             if self.augmentation.strategies:
-                size = tuple(batch.shape[-2:])
+                size = (batch.shape[-2], batch.shape[-1])
                 draw = self.augmentation.draw(len(batch), size, generator=self.generator, siamese=True, device=batch.device)
                 batch, own = self.augmentation.apply(batch, draw), self.augmentation.apply(own, draw)
             drawn.append(indices)

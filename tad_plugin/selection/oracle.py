@@ -19,7 +19,7 @@ class Oracle(Callback):
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Sets ``trusted`` and ``trust``."""
-        right = state.observed == data.true_labels
+        right = state.observed.eq(data.true_labels)  # type: ignore[arg-type]
         state.update(trusted=right, trust=right.float())
         state.set_weights(self.name, right.float())
         self.report("division", trusted=int(right.sum()), untrusted=int((~right).sum()))

@@ -24,7 +24,7 @@ from torch import Tensor
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.state import check_labels
 from tad_plugin.tad.geometry import check_features, principal_axes
-from tad_plugin.tad.reliability import _labels_of, fit_features, fit_temperature, propose, reliability_score
+from tad_plugin.tad.reliability import predicted_labels, fit_features, fit_temperature, propose, reliability_score
 
 __all__ = ["Calibration", "calibrate_threshold"]
 
@@ -71,6 +71,7 @@ def calibrate_threshold(
     noise_rate: float | None = None,
     temperature: float | None = None,
     max_dim: int = 128,
+    axes: Tensor | None = None,
     min_support: int = 20,
 ) -> Calibration:
     """The smallest reliability from which on proposals are right with the wanted precision [ours].
@@ -94,6 +95,7 @@ def calibrate_threshold(
         noise_rate: e in [0, 1), if known; None estimates it.
         temperature: of the score; None fits it on the cross-fitted trusted samples.
         max_dim: wider features are projected to this many principal axes for the distance.
+        axes: a projection [D, d] to use instead; wide features are cheaper if ``reliability`` gets the same one.
         min_support: fewest trusted proposals that a precision may rest on, >= 1.
 
     Raises:
@@ -109,12 +111,11 @@ def calibrate_threshold(
     where = features.device
     targets = check_labels(targets, num_classes, len(features), "targets").to(where)
     labels = targets if observed is None else check_labels(observed, num_classes, len(features), "observed").to(where)
-    predicted = _labels_of(predictions, len(features), num_classes).to(where)
+    predicted = predicted_labels(predictions, len(features), num_classes).to(where)
     trusted = trusted.to(where)
 
     half = _halves(targets, trusted, generator)
-    axes = None
-    if features.shape[1] > max_dim and int(trusted.sum()) > 1:
+    if axes is None and features.shape[1] > max_dim and int(trusted.sum()) > 1:
         # The projection sees no label, so both halves may share it.
         axes = principal_axes(features[trusted], max_dim)
     distance = torch.empty(len(features), num_classes, dtype=torch.float32, device=where)

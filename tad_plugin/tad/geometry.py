@@ -163,7 +163,7 @@ def cosine(features: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def principal_axes(features: Tensor, dimensions: int, *, limit: int = 8192) -> Tensor:
+def principal_axes(features: Tensor, dimensions: int, *, limit: int = 4096) -> Tensor:
     """The leading principal axes of the rows, in order of falling variance.
 
     Args:
@@ -173,7 +173,7 @@ def principal_axes(features: Tensor, dimensions: int, *, limit: int = 8192) -> T
             the D x D products are what they cost. At least 2.
 
     Returns:
-        float64 [D, dimensions], orthonormal columns.
+        float64 [D, dimensions], orthonormal columns (each up to its sign).
 
     Raises:
         InvalidInputError: a wrong shape, ``dimensions`` out of range or ``limit`` below 2.
@@ -192,7 +192,9 @@ def principal_axes(features: Tensor, dimensions: int, *, limit: int = 8192) -> T
         features = features[torch.linspace(0, m - 1, limit, dtype=torch.float64, device=features.device).long()]
     centred = features.double() - features.double().mean(0)
     if len(centred) >= d:
-        return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dimensions:].flip(1)
+        # The product dominates the cost of wide features; the axes survive its rounding in the features' own precision.
+        working = centred.to(features.dtype) if features.dtype == torch.float32 else centred
+        return torch.linalg.eigh((working.T @ working).double()).eigenvectors[:, -dimensions:].flip(1)
     return torch.linalg.svd(centred, full_matrices=dimensions > len(centred)).Vh[:dimensions].T
 
 

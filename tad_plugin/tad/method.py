@@ -14,9 +14,10 @@ from tad_plugin.callback import Callback
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
 from tad_plugin.scorer import RealData, score_all
 from tad_plugin.state import SampleState
+from tad_plugin.tad.calibration import calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
 from tad_plugin.tad.mixture import ClassMixture, fit_class_mixture
-from tad_plugin.tad.reliability import calibrate_threshold, reliability
+from tad_plugin.tad.reliability import reliability
 from tad_plugin.tad.threshold import divide
 
 __all__ = ["TAD", "TADConfig"]
@@ -165,7 +166,7 @@ class TAD(Callback):
         if config.recall:
             space = trusted | kept
             rho, score, proposal = self._reliability(state, features, logits, target, space)
-            recalled = ~space & (proposal >= 0) & (score >= rho) & (proposal != state.observed)
+            recalled = ~space & (proposal >= 0) & (score >= rho)
             target = torch.where(recalled, proposal, target)
             weight = torch.where(recalled, score.clamp_min(0.05), weight)
         state["recalled"].copy_(kept | recalled)
@@ -191,12 +192,31 @@ class TAD(Callback):
         self, state: SampleState, features: Tensor, logits: Tensor, target: Tensor, space: Tensor
     ) -> tuple[float, Tensor, Tensor]:
         config = self.config
-        # IMPLEMENT with part C's signatures
-        raise RuntimeError
+        calibration = calibrate_threshold(
+            features,
+            target,
+            space,
+            logits,
+            state.num_classes,
+            generator=self.generator,
+            recall_precision=config.recall_precision,
+            observed=state.observed,
+            max_dim=config.max_dim,
+        )
+        found = reliability(
+            features,
+            target,
+            space,
+            logits,
+            state.num_classes,
+            temperature=calibration.temperature,
+            max_dim=config.max_dim,
+        )
+        return calibration.threshold, found.score, found.proposal
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:
-        return TemporalEnsemble(n, k, beta=self.config.consistency_beta, device=device)
+        return TemporalEnsemble(n, k, self.config.consistency_beta, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Callback`."""
@@ -213,4 +233,6 @@ class TAD(Callback):
         self.round = int(state["round"])
         self.history = [t.clone() for t in state["history"]]
         if state["ensemble"] is not None:
-            self.ensemble = TemporalEnsemble.from_state_dict(state["ensemble"])
+            mean = state["ensemble"]["mean"]
+            self.ensemble = self._make_ensemble(len(mean), mean.shape[1], mean.device)
+            self.ensemble.load_state_dict(state["ensemble"])

@@ -33,6 +33,7 @@ __all__ = [
     "fit_temperature",
     "ledoit_wolf",
     "mahalanobis",
+    "predicted_labels",
     "principal_axes",
     "propose",
     "reliability",
@@ -126,6 +127,9 @@ def fit_features(
     if max_dim < 1:
         raise InvalidInputError(explain("max_dim >= 1", str(max_dim), "Leave it at 128"))
     features = check_features(features)
+    if axes is not None and (axes.ndim != 2 or len(axes) != features.shape[1]):
+        expected = f"`axes` of shape [{features.shape[1]}, d]"
+        raise InvalidInputError(explain(expected, f"shape {list(axes.shape)}", "Compute them from the same features"))
     anchors, counts = class_anchors(features, targets, trusted, num_classes)
     targets, trusted = targets.to(features.device), trusted.to(features.device)
     index = (trusted & (counts >= MIN_ANCHOR)[targets]).nonzero().flatten()
@@ -168,7 +172,7 @@ def propose(distance: Tensor, cosine: Tensor, predictions: Tensor) -> Tensor:
     if distance.ndim != 2 or cosine.shape != distance.shape:
         got = f"{list(distance.shape)} and {list(cosine.shape)}"
         raise InvalidInputError(explain("`distance` and `cosine` of one shape [N, K]", got, "Pass both for the same anchors"))
-    predicted = _labels_of(predictions, *distance.shape).to(distance.device)
+    predicted = predicted_labels(predictions, *distance.shape).to(distance.device)
     nearest = distance.argmin(1)
     agreed = (nearest == _masked(cosine, distance).argmax(1)) & (nearest == predicted)
     agreed &= torch.isfinite(distance).any(1)
@@ -246,6 +250,7 @@ def reliability(
     *,
     temperature: float | None = None,
     max_dim: int = 128,
+    axes: Tensor | None = None,
 ) -> Reliability:
     """Proposes labels for untrusted samples and scores how far each can be relied on.
 
@@ -266,6 +271,7 @@ def reliability(
             against its own anchor with itself left out. For the threshold to fit the scores, take it from
             :class:`~tad_plugin.tad.calibration.Calibration`, or give this result's to the calibration.
         max_dim: wider features are projected to this many principal axes for the distance.
+        axes: a projection [D, d] to use instead, such as :func:`principal_axes` gave for the calibration.
 
     Raises:
         InvalidInputError: a wrong shape, type or option; or trusted features that do not vary within any class.
@@ -274,8 +280,8 @@ def reliability(
     """
     features = check_features(features)
     targets = check_labels(targets, num_classes, len(features), "targets").to(features.device)
-    predicted = _labels_of(predictions, len(features), num_classes).to(features.device)
-    model = fit_features(features, targets, trusted, num_classes, max_dim=max_dim)
+    predicted = predicted_labels(predictions, len(features), num_classes).to(features.device)
+    model = fit_features(features, targets, trusted, num_classes, max_dim=max_dim, axes=axes)
     trusted = trusted.to(features.device)
     distance, similar = model.measure(features)
     if temperature is None:
@@ -295,7 +301,8 @@ def _leave_one_out(distance: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
     return distance.scatter(1, targets.unsqueeze(1), own)
 
 
-def _labels_of(predictions: Tensor, length: int, num_classes: int) -> Tensor:
+def predicted_labels(predictions: Tensor, length: int, num_classes: int) -> Tensor:
+    """int64 [N] from labels [N] or logits [N, K]; raises InvalidInputError or InvalidLabelsError for anything else."""
     if predictions.ndim == 2 and predictions.dtype.is_floating_point:
         if list(predictions.shape) != [length, num_classes]:
             expected = f"logits of shape [{length}, {num_classes}]"

@@ -127,8 +127,10 @@ def test_instance_flips_of_equal_images_follow_their_softmax() -> None:
         counts = torch.bincount(seen, minlength=K)[1:].numpy()
         likely = p * len(seen) > 5
         assert counts[~likely].sum() <= 15
-        expected = p[likely] / p[likely].sum() * counts[likely].sum()
-        assert stats.chisquare(counts[likely], expected).pvalue > 1e-4
+        assert counts[likely].sum() > 0
+        if likely.sum() > 1:
+            expected = p[likely] / p[likely].sum() * counts[likely].sum()
+            assert stats.chisquare(counts[likely], expected).pvalue > 1e-4
 
 
 def test_instance_ignores_brightness_and_contrast() -> None:

@@ -157,9 +157,9 @@ def test_wrong_layouts(tmp_path: Path) -> None:
     for name in ("text.zip", "absent", "empty"):
         with pytest.raises(FileFormatError), open_tree(tmp_path / name):
             pass
-    with open_tree(write(tmp_path / "d", {"train/a/x.txt": b"", "train/0.png": png(0)})) as tree:
-        with pytest.raises(FileFormatError, match="images below train/<class>/"):
-            class_files(tree, "train")
+    bare = write(tmp_path / "d", {"train/a/x.txt": b"", "train/0.png": png(0)})
+    with open_tree(bare) as tree, pytest.raises(FileFormatError, match="images below train/<class>/"):
+        class_files(tree, "train")
     files = {"train/a/0.png": png(0), "train/b/x.txt": b"", "test/a/0.png": png(0), "test/c/0.png": png(0)}
     with open_tree(write(tmp_path / "e", files)) as tree:
         with pytest.raises(EmptyClassError, match="none in b"):

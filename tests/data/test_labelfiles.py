@@ -82,7 +82,7 @@ class Trap:
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     torch.save({"clean_label": CLEAN, "worse_label": Trap(sprung)}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps({"clean_label": Trap(sprung)}))
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"clean_label": Trap(sprung)}, protocol=2))
     np.savez(tmp_path / "c.npz", clean=np.array([Trap(sprung)], dtype=object))
     for name in ("a.pt", "b.pt", "c.npz"):
         with pytest.raises(FileFormatError, match=name):
@@ -129,7 +129,7 @@ def test_mapping_by_rank(npz: Path, tmp_path: Path, stored: bool) -> None:
     if not stored:
         np.savez(tmp_path / "plain.npz", clean=CLEAN, worse=WORSE)
         npz = tmp_path / "plain.npz"
-    positions = np.concatenate([np.flatnonzero(CLEAN == c)[:7] for c in range(K)])
+    positions = np.concatenate([np.flatnonzero(c == CLEAN)[:7] for c in range(K)])
     ranks = torch.arange(7).repeat(K)
     spec = NoiseSpec("human", key="worse", path=str(npz))
     noisy = spec.apply(torch.from_numpy(CLEAN[positions]), K, source_rank=ranks, source_index=torch.arange(28))

@@ -171,7 +171,9 @@ def test_dm_influence_equals_the_general_identity(normalise: bool, weighted: boo
         terms = []
         for c in range(10):
             inside = p.real_labels == c
-            terms.append(((w[inside, None] * phi[inside]).mean(0) - own[p.synthetic_labels == c].mean(0)).square().sum())
+            terms.append(
+                ((w[inside, None] * phi[inside]).mean(0) - own[p.synthetic_labels == c].mean(0)).square().sum()
+            )
         loss = torch.stack(terms).sum()
     expected = explicit_influence(loss, w, s, slope, eta=0.7)
     found = dm_influence(
@@ -206,7 +208,9 @@ def test_target_direction_matches_autograd_through_the_step() -> None:
     generator = torch.Generator().manual_seed(0)
     start, theta, s, goal = (torch.randn(6, dtype=torch.float64, generator=generator) for _ in range(4))
 
-    def loss_fn(theta: Tensor, s: Tensor) -> Tensor:  # a trajectory-matching loss: S moves the student, theta is its aim
+    def loss_fn(
+        theta: Tensor, s: Tensor
+    ) -> Tensor:  # a trajectory-matching loss: S moves the student, theta is its aim
         student = start - 0.3 * torch.tanh(s * start) * s
         return (student - theta).square().sum() / (start - theta).square().sum()
 

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, NoHeldOutError
-from tad_plugin.iwd.targets import class_mean_distance, cross_fit, matching_target, validation_gradient, validation_target
+from tad_plugin.iwd.targets import (
+    class_mean_distance,
+    cross_fit,
+    matching_target,
+    validation_gradient,
+    validation_target,
+)
 from tests.iwd.problems import convnet, digits_problem
 
 
@@ -98,9 +104,7 @@ def test_no_held_out_samples() -> None:
         matching_target(network, p.synthetic, p.synthetic_labels, none, no_labels, 10)
     with pytest.raises(NoHeldOutError):  # held-out samples of class 0 only, synthetic images of the others
         keep = p.held_out_labels == 0
-        matching_target(
-            network, p.synthetic[1:], p.synthetic_labels[1:], p.held_out[keep], p.held_out_labels[keep], 10
-        )
+        matching_target(network, p.synthetic[1:], p.synthetic_labels[1:], p.held_out[keep], p.held_out_labels[keep], 10)
 
 
 def test_wrong_arguments() -> None:
