@@ -28,7 +28,7 @@ _find_python() {
         _fail "Expected a Python with the modules venv and ensurepip, but got $without_venv without them. \
 Install them (Debian, Ubuntu: apt install python3-venv), or activate a virtual environment first."
     fi
-    _fail "Expected Python 3.10 or newer on PATH, but got $(python3 --version 2>&1 || echo none). \
+    _fail "Expected Python 3.10 or newer on PATH, but got $(python3 --version 2>/dev/null || echo none). \
 Install one (python.org, your package manager, pyenv or conda), or activate a virtual environment that has it."
 }
 

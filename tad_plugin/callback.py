@@ -141,7 +141,11 @@ def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(
-            explain(f"settings of {owner} out of {', '.join(sorted(known))}", ", ".join(unknown), "Remove or rename the unknown ones")
+            explain(
+                f"settings of {owner} out of {', '.join(sorted(known))}",
+                ", ".join(unknown),
+                "Remove or rename the unknown ones",
+            )
         )
     return cls(**values)
 
@@ -239,12 +243,18 @@ class StateView:
         if name in self._state:
             return self._state[name].clone()
         raise AttributeError(
-            explain("the name of a tensor of the state", repr(name), "An observer can read tensors and summary(), and cannot write")
+            explain(
+                "the name of a tensor of the state",
+                repr(name),
+                "An observer can read tensors and summary(), and cannot write",
+            )
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "_state":
-            raise AttributeError(explain("reading only", f"an assignment to {name!r}", "Make it a Callback if it must write the state"))
+            raise AttributeError(
+                explain("reading only", f"an assignment to {name!r}", "Make it a Callback if it must write the state")
+            )
         super().__setattr__(name, value)
 
     def summary(self) -> dict[str, Any]:
@@ -340,6 +350,10 @@ class CallbackList:
         """Restores :meth:`state_dict`. Raises ConfigError if the callbacks differ."""
         mine = [f"{i}:{c.name}" for i, c in enumerate(self.callbacks)]
         if sorted(mine) != sorted(state):
-            raise ConfigError(explain(f"a checkpoint of {mine}", f"one of {sorted(state)}", "Attach the same methods in the same order"))
+            raise ConfigError(
+                explain(
+                    f"a checkpoint of {mine}", f"one of {sorted(state)}", "Attach the same methods in the same order"
+                )
+            )
         for key, callback in zip(mine, self.callbacks, strict=True):
             callback.load_state_dict(state[key])

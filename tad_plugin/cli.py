@@ -59,14 +59,18 @@ def _parser() -> Any:
     check.add_argument("synthetic", type=str, help="synthetic.safetensors of a run")
     check.add_argument("--out", type=str, default="", help="JSON file for the result")
 
-    many = verb("compare", f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}", {"ipc", "seed"})
+    many = verb(
+        "compare", f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}", {"ipc", "seed"}
+    )
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
     many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9)")
     many.add_argument("--jobs", type=int, default=1, help="runs side by side")
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
-    many.add_argument("--overwrite", type=bool, default=False, help="start over runs that stand there with other settings")
+    many.add_argument(
+        "--overwrite", type=bool, default=False, help="start over runs that stand there with other settings"
+    )
     many.add_argument("--pictures", type=bool, default=True, help="draw the pictures and the HTML page")
 
     verb("methods", "List the registered methods and their settings.", run=False)

@@ -37,7 +37,9 @@ def parse_numbers(text: str, name: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0:
-        raise ConfigError(explain(f"--{name} as whole numbers joined by commas", repr(text), f"Write for example --{name} 1,10"))
+        raise ConfigError(
+            explain(f"--{name} as whole numbers joined by commas", repr(text), f"Write for example --{name} 1,10")
+        )
     return numbers
 
 
@@ -51,7 +53,9 @@ def parse_seeds(text: str) -> list[int]:
     return list(range(numbers[0]))
 
 
-def tasks_of(config: RunConfig, arms: Iterable[str], seeds: Iterable[int], ipcs: Iterable[int], out: Path) -> list[Task]:
+def tasks_of(
+    config: RunConfig, arms: Iterable[str], seeds: Iterable[int], ipcs: Iterable[int], out: Path
+) -> list[Task]:
     """All runs, seeds first, so that a comparison that is cut short holds whole arms of few seeds."""
     arms, ipcs = list(arms), list(ipcs)
     for arm in arms:

@@ -65,5 +65,7 @@ class SplitDiagnostics(Observer):
         """See :class:`Observer`."""
         if data.true_labels is None:
             return None
-        self.last = split_quality(state["observed"], state["target"], state["trusted"], state["trust"], data.true_labels)
+        self.last = split_quality(
+            state["observed"], state["target"], state["trusted"], state["trust"], data.true_labels
+        )
         return {"event": "split", **self.last}

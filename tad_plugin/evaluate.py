@@ -54,7 +54,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("runs", "epochs", "batch_size", "width"):
             if getattr(self, name) < 1:
-                raise ConfigError(explain(f"evaluation {name} of at least 1", str(getattr(self, name)), "Correct the setting"))
+                raise ConfigError(
+                    explain(f"evaluation {name} of at least 1", str(getattr(self, name)), "Correct the setting")
+                )
         if not self.lr > 0:
             raise ConfigError(explain("an evaluation lr above 0", str(self.lr), "Correct the setting"))
 
@@ -89,7 +91,9 @@ def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
         return synthetic.images, synthetic.labels
     name, _, factor = synthetic.decode.partition(":")
     if name not in DECODERS:
-        raise ConfigError(explain(f"a decoder out of {sorted(DECODERS)}", repr(name), "Use the version that wrote this set"))
+        raise ConfigError(
+            explain(f"a decoder out of {sorted(DECODERS)}", repr(name), "Use the version that wrote this set")
+        )
     return DECODERS[name](synthetic.images, synthetic.labels, int(factor))
 
 
@@ -112,7 +116,9 @@ def train_on_synthetic(
     strategy = default_strategy(synthetic.dataset) if config.augment == "auto" else config.augment
     augmentation = Augmentation("" if strategy == "none" else strategy)
     rate = synthetic.learning_rate or config.lr
-    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     network.train()
     for epoch in range(config.epochs):
         if epoch == config.epochs // 2 + 1:
@@ -129,7 +135,11 @@ def train_on_synthetic(
             optimizer.step()
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
-            explain("a finite training loss on the synthetic set", str(float(loss)), "Lower the evaluation lr, and look at the synthetic images")
+            explain(
+                "a finite training loss on the synthetic set",
+                str(float(loss)),
+                "Lower the evaluation lr, and look at the synthetic images",
+            )
         )
     return network.eval()
 
@@ -139,7 +149,8 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int
     """Accuracy in percent of ``network`` (put into eval mode) on images [N,C,H,W] and labels int64 [N]."""
     network.eval()
     hits = sum(
-        int((network(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        int((network(x).argmax(1) == y).sum())
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     )
     return 100.0 * hits / len(labels)
 
@@ -176,7 +187,9 @@ def evaluate(
     if images.shape[1:] != synthetic.images.shape[1:]:
         raise InvalidInputError(
             explain(
-                f"test images {list(synthetic.images.shape[1:])}", f"{list(images.shape[1:])}", "Load the dataset that was distilled"
+                f"test images {list(synthetic.images.shape[1:])}",
+                f"{list(images.shape[1:])}",
+                "Load the dataset that was distilled",
             )
         )
     synthetic = synthetic.to(images.device)

@@ -149,9 +149,7 @@ class RunConfig:
 
     def evaluation(self) -> EvaluateConfig:
         """The evaluation's settings."""
-        return EvaluateConfig(
-            width=self.width, runs=self.eval_runs, epochs=self.eval_epochs, lr=self.eval_lr
-        )
+        return EvaluateConfig(width=self.width, runs=self.eval_runs, epochs=self.eval_epochs, lr=self.eval_lr)
 
 
 def derived_seed(*parts: Any) -> int:
@@ -177,7 +175,8 @@ def load_noisy(config: RunConfig) -> tuple[DataSplits, NoisyLabels, NoisyLabels 
         device=config.device,
         zca=config.zca,
     )
-    spec = NoiseSpec.parse(config.noise, seed=None if "seed=" in config.noise else config.seed, path=config.labels or None)
+    path = config.labels if config.labels and config.noise.startswith("human") else None
+    spec = NoiseSpec.parse(config.noise, seed=None if "seed=" in config.noise else config.seed, path=path)
     return splits, *splits.apply_noise(spec)
 
 
@@ -336,7 +335,9 @@ class Run:
                     preprocessing=splits.preprocessing,
                     network=network,
                     runs=1,
-                    generator=_generator(config.seed, "evaluation", "choose" if part == "choose" else "test", network, run),
+                    generator=_generator(
+                        config.seed, "evaluation", "choose" if part == "choose" else "test", network, run
+                    ),
                 )
                 done[key] = found.accuracies[0]
                 progress.maybe_save()

@@ -88,7 +88,11 @@ class Hook:
         blind = [c.name for c in self.callbacks if c.needs_true_labels]
         if blind and (data is None or data.true_labels is None):
             raise ConfigError(
-                explain(f"true_labels for the method {blind[0]!r}", "none", "Pass true_labels=..., or use a method that needs none")
+                explain(
+                    f"true_labels for the method {blind[0]!r}",
+                    "none",
+                    "Pass true_labels=..., or use a method that needs none",
+                )
             )
 
     # -- starting ----------------------------------------------------------------------------------
@@ -184,7 +188,9 @@ class Hook:
         if not self.enabled:
             return rows
         if len(rows) != len(indices):
-            raise InvalidInputError(explain(f"{len(rows)} indices", str(len(indices)), "Pass the indices of exactly these rows"))
+            raise InvalidInputError(
+                explain(f"{len(rows)} indices", str(len(indices)), "Pass the indices of exactly these rows")
+            )
         return rows * self.weights(indices).to(rows.device).view(-1, *[1] * (rows.ndim - 1))
 
     # -- a loop that trains networks on the real data ------------------------------------------------
@@ -435,7 +441,11 @@ def _stack(data: Tensor | Dataset[Any] | None) -> Tensor | None:
         return torch.stack(rows).float()
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
         raise InvalidInputError(
-            explain("`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)", f"{type(data).__name__}: {error}", "Stack the images first")
+            explain(
+                "`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)",
+                f"{type(data).__name__}: {error}",
+                "Stack the images first",
+            )
         ) from error
 
 
@@ -457,14 +467,18 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any
             raise missing_extra("yaml", "reproduce", "a YAML settings file") from error
         values = yaml.safe_load(text) or {}
     if not isinstance(values, dict):
-        raise ConfigError(explain("a mapping of method -> settings", f"{type(values).__name__} in {path}", "See the README's example"))
+        raise ConfigError(
+            explain("a mapping of method -> settings", f"{type(values).__name__} in {path}", "See the README's example")
+        )
     return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds ``--tad_method``, ``--tad_config``, ``--tad_state`` and ``--tad_noise`` to a script's parser; returns it."""
     group = parser.add_argument_group("tad_plugin")
-    group.add_argument("--tad_method", type=str, default="none", help='"none", "tad", "iwd", "tad+iwd" or another registered method')
+    group.add_argument(
+        "--tad_method", type=str, default="none", help='"none", "tad", "iwd", "tad+iwd" or another registered method'
+    )
     group.add_argument("--tad_config", type=str, default="", help="YAML or JSON file: method -> settings")
     group.add_argument("--tad_state", type=str, default="", help="state file: read if it exists, written at the end")
     group.add_argument("--tad_noise", type=str, default="", help='corrupt the labels first, e.g. "symmetric:0.4"')

@@ -38,13 +38,21 @@ def load_method(name: str) -> type[Callback]:
     if name not in entries:
         if not entries:
             raise ConfigError(
-                explain(f"the entry points of group {GROUP!r}", "none", "Install the package (pip install -e .), not only put it on the path")
+                explain(
+                    f"the entry points of group {GROUP!r}",
+                    "none",
+                    "Install the package (pip install -e .), not only put it on the path",
+                )
             )
         raise unknown_name("method", name, ["none", *entries])
     cls = entries[name].load()
     if not (isinstance(cls, type) and issubclass(cls, Callback)):
         raise ConfigError(
-            explain(f"a Callback class behind the method {name!r}", repr(cls), f"Correct the entry point {entries[name].value!r}")
+            explain(
+                f"a Callback class behind the method {name!r}",
+                repr(cls),
+                f"Correct the entry point {entries[name].value!r}",
+            )
         )
     return cls
 
@@ -68,6 +76,10 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
     extra = sorted(set(settings) - set(names) - {"scorer"})
     if extra:
         raise ConfigError(
-            explain(f"settings for {', '.join([*names, 'scorer'])}", f"some for {', '.join(extra)}", "Remove them, or add the method")
+            explain(
+                f"settings for {', '.join([*names, 'scorer'])}",
+                f"some for {', '.join(extra)}",
+                "Remove them, or add the method",
+            )
         )
     return [load_method(n).from_settings(settings.get(n), seed=seed * 1009 + 17 * i + 1) for i, n in enumerate(names)]

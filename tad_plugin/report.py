@@ -154,10 +154,10 @@ def text_table(rows: Sequence[Row]) -> str:
         rule = "-" * max(len(line) for line in lines)
         ipcs = [row.ipc for row in members]
         body = []
-        for position, line in enumerate(lines[1:]):
+        for position, text in enumerate(lines[1:]):
             if position and ipcs[position] != ipcs[position - 1]:
                 body.append("")
-            body.append(line)
+            body.append(text)
         blocks.append("\n".join([_title(group), rule, lines[0], rule, *body, rule]))
     return "\n\n".join([*blocks, _NOTE]) if blocks else "No results."
 

@@ -147,7 +147,7 @@ class RunFolder:
             raise ResumeError(
                 explain(
                     f"the configuration that {self.path} was written with",
-                    f"{len(differing)} key{'s' if len(differing) > 1 else ''} that differ:{''.join(differing)}\n",
+                    f"{len(differing)} key{'s' if len(differing) > 1 else ''} that differ:{''.join(differing)}",
                     "Choose another --out, repeat the command of that run, or start over there with --overwrite",
                 )
             )

@@ -52,14 +52,22 @@ def check_labels(labels: Tensor, num_classes: int, length: int | None = None, na
         )
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise InvalidLabelsError(
-            explain(f"integer `{name}`", f"dtype {labels.dtype}", "Convert with .long() if the values are class indices")
+            explain(
+                f"integer `{name}`", f"dtype {labels.dtype}", "Convert with .long() if the values are class indices"
+            )
         )
     if length is not None and len(labels) != length:
         raise InvalidLabelsError(
-            explain(f"`{name}` of length {length}", f"length {len(labels)}", "Pass one label per sample, in the dataset's order")
+            explain(
+                f"`{name}` of length {length}",
+                f"length {len(labels)}",
+                "Pass one label per sample, in the dataset's order",
+            )
         )
     if len(labels) == 0:
-        raise InvalidLabelsError(explain(f"at least one label in `{name}`", "none", "Check that the dataset was loaded"))
+        raise InvalidLabelsError(
+            explain(f"at least one label in `{name}`", "none", "Check that the dataset was loaded")
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         bad = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
@@ -194,7 +202,11 @@ class SampleState:
             values = self._checked(trust, "trust").float()
             if bool(((values < 0) | (values > 1) | ~torch.isfinite(values)).any()):
                 raise InvalidInputError(
-                    explain("`trust` in [0, 1]", f"values from {float(values.min())} to {float(values.max())}", "Pass a posterior")
+                    explain(
+                        "`trust` in [0, 1]",
+                        f"values from {float(values.min())} to {float(values.max())}",
+                        "Pass a posterior",
+                    )
                 )
             self.trust.copy_(values)
         self._version += 1
@@ -213,7 +225,11 @@ class SampleState:
         if bool((~torch.isfinite(values) | (values < 0)).any()):
             bad = int((~torch.isfinite(values) | (values < 0)).nonzero()[0])
             raise InvalidInputError(
-                explain("finite weights >= 0", f"{float(values[bad])} at position {bad}", "Check the method that computed them")
+                explain(
+                    "finite weights >= 0",
+                    f"{float(values[bad])} at position {bad}",
+                    "Check the method that computed them",
+                )
             )
         self._factors[factor] = values.detach().clone()
         self.refresh_weights()
@@ -227,7 +243,9 @@ class SampleState:
         inside = self.trusted
         count = torch.zeros(k, device=self.device).index_add_(0, self.target[inside], torch.ones_like(product[inside]))
         total = torch.zeros(k, device=self.device).index_add_(0, self.target[inside], product[inside])
-        scale = torch.where(total > 0, count / total.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(total))
+        scale = torch.where(
+            total > 0, count / total.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(total)
+        )
         # A class whose every weight vanished would divide by zero: it counts evenly instead.
         product = torch.where((total > 0)[self.target], product * scale[self.target], torch.ones_like(product))
         self.weight.copy_(product)
@@ -255,7 +273,11 @@ class SampleState:
             values = torch.as_tensor(values, device=self.device)
             if values.ndim == 0 or values.shape[0] != len(self):
                 raise InvalidInputError(
-                    explain(f"`{name}` with first dimension {len(self)}", f"shape {list(values.shape)}", "Pass one row per sample")
+                    explain(
+                        f"`{name}` with first dimension {len(self)}",
+                        f"shape {list(values.shape)}",
+                        "Pass one row per sample",
+                    )
                 )
             self._extra[name] = values.detach().clone()
         return self._extra[name]
@@ -313,7 +335,11 @@ class SampleState:
             raise InvalidInputError(explain("n of at least 1", str(n), "Ask for at least one sample"))
         if len(pool) == 0:
             raise EmptyClassError(
-                explain(f"a usable sample of class {c}", "an empty pool", "Lower the threshold or raise min_per_class of the method")
+                explain(
+                    f"a usable sample of class {c}",
+                    "an empty pool",
+                    "Lower the threshold or raise min_per_class of the method",
+                )
             )
         order = torch.randperm(len(pool), generator=generator)[:n]
         return pool[order.to(pool.device)]
@@ -391,7 +417,9 @@ class SampleState:
             "configs": dict(configs or {}),
         }
         ready = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-        atomic_save(path, lambda tmp: save_file(ready, str(tmp), metadata={"tad_plugin": json.dumps(header, default=str)}))
+        atomic_save(
+            path, lambda tmp: save_file(ready, str(tmp), metadata={"tad_plugin": json.dumps(header, default=str)})
+        )
 
     @staticmethod
     def read_header(path: str | Path) -> dict[str, Any]:

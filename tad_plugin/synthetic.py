@@ -55,7 +55,11 @@ class SyntheticSet:
             )
         if self.labels.ndim == 2 and self.labels.shape[1] != self.num_classes:
             raise InvalidInputError(
-                explain(f"soft labels [M,{self.num_classes}]", f"{list(self.labels.shape)}", "Pass one probability per class")
+                explain(
+                    f"soft labels [M,{self.num_classes}]",
+                    f"{list(self.labels.shape)}",
+                    "Pass one probability per class",
+                )
             )
 
     def __len__(self) -> int:
@@ -111,7 +115,11 @@ class SyntheticSet:
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
             raise FileFormatError(explain("a readable synthetic set", f"{path}: {error}", way_out)) from error
-        if header.get("format") != FORMAT or header.get("version") != VERSION or not {"images", "labels"} <= set(tensors):
+        if (
+            header.get("format") != FORMAT
+            or header.get("version") != VERSION
+            or not {"images", "labels"} <= set(tensors)
+        ):
             got = f"format {header.get('format')!r}, version {header.get('version')!r} in {path}"
             raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, way_out))
         prefix = "preprocessing/"

@@ -65,11 +65,19 @@ class IndexedLoader:
     def __init__(self, loader: DataLoader[Any], index: BatchIndex, length: int) -> None:
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
             raise InvalidInputError(
-                explain("a torch DataLoader with batches", type(loader).__name__, "Wrap the DataLoader of the real training data")
+                explain(
+                    "a torch DataLoader with batches",
+                    type(loader).__name__,
+                    "Wrap the DataLoader of the real training data",
+                )
             )
         if len(loader.dataset) != length:  # type: ignore[arg-type]
             raise InvalidInputError(
-                explain(f"a loader over {length} samples", f"one over {len(loader.dataset)}", "Wrap the loader of the same data that attach() got")  # type: ignore[arg-type]
+                explain(
+                    f"a loader over {length} samples",
+                    f"one over {len(loader.dataset)}",
+                    "Wrap the loader of the same data that attach() got",
+                )  # type: ignore[arg-type]
             )
         self.loader = loader
         self.index = index
@@ -130,7 +138,11 @@ class TrustedCriterion(nn.Module):
             return loss
         if len(indices) != len(logits):
             raise InvalidInputError(
-                explain(f"a batch of {len(indices)} logits", str(len(logits)), "Pass the whole batch of the wrapped loader to the criterion")
+                explain(
+                    f"a batch of {len(indices)} logits",
+                    str(len(logits)),
+                    "Pass the whole batch of the wrapped loader to the criterion",
+                )
             )
         indices = indices.to(self._state.device)
         weights = (self._state.weight * self._state.trusted)[indices].to(logits.device)

@@ -5,7 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../reproduce/setup_env.sh"
 setup_env reproduce test
 cd "$REPOSITORY"
 
-ruff check .
-mypy tad_plugin
+# as modules, so that they are the environment's own and not others on PATH
+python -m ruff check .
+python -m mypy tad_plugin
 # two workers with one thread each: tensors are small here, and more threads only get in each other's way
-OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -q -n 2 "$@"
+OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -q -n 2 "$@"

@@ -64,7 +64,7 @@ def instance_dependent(
     Each sample has a flip probability q_i drawn from a normal distribution around ``rate`` truncated to [0, 1]. For
     each class c a projection W_c (D x K) is drawn; the scores x_i W_{y_i}, without the true class, go through a
     softmax that shares q_i among the other classes. Each image is first brought to mean 0 and variance 1 over its
-    own pixels, so its labels depend on no other image and on no normalisation [ours]. As in the source, the scores
+    own values, so its label depends on no other image, brightness or contrast [ours]. As in the source, the scores
     grow with the square root of D, so the direction of a flip is nearly a function of the image.
 
     Args:
@@ -81,11 +81,9 @@ def instance_dependent(
     if len(images) != len(labels):
         got = f"{len(images)} images for {len(labels)} labels"
         raise InvalidInputError(explain("one image per label", got, "Pass the images of the same samples, in order"))
-    flat = images.detach().to("cpu", torch.float64).flatten(1)
+    flat = images.detach().to("cpu").flatten(1)
     if not bool(torch.isfinite(flat).all()):
         raise InvalidInputError(explain("finite images", "NaN or infinite pixels", "Check how the images were decoded"))
-    flat = flat - flat.mean(1, keepdim=True)
-    flat = flat / flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
 
     # Truncated normal by inversion: one draw per sample, so nothing is rejected and the stream's length is fixed.
     low, high = torch.special.ndtr(torch.tensor([-rate / spread, (1.0 - rate) / spread], dtype=torch.float64))
@@ -100,7 +98,10 @@ def instance_dependent(
         members = (labels == c).nonzero().flatten()
         if len(members) == 0:
             continue
-        scores = flat[members] @ projection
+        x = flat[members].double()
+        x = x - x.mean(1, keepdim=True)
+        x = x / x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
+        scores = x @ projection
         scores[:, c] = -torch.inf
         probabilities = flip_rate[members, None] * scores.softmax(1)
         probabilities[:, c] = 1.0 - flip_rate[members]

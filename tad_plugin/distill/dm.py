@@ -82,7 +82,9 @@ class DM(Baseline):
             batch, own = self.data.images[indices], images[c * config.ipc : (c + 1) * config.ipc]
             if self.augmentation.strategies:
                 size = (batch.shape[-2], batch.shape[-1])
-                draw = self.augmentation.draw(len(batch), size, generator=self.generator, siamese=True, device=batch.device)
+                draw = self.augmentation.draw(
+                    len(batch), size, generator=self.generator, siamese=True, device=batch.device
+                )
                 batch, own = self.augmentation.apply(batch, draw), self.augmentation.apply(own, draw)
             drawn.append(indices)
             real.append(batch)

@@ -80,7 +80,9 @@ class Baseline:
 
     def step(self, iteration: int) -> Mapping[str, Any]:
         """One update of the synthetic set; returns what is worth logging (at least ``loss``)."""
-        raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", "Override Baseline.step"))
+        raise TypeError(
+            explain(f"{type(self).__name__} to define step()", "a class without it", "Override Baseline.step")
+        )
 
     def result(self) -> SyntheticSet:
         """The synthetic set as it is now, detached."""
@@ -145,7 +147,9 @@ def draw_class(hook: Hook | None, data: RealData, c: int, n: int, generator: tor
     return pool[torch.randperm(len(pool), generator=generator)[:n].to(pool.device)]
 
 
-def initial_images(config: BaselineConfig, data: RealData, hook: Hook | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def initial_images(
+    config: BaselineConfig, data: RealData, hook: Hook | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Starting images [K*IPC,C,H,W], class after class, and their labels int64.
 
     Raises:

@@ -32,6 +32,9 @@ __all__ = [
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes that one chunk may take beside the network and the data: 1 GiB."""
 
+# On a CPU larger chunks fall out of the cache: 1,000 samples at once took half as long again as 256 at a time.
+CPU_CHUNK = 256
+
 Parameters = Mapping[str, Tensor]
 """Parameters by name, as ``dict(network.named_parameters())``; P entries in all."""
 
@@ -129,7 +132,7 @@ def per_sample_gradient_chunks(
         parameters: where to differentiate, by name or flat [P]; by default the network's values.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
         memory_budget: bytes for one chunk: the gradients and their flat copy (2 P numbers a sample), and
-            twice the activations that one sample keeps.
+            twice the activations that one sample keeps. On a CPU no chunk is larger than 256 samples.
 
     Yields:
         (positions, gradients [b, P] in the parameters' order and dtype).
@@ -245,4 +248,5 @@ def _chunk_size(
                 "Raise memory_budget, or use a smaller network or smaller images",
             )
         )
-    return max(1, memory_budget // needed)
+    chunk = max(1, memory_budget // needed)
+    return min(chunk, CPU_CHUNK) if images.device.type == "cpu" else chunk

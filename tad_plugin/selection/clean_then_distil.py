@@ -40,7 +40,9 @@ class CleanThenDistilConfig:
         if self.folds < 2:
             raise ConfigError(explain("at least 2 folds", str(self.folds), "Correct the setting"))
         if self.filter_by not in FILTERS:
-            raise ConfigError(explain(f"filter_by out of {', '.join(FILTERS)}", repr(self.filter_by), "Choose one of them"))
+            raise ConfigError(
+                explain(f"filter_by out of {', '.join(FILTERS)}", repr(self.filter_by), "Choose one of them")
+            )
 
 
 def stratified_folds(labels: Tensor, num_classes: int, folds: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +84,9 @@ class CleanThenDistil(Callback):
         for k in range(config.folds):
             train = (fold != k).nonzero().flatten()
             held = fold == k
-            logits[held] = train_logits(data, dataclasses.replace(config.scorer), seed=seed + 101 * k, on=train)[-1][held]
+            logits[held] = train_logits(data, dataclasses.replace(config.scorer), seed=seed + 101 * k, on=train)[-1][
+                held
+            ]
         probabilities = logits.double().softmax(1)
         issues = find_label_issues(
             state.observed.cpu().numpy(), probabilities.cpu().numpy(), filter_by=config.filter_by, n_jobs=1

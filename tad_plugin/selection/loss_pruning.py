@@ -36,7 +36,9 @@ class LossPruningConfig:
         if self.keep:
             check_share("keep", self.keep)
         if not 1 <= self.history <= self.scorer.epochs:
-            raise ConfigError(explain(f"history in [1, {self.scorer.epochs}]", str(self.history), "Lower it or train longer"))
+            raise ConfigError(
+                explain(f"history in [1, {self.scorer.epochs}]", str(self.history), "Lower it or train longer")
+            )
 
 
 class LossPruning(Callback):

@@ -20,8 +20,8 @@ __all__ = ["TemporalEnsemble", "consistency_loss", "ramp_up"]
 class TemporalEnsemble:
     """Running, bias-corrected mean of each sample's class probabilities.
 
-    The corrected mean itself is stored, p <- p + (1 - beta) / (1 - beta^t) (new - p) at a sample's t-th visit, which equals
-    the exponential mean divided by 1 - beta^t and keeps early, small values inside the range of half precision.
+    The corrected mean itself is stored, p <- p + (1 - beta) / (1 - beta^t) (new - p) at a sample's t-th visit, which
+    equals the exponential mean divided by 1 - beta^t and keeps early, small values inside the range of half precision.
 
     Args:
         num_samples: N.
@@ -46,7 +46,9 @@ class TemporalEnsemble:
         if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
             got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
             raise InvalidInputError(
-                explain("positive sizes, beta in [0, 1), a floating-point dtype", got, "Pass the data's sizes, beta=0.6")
+                explain(
+                    "positive sizes, beta in [0, 1), a floating-point dtype", got, "Pass the data's sizes, beta=0.6"
+                )
             )
         self.beta = beta
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
@@ -75,10 +77,14 @@ class TemporalEnsemble:
         total = new.new_zeros(len(indices), new.shape[1]).index_add_(0, inverse, new)
         count = self.count[indices] + 1
         # expm1 keeps 1 - beta^t exact for a beta close to 1.
-        decay = -torch.expm1(count.double() * math.log(self.beta)) if self.beta > 0 else torch.ones_like(count, dtype=torch.float64)
+        decay = (
+            -torch.expm1(count.double() * math.log(self.beta))
+            if self.beta > 0
+            else torch.ones_like(count, dtype=torch.float64)
+        )
         rate = ((1 - self.beta) / decay).float().unsqueeze(1)
         old = self.mean[indices].float()
-        self.mean[indices] = (old + rate * (total / copies.unsqueeze(1) - old)).to(self.mean.dtype)
+        self.mean[indices] = torch.lerp(old, total / copies.unsqueeze(1), rate).to(self.mean.dtype)
         self.count[indices] = count
 
     def ensemble(self, indices: Tensor) -> Tensor:
@@ -121,8 +127,8 @@ class TemporalEnsemble:
 def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
     """mean_i ||softmax(logits_i) - p_i||^2, a scalar [ours].
 
-    The mean is over the whole batch. A row of zeros in ``targets_probs`` marks a sample without a history (its first visit):
-    it contributes zero, and no gradient.
+    The mean is over the whole batch. A row of zeros in ``targets_probs`` marks a sample without a history (its first
+    visit): it contributes zero, and no gradient.
 
     Args:
         logits: float [B, K], with a graph.
@@ -133,7 +139,9 @@ def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
     """
     if logits.ndim != 2 or logits.shape != targets_probs.shape or len(logits) == 0:
         got = f"shapes {list(logits.shape)} and {list(targets_probs.shape)}"
-        raise InvalidInputError(explain("`logits` and `targets_probs` of one shape [B, K]", got, "Pass one row per sample"))
+        raise InvalidInputError(
+            explain("`logits` and `targets_probs` of one shape [B, K]", got, "Pass one row per sample")
+        )
     target = targets_probs.detach()
     seen = target.sum(1) > 0
     distance = (logits.softmax(1) - target).square().sum(1)

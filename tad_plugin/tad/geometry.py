@@ -37,7 +37,9 @@ def check_features(features: Tensor, name: str = "features") -> Tensor:
     """
     if features.ndim != 2 or not features.dtype.is_floating_point or 0 in features.shape:
         got = f"shape {list(features.shape)}, dtype {features.dtype}"
-        raise InvalidInputError(explain(f"floating-point `{name}` of shape [N, D]", got, "Flatten each sample to one row"))
+        raise InvalidInputError(
+            explain(f"floating-point `{name}` of shape [N, D]", got, "Flatten each sample to one row")
+        )
     features = features.detach()
     bad = ~torch.isfinite(features).all(1)
     if bool(bad.any()):
@@ -67,7 +69,9 @@ def class_anchors(features: Tensor, targets: Tensor, trusted: Tensor, num_classe
     targets = check_labels(targets, num_classes, len(features), "targets").to(features.device)
     if trusted.shape != targets.shape or trusted.dtype != torch.bool:
         got = f"shape {list(trusted.shape)}, dtype {trusted.dtype}"
-        raise InvalidInputError(explain(f"boolean `trusted` of shape [{len(targets)}]", got, "Pass one flag per sample"))
+        raise InvalidInputError(
+            explain(f"boolean `trusted` of shape [{len(targets)}]", got, "Pass one flag per sample")
+        )
     index = trusted.to(features.device).nonzero().flatten()
     counts = torch.bincount(targets[index], minlength=num_classes)
     sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
@@ -129,7 +133,9 @@ def mahalanobis(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Tensor:
     d = features.shape[-1]
     if features.ndim != 2 or anchors.ndim != 2 or anchors.shape[1] != d or list(cholesky.shape) != [d, d]:
         got = f"{list(features.shape)}, {list(anchors.shape)} and {list(cholesky.shape)}"
-        raise InvalidInputError(explain("features [N, D], anchors [K, D] and a factor [D, D]", got, "Pass matching shapes"))
+        raise InvalidInputError(
+            explain("features [N, D], anchors [K, D] and a factor [D, D]", got, "Pass matching shapes")
+        )
     factor = cholesky.double()
     # Centring first: the expanded square below would lose digits far from the origin.
     centre = anchors.double().mean(0)
@@ -184,7 +190,11 @@ def principal_axes(features: Tensor, dimensions: int, *, limit: int = 4096) -> T
     m, d = features.shape
     if not 1 <= dimensions <= d or limit < 2:
         raise InvalidInputError(
-            explain(f"dimensions in [1, {d}] and limit >= 2", f"{dimensions} and {limit}", "Lower max_dim, or leave it at 128")
+            explain(
+                f"dimensions in [1, {d}] and limit >= 2",
+                f"{dimensions} and {limit}",
+                "Lower max_dim, or leave it at 128",
+            )
         )
     if m < 2:
         raise NotEnoughSamplesError(explain("at least two rows", str(m), "Trust more samples: raise min_per_class"))

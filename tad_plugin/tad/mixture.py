@@ -43,8 +43,9 @@ class ClassMixture:
     Means and variances are in min-max normalised units, ``(loss - offset) / scale`` (raw units with
     ``normalise=False``, where offset is 0 and scale 1). Per-class tensors are float64.
 
-    A class that cannot be fitted (no sample, one sample, or all losses equal) has means 0 (normalised), variances
-    ``min_variance``, proportions (1, 0), separation 0, is unimodal and converged after 0 iterations; its samples' trust is 1.
+    A class that cannot be fitted (no sample, one sample, or all losses equal) has means 0 (normalised),
+    variances ``min_variance``, proportions (1, 0), separation 0, is unimodal and converged after 0 iterations; its
+    samples' trust is 1.
 
     Attributes:
         trust: float32 [N] in [0, 1], posterior of the low-mean component.
@@ -128,7 +129,9 @@ def check_losses(losses: Tensor) -> Tensor:
     """
     if losses.ndim != 1 or not losses.dtype.is_floating_point:
         got = f"shape {list(losses.shape)}, dtype {losses.dtype}"
-        raise InvalidInputError(explain("floating-point `losses` of shape [N]", got, "Pass one loss per sample (reduction='none')"))
+        raise InvalidInputError(
+            explain("floating-point `losses` of shape [N]", got, "Pass one loss per sample (reduction='none')")
+        )
     bad = ~torch.isfinite(losses.detach())
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
@@ -212,7 +215,11 @@ def fit_class_mixture(
             start = _two_means(torch.where(mask, x, math.inf), counts[fitted], floor)
         else:
             given = _check_init(init, num_classes, x)
-            start = ((given.means - shift) / ratio)[fitted], (given.variances / ratio.square())[fitted], given.proportions[fitted]
+            start = (
+                ((given.means - shift) / ratio)[fitted],
+                (given.variances / ratio.square())[fitted],
+                given.proportions[fitted],
+            )
         parameters, converged[fitted], steps[fitted] = _em(powers, start, floor, iterations, tolerance)
         swap = torch.argsort(parameters[0], dim=1, stable=True)
         m, v, w = parameters.gather(2, swap.expand_as(parameters))
@@ -320,7 +327,10 @@ def _bic_gain(powers: Tensor, floor: Tensor, likelihood: Tensor) -> Tensor:
 def _check_init(init: MixtureInit, num_classes: int, like: Tensor) -> MixtureInit:
     parts = MixtureInit(*(torch.as_tensor(part).detach().to(like) for part in init))
     shapes = [list(part.shape) for part in parts]
-    usable = all(shape == [num_classes, 2] and bool(torch.isfinite(part).all()) for shape, part in zip(shapes, parts, strict=True))
+    usable = all(
+        shape == [num_classes, 2] and bool(torch.isfinite(part).all())
+        for shape, part in zip(shapes, parts, strict=True)
+    )
     if not usable or bool((parts.variances <= 0).any()) or bool((parts.proportions <= 0).any()):
         raise InvalidInputError(
             explain(

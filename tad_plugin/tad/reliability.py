@@ -171,7 +171,9 @@ def propose(distance: Tensor, cosine: Tensor, predictions: Tensor) -> Tensor:
     """
     if distance.ndim != 2 or cosine.shape != distance.shape:
         got = f"{list(distance.shape)} and {list(cosine.shape)}"
-        raise InvalidInputError(explain("`distance` and `cosine` of one shape [N, K]", got, "Pass both for the same anchors"))
+        raise InvalidInputError(
+            explain("`distance` and `cosine` of one shape [N, K]", got, "Pass both for the same anchors")
+        )
     predicted = predicted_labels(predictions, *distance.shape).to(distance.device)
     nearest = distance.argmin(1)
     agreed = (nearest == _masked(cosine, distance).argmax(1)) & (nearest == predicted)
@@ -267,7 +269,7 @@ def reliability(
         trusted: bool [N].
         predictions: integers [N], the scorer's labels, or float [N, K], its logits.
         num_classes: K.
-        temperature: of the score's softmax; None fits it (:func:`fit_temperature`) on the trusted samples, each measured
+        temperature: of the softmax; None fits it (:func:`fit_temperature`) on the trusted samples, each measured
             against its own anchor with itself left out. For the threshold to fit the scores, take it from
             :class:`~tad_plugin.tad.calibration.Calibration`, or give this result's to the calibration.
         max_dim: wider features are projected to this many principal axes for the distance.
@@ -285,7 +287,9 @@ def reliability(
     trusted = trusted.to(features.device)
     distance, similar = model.measure(features)
     if temperature is None:
-        temperature = fit_temperature(_leave_one_out(distance[trusted], targets[trusted], model.counts), targets[trusted])
+        temperature = fit_temperature(
+            _leave_one_out(distance[trusted], targets[trusted], model.counts), targets[trusted]
+        )
     proposal = torch.where(trusted, -1, propose(distance, similar, predicted))
     score = reliability_score(distance, similar, proposal, temperature)
     return Reliability(score, proposal, distance, similar, temperature)

@@ -74,11 +74,15 @@ def divide(
     labels = check_labels(labels, num_classes, len(values)).to(values.device)
     if not 0 <= threshold < 1 or min_per_class < 0:
         got = f"threshold={threshold}, min_per_class={min_per_class}"
-        raise InvalidInputError(explain("threshold in [0, 1) and min_per_class >= 0", got, "Leave them at their defaults"))
+        raise InvalidInputError(
+            explain("threshold in [0, 1) and min_per_class >= 0", got, "Leave them at their defaults")
+        )
     counts = torch.bincount(labels, minlength=num_classes)
     if mixture.trust.shape != values.shape or not torch.equal(mixture.counts.to(counts.device), counts):
         got = f"{len(values)} losses for a mixture of {len(mixture.trust)} samples, or other labels"
-        raise InvalidInputError(explain("the losses and labels that the mixture was fitted on", got, "Fit the mixture again"))
+        raise InvalidInputError(
+            explain("the losses and labels that the mixture was fitted on", got, "Fit the mixture again")
+        )
     posterior = mixture.posterior(values, labels, monotone=True) if monotone else mixture.trust
     trusted = posterior.to(values.device) > threshold
     rank = _rank(values, labels, counts)
@@ -122,7 +126,9 @@ def renormalise(weights: Tensor, labels: Tensor, mask: Tensor, num_classes: int)
     values = weights.detach().double()
     if values.ndim != 1 or mask.shape != values.shape or mask.dtype != torch.bool:
         got = f"shapes {list(weights.shape)} and {list(mask.shape)}, mask of dtype {mask.dtype}"
-        raise InvalidInputError(explain("`weights` and a boolean `mask` of one shape [N]", got, "Pass one value per sample"))
+        raise InvalidInputError(
+            explain("`weights` and a boolean `mask` of one shape [N]", got, "Pass one value per sample")
+        )
     bad = ~torch.isfinite(values) | (values < 0)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])

@@ -124,7 +124,7 @@ def test_samples_that_depend_on_each_other_or_on_chance(module: nn.Module, messa
     p = digits_problem(real=3)
     with pytest.raises(InvalidInputError, match=message):
         per_sample_gradients(network, p.real, p.real_labels)
-    with pytest.raises(InvalidInputError, match="norm|Dropout"):
+    with pytest.raises(InvalidInputError, match=r"norm|Dropout"):
         per_sample_directional(network, p.real, p.real_labels, as_parameters(network))
 
 

@@ -15,7 +15,9 @@ def probabilities(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
-@pytest.mark.parametrize(("beta", "dtype", "tolerance"), [(0.6, torch.float32, 1e-6), (0.99, torch.float16, 3e-3), (0.0, torch.float32, 0)])
+@pytest.mark.parametrize(
+    ("beta", "dtype", "tolerance"), [(0.6, torch.float32, 1e-6), (0.99, torch.float16, 3e-3), (0.0, torch.float32, 0)]
+)
 def test_equals_the_bias_corrected_exponential_mean(beta, dtype, tolerance):
     n, k = 12, 5
     ensemble = TemporalEnsemble(n, k, beta, dtype=dtype)
@@ -47,11 +49,13 @@ def test_first_visit_contributes_nothing():
     indices = torch.tensor([1, 3])
     loss = consistency_loss(logits, ensemble.ensemble(indices))
     loss.backward()
-    assert float(loss) == 0 and not bool(logits.grad.any())
+    assert loss.item() == 0 and not bool(logits.grad.any())
     ensemble.update(indices[:1], logits[:1].softmax(1))
     moved = logits.detach() + torch.tensor([1.0, 0.0, -1.0])
     expected = (moved[0].softmax(0) - logits[0].softmax(0)).square().sum() / 2
-    torch.testing.assert_close(consistency_loss(moved, ensemble.ensemble(indices)), expected.detach(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        consistency_loss(moved, ensemble.ensemble(indices)), expected.detach(), atol=1e-3, rtol=0
+    )
 
 
 def test_gradient_by_finite_differences_and_constant_target():

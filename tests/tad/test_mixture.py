@@ -19,7 +19,9 @@ from tad_plugin.tad.mixture import MixtureInit, fit_class_mixture
 def two_groups(n, seed=0, share=0.6):
     """Losses of one class: a low and a high group, float32 [n]."""
     rng = np.random.default_rng(seed)
-    return torch.tensor(np.where(rng.random(n) < share, rng.gamma(2, 0.2, n), rng.gamma(9, 0.4, n)), dtype=torch.float32)
+    return torch.tensor(
+        np.where(rng.random(n) < share, rng.gamma(2, 0.2, n), rng.gamma(9, 0.4, n)), dtype=torch.float32
+    )
 
 
 def scikit(x, means, variances, proportions, **options):
@@ -46,7 +48,9 @@ def test_agrees_with_scikit_learn_from_the_same_start(data):
     iterations = data.draw(st.sampled_from([1, 3, 100]))
     tolerance = data.draw(st.sampled_from([1e-2, 1e-3, 1e-6]))
     labels = rng.permutation(np.repeat(np.arange(classes), sizes))
-    losses = np.where(rng.random(len(labels)) < share, rng.gamma(2, 0.3, len(labels)), gap + rng.gamma(4, 0.4, len(labels)))
+    losses = np.where(
+        rng.random(len(labels)) < share, rng.gamma(2, 0.3, len(labels)), gap + rng.gamma(4, 0.4, len(labels))
+    )
     losses = losses.astype(np.float32)
     means = np.sort(rng.uniform(0, 1, (classes, 2)), axis=1)
     variances = rng.uniform(0.005, 0.1, (classes, 2))
@@ -113,7 +117,12 @@ def test_raw_units_give_the_same_posterior_with_an_equal_floor():
     torch.testing.assert_close(raw.means, scaled.offset.unsqueeze(1) + scaled.scale.unsqueeze(1) * scaled.means)
     assert float(raw.offset) == 0 and float(raw.scale) == 1
     again = fit_class_mixture(
-        losses, labels, 1, normalise=False, min_variance=1e-6 * spread, init=MixtureInit(raw.means, raw.variances, raw.proportions)
+        losses,
+        labels,
+        1,
+        normalise=False,
+        min_variance=1e-6 * spread,
+        init=MixtureInit(raw.means, raw.variances, raw.proportions),
     )
     torch.testing.assert_close(again.means, raw.means, atol=2e-2, rtol=0)
 
