@@ -66,88 +66,42 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.events import Match, Segment
 from tad_plugin.state import SampleState
 
 if TYPE_CHECKING:
     from tad_plugin.scorer import RealData
 
-__all__ = ["Callback", "CallbackList", "Match", "Observer", "Segment", "StateView"]
-
-
-@dataclass
-class Match:
-    """What :meth:`Callback.on_match` sees of one matching step.
-
-    Attributes:
-        loss: the matching loss, a scalar with its graph.
-        weights: float32 [B], the weights that entered the loss; a leaf that requires grad if a callback asked for it.
-        indices: int64 [B], positions of the real samples.
-        synthetic: the tensors that the loss updates (images [M,C,H,W] first).
-        synthetic_labels: int64 [M] or soft float [M,K].
-        network: the network on which the statistic was matched.
-        iteration: 0-based.
-        kind: "distribution" (class means of embeddings) or "gradient" (class gradients).
-        fresh_network: makes another network of the same kind from a CPU generator, or None where the loop cannot.
-    """
-
-    loss: Tensor
-    weights: Tensor
-    indices: Tensor
-    synthetic: tuple[Tensor, ...]
-    synthetic_labels: Tensor | None
-    network: nn.Module
-    iteration: int
-    kind: str = "distribution"
-    fresh_network: Callable[[torch.Generator], nn.Module] | None = None
-
-
-@dataclass
-class Segment:
-    """What :meth:`Callback.on_segment` sees of one trajectory-matching step.
-
-    Attributes:
-        loss: the matching loss, a scalar with its graph.
-        start: float32 [P], flat parameters at which the student starts.
-        target: float32 [P], flat parameters of the expert; a leaf that requires grad if a callback asked for it.
-        synthetic: the tensors that the loss updates (images first; learning rate and soft labels after it).
-        synthetic_labels: int64 [M] or soft float [M,K].
-        network: the architecture, for functional calls.
-        expert: index of the expert.
-        start_epoch: the epoch at which the segment starts.
-        epochs: its length.
-        iteration: 0-based.
-        expert_lr: learning rate of the expert along the segment, or None if unknown.
-        checkpoints: flat parameters [epochs+1, P] along the segment, where the loop has them.
-    """
-
-    loss: Tensor
-    start: Tensor
-    target: Tensor
-    synthetic: tuple[Tensor, ...]
-    synthetic_labels: Tensor | None
-    network: nn.Module
-    expert: int
-    start_epoch: int
-    epochs: int
-    iteration: int
-    expert_lr: float | None = None
-    checkpoints: Tensor | None = None
+__all__ = ["Callback", "CallbackList", "Match", "Observer", "Segment", "StateView", "build_config"]
 
 
 def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any:
-    """An instance of the settings dataclass ``cls`` from a mapping; unknown keys raise ConfigError, naming the known ones."""
+    """An instance of the settings dataclass ``cls`` from a mapping.
+
+    Args:
+        cls: a dataclass whose fields have defaults.
+        values: some of its fields; None takes the defaults.
+        owner: whose settings they are, for messages.
+
+    Raises:
+        ConfigError: not a mapping, an unknown key (the known ones are named), or a value of a wrong type or range.
+    """
+    if values is not None and not isinstance(values, Mapping):
+        do = "Write name: value pairs"
+        raise ConfigError(explain(f"a mapping of settings of {owner}", repr(values), do))
     values = dict(values or {})
     known = {f.name for f in dataclasses.fields(cls) if f.init}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
+        expected = f"settings of {owner} out of {', '.join(sorted(known))}"
+        raise ConfigError(explain(expected, ", ".join(unknown), "Remove or rename the unknown ones"))
+    try:
+        return cls(**values)
+    except TypeError as error:  # a comparison with a value of another type
+        given = ", ".join(f"{k}={v!r}" for k, v in values.items())
         raise ConfigError(
-            explain(
-                f"settings of {owner} out of {', '.join(sorted(known))}",
-                ", ".join(unknown),
-                "Remove or rename the unknown ones",
-            )
-        )
-    return cls(**values)
+            explain(f"settings of {owner} of the right types", given, f"Correct them: {error}")
+        ) from error
 
 
 class Callback:
@@ -157,6 +111,7 @@ class Callback:
         name: the name in ``attach("name")`` and in the entry-point group ``tad_plugin.methods``.
         Config: a dataclass of settings, each with a default.
         needs_scorer: wants ``on_scorer_*``; where the loop trains nothing on real data, the hook trains a scorer.
+        needs_images: looks at the real images in ``on_start`` or later, so labels alone are not enough.
         needs_graph: may want ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
         needs_true_labels: cannot run without the true labels (an oracle).
     """
@@ -164,6 +119,7 @@ class Callback:
     name: ClassVar[str] = "callback"
     Config: ClassVar[type | None] = None
     needs_scorer: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     needs_graph: ClassVar[bool] = False
     needs_true_labels: ClassVar[bool] = False
 
@@ -199,7 +155,10 @@ class Callback:
         """Once, before anything is drawn; not again on resume, where ``load_state_dict`` restores what it set up."""
 
     def on_scorer_batch(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Inside the training of an expert or scorer. ``logits`` [B,K], ``loss`` a scalar; returns the loss to minimise."""
+        """Inside the training of an expert or scorer; returns the loss to minimise, a scalar.
+
+        ``indices`` int64 [B], ``logits`` [B,K] with a graph, ``loss`` the scalar so far.
+        """
         return loss
 
     def on_scorer_epoch(self, *, state: SampleState, network: nn.Module, data: RealData) -> None:
@@ -237,6 +196,10 @@ class StateView:
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name].clone()
 
+    def has(self, name: str) -> bool:
+        """Whether the state has a tensor of that name."""
+        return name in self._state
+
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -272,6 +235,10 @@ class Observer:
         """After the callbacks' event of the same name; what it returns is logged."""
         return None
 
+    def on_refresh(self, *, state: StateView, data: RealData) -> Mapping[str, Any] | None:
+        """After a matching step in which a callback reported something; what it returns is logged."""
+        return None
+
     def on_end(self, *, state: StateView) -> None:
         """After the last update."""
 
@@ -284,6 +251,7 @@ class CallbackList:
     observers: Sequence[Observer] = ()
     log: Callable[[dict[str, Any]], None] | None = None
     _fields: dict[str, Any] = field(default_factory=dict)
+    _reports: int = 0
 
     def __post_init__(self) -> None:
         for callback in self.callbacks:
@@ -291,6 +259,7 @@ class CallbackList:
 
     def record(self, record: dict[str, Any]) -> None:
         """Adds the current position (iteration, scorer epoch) to a record and hands it to the log and the observers."""
+        self._reports += 1
         record = {**self._fields, **record}
         if self.log is not None:
             self.log(record)
@@ -326,14 +295,26 @@ class CallbackList:
         return any(c.needs_graph and c.wants_graph(iteration) for c in self.callbacks)
 
     def match(self, state: SampleState, match: Match) -> None:
-        """Fires on_match."""
+        """Fires on_match, then on_refresh of the observers if a callback reported something."""
+        before = self._reports
         for callback in self.callbacks:
             callback.on_match(state=state, match=match)
+        self._refreshed(state, match.data, before)
 
     def segment(self, state: SampleState, segment: Segment) -> None:
-        """Fires on_segment."""
+        """Fires on_segment, then on_refresh of the observers if a callback reported something."""
+        before = self._reports
         for callback in self.callbacks:
             callback.on_segment(state=state, segment=segment)
+        self._refreshed(state, segment.data, before)
+
+    def _refreshed(self, state: SampleState, data: RealData | None, before: int) -> None:
+        if data is None or self._reports == before:
+            return
+        for observer in self.observers:
+            values = observer.on_refresh(state=StateView(state), data=data)
+            if values:
+                self.record(dict(values))
 
     def end(self, state: SampleState) -> None:
         """Fires on_end."""

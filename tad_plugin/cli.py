@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin import __version__
-from tad_plugin.errors import TadPluginError, missing_extra
+from tad_plugin.errors import InvalidInputError, TadPluginError, explain, missing_extra
 
 __all__ = ["main"]
 
@@ -18,6 +18,7 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
   tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
+  tad-plugin influence runs/first/iwd/ipc10/seed0
   tad-plugin methods
 
 Every verb takes --config FILE.yaml; flags after it win. A run that was cut short goes on with the same command."""
@@ -42,25 +43,39 @@ def _parser() -> Any:
     parser.add_argument("--version", action="version", version=f"tad_plugin {__version__}")
     verbs = parser.add_subcommands(required=True, dest="verb")
 
-    def verb(name: str, about: str, skip: set[str] | None = None, run: bool = True) -> Any:
-        sub = ArgumentParser(description=about, formatter_class=Formatter)
+    def verb(name: str, arguments: str, about: str, skip: set[str] | None = None, run: bool = True) -> Any:
+        usage = f"tad-plugin {name} {arguments}".rstrip()
+        sub = ArgumentParser(usage=usage, description=about, formatter_class=Formatter)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of any of these settings")
         if run:
             sub.add_class_arguments(RunConfig, as_group=False, skip=skip or set())
         verbs.add_subcommand(name, sub, help=about.splitlines()[0])
         return sub
 
-    one = verb("distill", f"Distil one synthetic set.\n\nArms (or any registered method, several joined by '+'):{arms}")
+    one = verb(
+        "distill",
+        "--arm ARM --out FOLDER [options]",
+        f"Distil one synthetic set.\n\nArms (or any registered method, several joined by '+'):{arms}",
+    )
     one.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
     one.add_argument("--out", type=str, required=True, help="run folder")
-    one.add_argument("--overwrite", type=bool, default=False, help="start over what other settings left in the folder")
+    one.add_argument(
+        "--overwrite", type=bool, default=False, help="start over, removing what an earlier run left in the folder"
+    )
 
-    check = verb("evaluate", "Train fresh networks on a synthetic set and test them on the real test images.")
+    check = verb(
+        "evaluate",
+        "FILE --dataset NAME [options]",
+        "Train fresh networks on a synthetic set and test them on the real test images.",
+    )
     check.add_argument("synthetic", type=str, help="synthetic.safetensors of a run")
     check.add_argument("--out", type=str, default="", help="JSON file for the result")
 
     many = verb(
-        "compare", f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}", {"ipc", "seed"}
+        "compare",
+        "--arms A,B --out FOLDER [options]",
+        f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}",
+        {"ipc", "seed"},
     )
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
@@ -69,11 +84,21 @@ def _parser() -> Any:
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
     many.add_argument(
-        "--overwrite", type=bool, default=False, help="start over runs that stand there with other settings"
+        "--overwrite", type=bool, default=False, help="start over, removing what earlier runs left in the folder"
     )
     many.add_argument("--pictures", type=bool, default=True, help="draw the pictures and the HTML page")
 
-    verb("methods", "List the registered methods and their settings.", run=False)
+    who = verb(
+        "influence",
+        "FOLDER [options]",
+        "The most helpful and most harmful real samples of a run with iwd: a table and a picture.",
+        run=False,
+    )
+    who.add_argument("folder", type=str, help="run folder of an arm with iwd (--out of distill, or OUT/ARM/ipcN/seedS)")
+    who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
+    who.add_argument("--out", type=str, default="", help="where to write; by default into the run folder")
+
+    verb("methods", "", "List the registered methods and their settings.", run=False)
     return parser
 
 
@@ -106,6 +131,7 @@ def _evaluate(values: Any) -> None:
 
     config = _run_config(values).resolved()
     synthetic = SyntheticSet.load(values.synthetic, device=config.device)
+    _check_dataset(config.dataset, synthetic.dataset, values.synthetic)
     splits = load_dataset(
         config.dataset,
         config.root,
@@ -116,7 +142,7 @@ def _evaluate(values: Any) -> None:
         preprocessing=synthetic.preprocessing,
     )
     found = {}
-    for network in (n.strip() for n in config.eval_network.split(",")):
+    for network in config.networks():
         generator = torch.Generator().manual_seed(config.seed)
         result = evaluate(
             synthetic,
@@ -132,7 +158,20 @@ def _evaluate(values: Any) -> None:
         atomic_write(values.out, json.dumps(found, indent=1) + "\n")
 
 
-def _compare(values: Any) -> None:
+def _check_dataset(wanted: str, distilled: str, path: str) -> None:
+    """The images are loaded with the set's own preprocessing, so only the name can tell that they are others."""
+    if wanted.startswith("folder:"):
+        wanted = "folder:" + Path(wanted.removeprefix("folder:")).resolve().stem
+    if distilled and wanted != distilled:
+        hint = "folder:PATH with the folder that was distilled" if distilled.startswith("folder:") else distilled
+        raise InvalidInputError(
+            explain(
+                f"the dataset {distilled!r}, which {path} was distilled from", repr(wanted), f"Pass --dataset {hint}"
+            )
+        )
+
+
+def _compare(values: Any) -> int:
     from tad_plugin import compare as c
     from tad_plugin import report
     from tad_plugin.files import atomic_write
@@ -140,6 +179,7 @@ def _compare(values: Any) -> None:
     config = _run_config(values)
     arms = [a.strip() for a in values.arms.split(",") if a.strip()]
     seeds, ipcs, out = c.parse_seeds(values.seeds), c.parse_numbers(values.ipc, "ipc"), Path(values.out)
+    failures: list[c.Failure] = []
     results = c.compare(
         config,
         arms=arms,
@@ -149,20 +189,37 @@ def _compare(values: Any) -> None:
         jobs=values.jobs,
         launcher=values.launcher,
         overwrite=values.overwrite,
+        failures=failures,
     )
-    rows = report.summarise(results)
-    table = report.text_table(rows)
-    atomic_write(out / "table.txt", table + "\n")
-    atomic_write(out / "table.md", report.markdown_table(rows) + "\n")
-    print(table)
-    written = "results.json, table.txt, table.md"
-    if values.pictures:
-        from tad_plugin.pictures import draw_comparison
+    if results:
+        rows = report.summarise(results)
+        table = report.text_table(rows)
+        atomic_write(out / "table.txt", table + "\n")
+        atomic_write(out / "table.md", report.markdown_table(rows) + "\n")
+        print(table)
+        written = "results.json, table.txt, table.md"
+        if values.pictures:
+            from tad_plugin.pictures import draw_comparison
 
-        pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
-        atomic_write(out / "index.html", report.html_page(results, pictures))
-        written += ", index.html, pictures/"
-    print(f"\n{out}: {written}")
+            pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
+            atomic_write(out / "index.html", report.html_page(results, pictures))
+            written += ", index.html, pictures/"
+        print(f"\n{out}: {written}")
+    if not failures:
+        return 0
+    for failure in failures:
+        print(f"tad-plugin: failed: {failure}", file=sys.stderr)
+    count, report_file = f"{len(failures)} of {len(results) + len(failures)} runs", out / "failures.txt"
+    do = "The others are kept, and the same command tries these again"
+    print(f"tad-plugin: {count} failed; tracebacks in {report_file}. {do}.", file=sys.stderr)
+    return 1
+
+
+def _influence(values: Any) -> None:
+    from tad_plugin.influence_report import report_influence
+
+    for path in report_influence(values.folder, values.out, top=values.top):
+        print(path)
 
 
 def _methods(_values: Any) -> None:
@@ -178,27 +235,34 @@ def _methods(_values: Any) -> None:
             print(f"    {setting.name} = {default!r}")
 
 
-VERBS: dict[str, Callable[[Any], None]] = {
+VERBS: dict[str, Callable[[Any], int | None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "compare": _compare,
+    "influence": _influence,
     "methods": _methods,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``tad-plugin``; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Entry point of ``tad-plugin``.
+
+    Args:
+        argv: arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can mend.
+    """
     try:
         parser = _parser()
         values = parser.parse_args(list(argv) if argv is not None else None)
-        VERBS[values.verb](values[values.verb])
+        return VERBS[values.verb](values[values.verb]) or 0
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tad-plugin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 
-from tad_plugin.errors import ConfigError, explain, missing_extra
-from tad_plugin.experiment import RunConfig, parse_arm, run
+from tad_plugin.bars import bar
+from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra
+from tad_plugin.experiment import RunConfig, check_config, run
 from tad_plugin.files import atomic_write
 
-__all__ = ["Task", "compare", "parse_numbers", "parse_seeds"]
+__all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,28 @@ class Task:
     arm: str
     config: RunConfig
     folder: Path
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run of a comparison that failed; its ``str`` is one line for people.
+
+    Attributes:
+        arm: the arm.
+        ipc: images per class.
+        seed: the seed.
+        message: what went wrong.
+        trace: the traceback.
+    """
+
+    arm: str
+    ipc: int
+    seed: int
+    message: str
+    trace: str
+
+    def __str__(self) -> str:
+        return f"arm {self.arm}, IPC {self.ipc}, seed {self.seed}: {self.message}"
 
 
 def parse_numbers(text: str, name: str) -> list[int]:
@@ -56,10 +80,17 @@ def parse_seeds(text: str) -> list[int]:
 def tasks_of(
     config: RunConfig, arms: Iterable[str], seeds: Iterable[int], ipcs: Iterable[int], out: Path
 ) -> list[Task]:
-    """All runs, seeds first, so that a comparison that is cut short holds whole arms of few seeds."""
+    """All runs, seeds first, so that a comparison that is cut short holds whole arms of few seeds.
+
+    Raises:
+        UnknownNameError, ConfigError: see :func:`tad_plugin.experiment.check_config`; or no arm, or one named twice.
+    """
     arms, ipcs = list(arms), list(ipcs)
+    if not arms or len(set(arms)) != len(arms):
+        raise ConfigError(explain("arms, each named once", repr(",".join(arms)), "Correct --arms"))
     for arm in arms:
-        parse_arm(arm)
+        for ipc in ipcs:
+            check_config(dataclasses.replace(config, ipc=ipc).resolved(), arm)
     return [
         Task(arm, dataclasses.replace(config, ipc=ipc, seed=seed), out / arm / f"ipc{ipc}" / f"seed{seed}")
         for seed in seeds
@@ -68,9 +99,19 @@ def tasks_of(
     ]
 
 
-def _execute(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[str, Any]:
+def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[str, Any] | Failure:
+    """One run, or why it failed: the other runs of the comparison go on."""
     torch.set_num_threads(threads)
-    return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite)
+    try:
+        return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite)
+    except Exception as error:
+        return _failure(task, error)
+
+
+def _failure(task: Task, error: BaseException) -> Failure:
+    message = str(error) if isinstance(error, TadPluginError) else f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return Failure(task.arm, task.config.ipc, task.config.seed, message, trace)
 
 
 def compare(
@@ -84,8 +125,12 @@ def compare(
     launcher: str = "local",
     overwrite: bool = False,
     progress: bool = True,
+    failures: list[Failure] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every combination (finished ones are kept) and returns their results, also in ``out/results.json``.
+
+    A run that fails does not stop the others. What failed stands, with the traceback, in ``out/failures.txt``; the
+    same command tries those runs again.
 
     Args:
         config: settings that all runs share.
@@ -95,41 +140,60 @@ def compare(
         out: folder; a run stands in ``out/ARM/ipcN/seedS``.
         jobs: processes side by side (local launcher).
         launcher: "local", or "ray" to run them as Ray tasks on a cluster that shares the file system.
-        overwrite: start over runs that stand there with other settings.
+        overwrite: start over, removing what earlier runs left.
         progress: show progress bars.
+        failures: failed runs are added to it; None raises for them, after the results were written.
+
+    Raises:
+        UnknownNameError, ConfigError: wrong settings, before anything runs.
+        TadPluginError: runs failed and ``failures`` is None.
     """
     out = Path(out)
     tasks = tasks_of(config, arms, seeds, ipcs, out)
     if jobs < 1:
         raise ConfigError(explain("--jobs of at least 1", str(jobs), "Correct the flag"))
     if launcher == "ray":
-        results = _with_ray(tasks, overwrite)
+        found = _with_ray(tasks, overwrite)
     elif launcher != "local":
         raise ConfigError(explain('--launcher "local" or "ray"', repr(launcher), "Correct the flag"))
     elif jobs == 1 or len(tasks) == 1:
-        results = [_execute(t, torch.get_num_threads(), progress, overwrite) for t in _bar(tasks, progress)]
+        threads = torch.get_num_threads()
+        found = [_attempt(t, threads, progress, overwrite) for t in bar(tasks, "runs", progress)]
     else:
-        results = _in_processes(tasks, jobs, progress, overwrite)
+        found = _in_processes(tasks, jobs, progress, overwrite)
+    results = [f for f in found if not isinstance(f, Failure)]
+    failed = [f for f in found if isinstance(f, Failure)]
     atomic_write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    report = out / "failures.txt"
+    report.unlink(missing_ok=True)
+    if failed:
+        atomic_write(report, "\n".join(f"{f}\n\n{f.trace}" for f in failed))
+    if failures is not None:
+        failures.extend(failed)
+    elif failed:
+        got = f"{len(failed)} that failed; the first: {failed[0]}"
+        raise TadPluginError(explain(f"{len(tasks)} runs to finish", got, f"See {report}, then repeat the command"))
     return results
 
 
-def _in_processes(tasks: list[Task], jobs: int, progress: bool, overwrite: bool) -> list[dict[str, Any]]:
+def _in_processes(tasks: list[Task], jobs: int, progress: bool, overwrite: bool) -> list[dict[str, Any] | Failure]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # spawn, because a forked process inherits locked thread pools and cannot use CUDA
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_execute, t, threads, False, overwrite): i for i, t in enumerate(tasks)}
-        found: dict[int, dict[str, Any]] = {}
+        futures = {pool.submit(_attempt, t, threads, False, overwrite): i for i, t in enumerate(tasks)}
+        found: dict[int, dict[str, Any] | Failure] = {}
         try:
-            for future in _bar(as_completed(futures), progress, len(tasks)):
-                found[futures[future]] = future.result()
+            for future in bar(as_completed(futures), "runs", progress, len(tasks)):
+                error = future.exception()  # a process that died, out of memory for example
+                i = futures[future]
+                found[i] = future.result() if error is None else _failure(tasks[i], error)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[i] for i in range(len(tasks))]
 
 
-def _with_ray(tasks: list[Task], overwrite: bool) -> list[dict[str, Any]]:
+def _with_ray(tasks: list[Task], overwrite: bool) -> list[dict[str, Any] | Failure]:
     try:
         import ray
     except ImportError as error:
@@ -139,19 +203,16 @@ def _with_ray(tasks: list[Task], overwrite: bool) -> list[dict[str, Any]]:
         ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_attempt)
         absolute = [dataclasses.replace(t, folder=t.folder.resolve()) for t in tasks]
-        return list(ray.get([remote.remote(t, 1, False, overwrite) for t in absolute]))
+        waiting = [remote.remote(t, 1, False, overwrite) for t in absolute]
+        found: list[dict[str, Any] | Failure] = []
+        for task, reference in zip(tasks, waiting, strict=True):
+            try:
+                found.append(ray.get(reference))
+            except ray.exceptions.RayError as error:  # a node or a process that died
+                found.append(_failure(task, error))
+        return found
     finally:
         if started:
             ray.shutdown()
-
-
-def _bar(items: Any, show: bool, total: int | None = None) -> Any:
-    if not show:
-        return items
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise missing_extra("tqdm", "reproduce", "progress bars") from error
-    return tqdm(items, desc="runs", total=total)

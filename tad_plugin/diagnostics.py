@@ -11,13 +11,15 @@ from torch import Tensor
 from tad_plugin.callback import Observer, StateView
 from tad_plugin.scorer import RealData
 
-__all__ = ["SplitDiagnostics", "area_under_roc", "split_quality"]
+__all__ = ["InfluenceDiagnostics", "SplitDiagnostics", "area_under_roc", "influence_quality", "split_quality"]
 
 
 def area_under_roc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of ``score`` (float [N], higher = more positive) for ``positive`` (bool [N]); ties count half.
+    """Area under the ROC curve, in [0, 1]; ties count half. NaN where one of the two groups is empty. O(N log N).
 
-    NaN where one of the two groups is empty. O(N log N).
+    Args:
+        score: float [N], higher means more positive.
+        positive: bool [N].
     """
     from scipy.stats import rankdata
 
@@ -53,6 +55,39 @@ def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tens
         "relabel_accuracy": share(right, moved),
         "relabelled": float(moved.sum()),
     }
+
+
+def influence_quality(
+    observed: Tensor, influence: Tensor, count: Tensor, usable: Tensor, true: Tensor, weight: Tensor
+) -> dict[str, float]:
+    """How well influences rank correctly labelled samples before mislabelled ones; all arguments [N].
+
+    Returns:
+        auc: of ``-influence`` for "the observed label is the true one", over scored usable samples; NaN where
+            only one of the two kinds is there.
+        clean_weight: share of those samples' weight that correctly labelled ones have.
+    """
+    inside = usable & (count > 0)
+    clean = (observed == true)[inside]
+    mass = weight[inside].double()
+    share = float(mass[clean].sum() / mass.sum()) if bool(mass.sum() > 0) else float("nan")
+    return {"auc": area_under_roc(-influence[inside], clean), "clean_weight": share}
+
+
+class InfluenceDiagnostics(Observer):
+    """Logs :func:`influence_quality` after each refresh of influences; keeps the last one in ``last``."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] | None = None
+
+    def on_refresh(self, *, state: StateView, data: RealData) -> Mapping[str, Any] | None:
+        """See :class:`Observer`."""
+        if data.true_labels is None or not state.has("influence"):
+            return None
+        names = ("observed", "influence", "influence_count", "trusted")
+        observed, influence, count, trusted = (state[n] for n in names)
+        self.last = influence_quality(observed, influence, count, trusted, data.true_labels, state["weight"])
+        return {"event": "influence_quality", **self.last}
 
 
 class SplitDiagnostics(Observer):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["command_line", "peak_memory_bytes", "versions"]
+__all__ = ["command_line", "peak_memory_bytes", "reset_peak_memory", "versions"]
 
 
 def versions(device: str | torch.device = "cpu") -> dict[str, str]:
@@ -32,21 +32,44 @@ def versions(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int | None:
-    """The most memory held so far, in bytes.
+    """The most memory held since the process began, or since :func:`reset_peak_memory` where that works, in bytes.
 
-    On a CUDA device: what tensors took of it since the process began or since
-    ``torch.cuda.reset_peak_memory_stats``. Elsewhere: the process's resident memory, everything included;
+    On a CUDA device: what tensors took of it. Elsewhere: the process's resident memory, everything included;
     None where the system does not tell it (Windows).
     """
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
+        # The kernel's own mark: getrusage does not forget what ran in this process before a reset.
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, Linux KiB
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, others KiB
+
+
+def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
+    """Lets :func:`peak_memory_bytes` count from now on, so that one process can measure several runs.
+
+    Returns:
+        Whether it could: always on a CUDA device, else where ``/proc/self/clear_refs`` can be written (Linux).
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def command_line() -> str:

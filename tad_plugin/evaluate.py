@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.labels import check_labels
 from tad_plugin.nn.augment import Augmentation, default_strategy
 from tad_plugin.nn.networks import make_network
+from tad_plugin.scorer import chunk_size
 from tad_plugin.synthetic import SyntheticSet
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
@@ -110,12 +113,16 @@ def train_on_synthetic(
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
+        InvalidInputError: the set's learned learning rate is not above 0.
     """
     images, labels = training_pairs(synthetic)
     images, labels = images.detach(), labels.detach()
     strategy = default_strategy(synthetic.dataset) if config.augment == "auto" else config.augment
     augmentation = Augmentation("" if strategy == "none" else strategy)
-    rate = synthetic.learning_rate or config.lr
+    rate = config.lr if synthetic.learning_rate is None else synthetic.learning_rate
+    if not 0 < rate < math.inf:
+        do = "Set synthetic.learning_rate to None to train with the evaluation's own lr"
+        raise InvalidInputError(explain("a learned learning rate above 0", str(rate), do))
     optimizer = torch.optim.SGD(
         network.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
@@ -145,9 +152,10 @@ def train_on_synthetic(
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> float:
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Accuracy in percent of ``network`` (put into eval mode) on images [N,C,H,W] and labels int64 [N]."""
     network.eval()
+    batch_size = chunk_size(images.device)
     hits = sum(
         int((network(x).argmax(1) == y).sum())
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
@@ -179,9 +187,10 @@ def evaluate(
     Raises:
         PreprocessingMismatchError: test and synthetic images were normalised or whitened differently.
         InvalidInputError: images of another shape.
+        InvalidLabelsError: test labels that are no classes of the synthetic set, or not one per image.
     """
     config = config or EvaluateConfig()
-    images, labels = test
+    images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")
     if preprocessing is not None:
         synthetic.preprocessing.check_same(preprocessing)
     if images.shape[1:] != synthetic.images.shape[1:]:

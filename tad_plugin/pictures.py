@@ -19,15 +19,16 @@ __all__ = ["draw_comparison"]
 
 
 def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path) -> dict[str, Path]:
-    """Draws everything that the run folders allow into ``out/pictures``; returns title -> file.
+    """Draws everything that the finished run folders allow into ``out/pictures``; returns title -> file.
 
-    The first seed's synthetic sets per arm and IPC, and for arms that divided the data by loss the trusted space over the
-    rounds and the loss histogram with the fitted mixture.
+    The first seed's synthetic sets per arm and IPC, and for arms that divided the data by loss the trusted space over
+    the rounds and the loss histogram with the fitted mixture.
     """
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     found = {"Accuracy by arm": folder / "accuracy.png"}
     report.plot_comparison(report.summarise(results), found["Accuracy by arm"])
+    tasks = [t for t in tasks if RunFolder(t.folder).is_done()]
     first = min(t.config.seed for t in tasks)
     for task in (t for t in tasks if t.config.seed == first):
         label = f"{task.arm}, IPC {task.config.ipc}"

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tad_plugin.callback import Callback
-from tad_plugin.errors import ConfigError, explain, unknown_name
+from tad_plugin.errors import ConfigError, MissingExtraError, explain, unknown_name
 
 __all__ = ["GROUP", "available_methods", "load_method", "make_callbacks"]
 
@@ -32,7 +32,7 @@ def load_method(name: str) -> type[Callback]:
 
     Raises:
         UnknownNameError: no such method.
-        ConfigError: the entry point does not name a Callback.
+        ConfigError: the entry point cannot be imported, or does not name a Callback.
     """
     entries = _entries()
     if name not in entries:
@@ -45,7 +45,18 @@ def load_method(name: str) -> type[Callback]:
                 )
             )
         raise unknown_name("method", name, ["none", *entries])
-    cls = entries[name].load()
+    try:
+        cls = entries[name].load()
+    except MissingExtraError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            explain(
+                f"the method {name!r} to be importable from {entries[name].value!r}",
+                f"{type(error).__name__}: {error}",
+                "Install or mend the package that provides it",
+            )
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Callback)):
         raise ConfigError(
             explain(
@@ -70,6 +81,8 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
         ConfigError: unknown settings, or a method named twice.
     """
     names = [] if method in ("none", "") else [n.strip() for n in method.split("+")]
+    if "none" in names:
+        raise ConfigError(explain('"none" alone', repr(method), "Leave it out, or remove the other methods"))
     if len(set(names)) != len(names):
         raise ConfigError(explain("each method once", repr(method), "Remove the repetition"))
     settings = dict(settings or {})
@@ -82,4 +95,7 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
                 "Remove them, or add the method",
             )
         )
-    return [load_method(n).from_settings(settings.get(n), seed=seed * 1009 + 17 * i + 1) for i, n in enumerate(names)]
+    return [
+        load_method(n).from_settings(settings.get(n), seed=(seed * 1009 + 17 * i + 1) % 2**63)
+        for i, n in enumerate(names)
+    ]

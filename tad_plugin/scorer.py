@@ -20,7 +20,16 @@ from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
 from tad_plugin.state import SampleState, check_labels
 
-__all__ = ["RealData", "Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
+__all__ = [
+    "RealData",
+    "Scorer",
+    "ScorerConfig",
+    "Scores",
+    "chunk_size",
+    "features_and_logits",
+    "score_all",
+    "weighted_cross_entropy",
+]
 
 
 @dataclass
@@ -49,11 +58,17 @@ class RealData:
     def __post_init__(self) -> None:
         if self.images.ndim < 2 or not self.images.is_floating_point():
             raise InvalidInputError(
-                explain("images as a float tensor [N,C,H,W]", f"{self.images.dtype} {list(self.images.shape)}", "Stack and normalise them")
+                explain(
+                    "images as a float tensor [N,C,H,W]",
+                    f"{self.images.dtype} {list(self.images.shape)}",
+                    "Stack and normalise them",
+                )
             )
         self.labels = check_labels(self.labels, self.num_classes, len(self.images)).to(self.images.device)
         if self.true_labels is not None:
-            self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(self.images.device)
+            self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(
+                self.images.device
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,7 +114,9 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
         if isinstance(module, nn.Linear):
             last = module
     if last is None:
-        raise InvalidInputError(explain("a network with an nn.Linear classifier", type(network).__name__, "Give it a linear last layer"))
+        raise InvalidInputError(
+            explain("a network with an nn.Linear classifier", type(network).__name__, "Give it a linear last layer")
+        )
     caught: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
     try:
@@ -109,13 +126,18 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     return caught[-1].flatten(1), logits
 
 
+def chunk_size(device: torch.device) -> int:
+    """Images per forward pass without a graph: what fits a CPU's cache (measured: 64 twice as fast as 256), or 2048."""
+    return 64 if device.type == "cpu" else 2048
+
+
 @torch.no_grad()
-def score_all(network: nn.Module, data: RealData, batch_size: int = 512) -> Scores:
+def score_all(network: nn.Module, data: RealData) -> Scores:
     """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored."""
     training = network.training
     network.eval()
     try:
-        parts = [features_and_logits(network, images) for _, images in data.batches(batch_size)]
+        parts = [features_and_logits(network, images) for _, images in data.batches(chunk_size(data.images.device))]
     finally:
         network.train(training)
     return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())
@@ -143,11 +165,11 @@ class ScorerConfig:
         depth: blocks of a ConvNet; 0 takes 3, or fewer for images under 16 pixels.
         norm: normalisation.
         epochs: epochs before distillation.
-        batch_size: samples per step.
+        batch_size: samples per step; 0 takes 128, or fewer so that an epoch has at least 50 steps.
         lr: peak learning rate of SGD; one cosine decay over ``epochs``.
         momentum: SGD momentum.
         weight_decay: L2 penalty.
-        augment: augmentation strategy while training ("" none, "auto" crop and, where it keeps the label, flip).
+        augment: augmentation strategy while training: "" none, "auto" crop_flip, or crop_scale_rotate for digits.
         refresh_every: iterations of distillation between further epochs; 0 never.
     """
 
@@ -156,7 +178,7 @@ class ScorerConfig:
     depth: int = 0
     norm: str = "instance"
     epochs: int = 10
-    batch_size: int = 128
+    batch_size: int = 0
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -164,9 +186,11 @@ class ScorerConfig:
     refresh_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("width", 1), ("depth", 0), ("refresh_every", 0)):
+        for name, low in (("epochs", 1), ("batch_size", 0), ("width", 1), ("depth", 0), ("refresh_every", 0)):
             if getattr(self, name) < low:
-                raise ConfigError(explain(f"scorer.{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
+                raise ConfigError(
+                    explain(f"scorer.{name} of at least {low}", str(getattr(self, name)), "Correct the setting")
+                )
         if not self.lr > 0:
             raise ConfigError(explain("scorer.lr above 0", str(self.lr), "Correct the setting"))
 
@@ -217,7 +241,7 @@ class Scorer:
         config, n = self.config, len(self.data)
         self.network.train()
         order = torch.randperm(n, generator=self.generator).to(self.data.images.device)
-        batches = order.split(config.batch_size)
+        batches = order.split(config.batch_size or max(8, min(128, n // 50)))
         # The mean 1 of the state's weights holds over the trusted samples only.
         effective = state.weight * state.trusted
         total = 0.0
@@ -235,7 +259,11 @@ class Scorer:
             loss = events.scorer_batch(state, indices, logits, loss)
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
-                    explain("a finite scorer loss", f"{float(loss)} in epoch {self.epoch}", "Lower scorer.lr, and check the images for NaN")
+                    explain(
+                        "a finite scorer loss",
+                        f"{float(loss)} in epoch {self.epoch}",
+                        "Lower scorer.lr, and check the images for NaN",
+                    )
                 )
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -268,4 +296,5 @@ def _strategy(name: str, data: RealData) -> str:
         return name
     if data.images.ndim != 4:
         return ""
-    return "crop" if data.dataset in ("digits", "mnist", "svhn") else "crop_flip"
+    # A mirrored digit is no digit; turning and stretching it a little takes the mirror's place.
+    return "crop_scale_rotate" if data.dataset in ("digits", "mnist", "svhn") else "crop_flip"

@@ -6,8 +6,6 @@ This module imports no method and no loop.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,76 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.errors import (
-    EmptyClassError,
-    FileFormatError,
-    InvalidInputError,
-    InvalidLabelsError,
-    StateMismatchError,
-    explain,
-)
-from tad_plugin.files import atomic_save
+from tad_plugin.errors import EmptyClassError, InvalidInputError, StateMismatchError, explain, unknown_name
+from tad_plugin.labels import check_labels, label_digest
+from tad_plugin.statefile import read_state, write_state
 
 __all__ = ["SampleState", "check_labels", "label_digest"]
-
-FORMAT = "tad_plugin.state"
-VERSION = 1
-
-
-def check_labels(labels: Tensor, num_classes: int, length: int | None = None, name: str = "labels") -> Tensor:
-    """Checks hard labels and returns them as a contiguous int64 tensor on their device.
-
-    Args:
-        labels: integer class labels, shape [N], values in [0, num_classes).
-        num_classes: number of classes K, at least 1.
-        length: the N that is expected, or None for any.
-        name: the argument's name in messages.
-
-    Raises:
-        InvalidLabelsError: not 1-D, not integer, out of range, or of another length.
-    """
-    labels = torch.as_tensor(labels)
-    if num_classes < 1:
-        raise InvalidInputError(explain("num_classes of at least 1", str(num_classes), "Pass the number of classes"))
-    if labels.ndim != 1:
-        raise InvalidLabelsError(
-            explain(f"`{name}` of shape [N]", f"shape {list(labels.shape)}", "Pass hard labels, one integer per sample")
-        )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise InvalidLabelsError(
-            explain(
-                f"integer `{name}`", f"dtype {labels.dtype}", "Convert with .long() if the values are class indices"
-            )
-        )
-    if length is not None and len(labels) != length:
-        raise InvalidLabelsError(
-            explain(
-                f"`{name}` of length {length}",
-                f"length {len(labels)}",
-                "Pass one label per sample, in the dataset's order",
-            )
-        )
-    if len(labels) == 0:
-        raise InvalidLabelsError(
-            explain(f"at least one label in `{name}`", "none", "Check that the dataset was loaded")
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        bad = int(((labels < 0) | (labels >= num_classes)).nonzero()[0])
-        raise InvalidLabelsError(
-            explain(
-                f"`{name}` in [0, {num_classes})",
-                f"values from {low} to {high} (first at position {bad})",
-                "Map the labels to 0..K-1 or pass the right num_classes",
-            )
-        )
-    return labels.to(torch.int64).contiguous()
-
-
-def label_digest(labels: Tensor) -> str:
-    """Sha256 (hex) of labels as int64 bytes: the identity of a labelled dataset. ``labels``: integers, shape [N]."""
-    data = labels.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()
 
 
 class SampleState:
@@ -167,7 +100,10 @@ class SampleState:
         return f"SampleState(N={len(self)}, K={self.num_classes}, trusted={s['trusted']}, relabelled={s['relabelled']})"
 
     def summary(self) -> dict[str, Any]:
-        """Counts as plain numbers: samples, trusted, untrusted, relabelled, smallest_pool, effective_sample_size (share)."""
+        """Counts as plain numbers: samples, trusted, untrusted, relabelled, smallest_pool, effective_sample_size.
+
+        The last is a share, (sum w)^2 / (n sum w^2) over the usable samples, in (0, 1]; 0 where there is none.
+        """
         usable = self.usable()
         w = self.weight[usable].double()
         ess = float(w.sum() ** 2 / (w.square().sum() * max(len(w), 1))) if len(w) else 0.0
@@ -212,7 +148,9 @@ class SampleState:
         self._version += 1
 
     def set_weights(self, factor: str, values: Tensor) -> None:
-        """Sets one method's factor of the weight; the weight is the product of all factors, mean 1 in each class's pool.
+        """Sets one method's factor of the weight.
+
+        The weight is the product of all factors, scaled to mean 1 over each class's trusted samples.
 
         Args:
             factor: the method's name; a later call with the same name replaces the factor.
@@ -283,10 +221,12 @@ class SampleState:
         return self._extra[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of that name: a field, ``observed``, or one that a callback registered."""
+        """The tensor of that name: a field, ``observed``, or one that a callback registered; else UnknownNameError."""
         if name in (*self.FIELDS, "observed"):
             tensor: Tensor = getattr(self, name)
             return tensor
+        if name not in self._extra:
+            raise unknown_name("tensor of the state", name, [*self.FIELDS, "observed", *self._extra])
         return self._extra[name]
 
     def __contains__(self, name: str) -> bool:
@@ -380,55 +320,34 @@ class SampleState:
         Raises:
             StateMismatchError: it belongs to data with other observed labels.
         """
-        self._check_same(str(state["digest"]), int(state["num_classes"]), "the given state")
+        digest, k = str(state["digest"]), int(state["num_classes"])
+        if digest != self.digest or k != self.num_classes:
+            _mismatch(self.num_classes, self.digest, k, digest, "the given state")
         for name in self.FIELDS:
             getattr(self, name).copy_(state[name])
         self._extra = {k: v.to(self.device).clone() for k, v in state["extra"].items()}
         self._factors = {k: v.to(self.device).clone() for k, v in state["factors"].items()}
         self._version += 1
 
-    def _check_same(self, digest: str, num_classes: int, source: str) -> None:
-        if digest == self.digest and num_classes == self.num_classes:
-            return
-        raise StateMismatchError(
-            explain(
-                f"a state for {self.num_classes} classes with label hash {self.digest[:16]}",
-                f"{num_classes} classes with label hash {digest[:16]} in {source}",
-                "Load the data with the same files, order, --per-class and noise (kind, rate, seed) as when the state was"
-                " written, or start without this state",
-            )
-        )
-
     def save(self, path: str | Path, *, configs: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file (atomically replaced), with a JSON header.
 
         The header holds format, version, num_classes, the label hash and ``configs`` (method name -> settings).
         """
-        from safetensors.torch import save_file
-
         tensors = {"observed": self.observed, **{name: getattr(self, name) for name in self.FIELDS}}
         tensors |= {f"extra/{k}": v for k, v in self._extra.items()}
         tensors |= {f"factors/{k}": v for k, v in self._factors.items()}
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_classes": self.num_classes,
-            "digest": self.digest,
-            "configs": dict(configs or {}),
-        }
-        ready = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-        atomic_save(
-            path, lambda tmp: save_file(ready, str(tmp), metadata={"tad_plugin": json.dumps(header, default=str)})
-        )
+        header = {"num_classes": self.num_classes, "digest": self.digest, "configs": dict(configs or {})}
+        write_state(path, tensors, header)
 
-    @staticmethod
-    def read_header(path: str | Path) -> dict[str, Any]:
+    @classmethod
+    def read_header(cls, path: str | Path) -> dict[str, Any]:
         """The JSON header of a state file.
 
         Raises:
             FileFormatError: missing, truncated, or not a state file of a version that this package reads.
         """
-        return _read(path)[0]
+        return read_state(path, ("observed", *cls.FIELDS))[0]
 
     @classmethod
     def load(
@@ -445,41 +364,29 @@ class SampleState:
             FileFormatError: missing, truncated, or not a state file.
             StateMismatchError: it belongs to other labels; both hashes are shown.
         """
-        header, tensors = _read(path)
-        state = cls(tensors["observed"] if labels is None else labels, int(header["num_classes"]), device=device)
-        state._check_same(str(header["digest"]), int(header["num_classes"]), f"the file {path}")
-        for name in cls.FIELDS:
-            getattr(state, name).copy_(tensors[name])
+        header, tensors = read_state(path, ("observed", *cls.FIELDS))
+        theirs, k = str(header["digest"]), int(header["num_classes"])
+        if labels is not None and label_digest(torch.as_tensor(labels)) != theirs:
+            _mismatch(k, label_digest(torch.as_tensor(labels)), k, theirs, f"the file {path}")
+        # An empty class was either accepted when the state was made, or refused then.
+        where = tensors["observed"] if labels is None else torch.as_tensor(labels)
+        state = cls(where, k, device=device, allow_empty=True)
+        groups: dict[str, dict[str, Tensor]] = {"extra": {}, "factors": {}}
         for key, value in tensors.items():
             group, _, name = key.partition("/")
-            if group == "extra":
-                state._extra[name] = value.to(state.device)
-            elif group == "factors":
-                state._factors[name] = value.to(state.device)
-        state._version += 1
+            if group in groups:
+                groups[group][name] = value
+        fields = {name: tensors[name] for name in cls.FIELDS}
+        state.load_state_dict({"digest": theirs, "num_classes": k, **fields, **groups})
         return state
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    way_out = "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew"
-    if not path.is_file():
-        raise FileFormatError(explain("a state file", f"nothing at {path}", way_out))
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            raw = (f.metadata() or {}).get("tad_plugin", "")
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
-        header = json.loads(raw) if raw else {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(explain("a readable state file", f"{path}: {error}", way_out)) from error
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
-        got = f"format {header.get('format')!r}, version {header.get('version')!r} in {path}"
-        raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, way_out))
-    lost = {"observed", *SampleState.FIELDS} - set(tensors)
-    if lost:
-        raise FileFormatError(explain("all fields of a state", f"{path} without {', '.join(sorted(lost))}", way_out))
-    if label_digest(tensors["observed"]) != header["digest"]:
-        raise FileFormatError(explain("labels that match the header's hash", f"other labels in {path}", way_out))
-    return header, tensors
+def _mismatch(num_classes: int, digest: str, their_classes: int, theirs: str, source: str) -> None:
+    raise StateMismatchError(
+        explain(
+            f"a state for {num_classes} classes with label hash {digest[:16]}",
+            f"{their_classes} classes with label hash {theirs[:16]} in {source}",
+            "Load the data with the same files, order, --per_class and noise (kind, rate, seed) as when the state"
+            " was written, or start without this state",
+        )
+    )

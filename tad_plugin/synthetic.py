@@ -13,6 +13,7 @@ from torch import Tensor
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
 from tad_plugin.files import atomic_save
+from tad_plugin.labels import check_labels
 
 __all__ = ["SyntheticSet"]
 
@@ -33,6 +34,10 @@ class SyntheticSet:
         class_names: K names, or empty.
         learning_rate: the learned rate of trajectory matching, to be used when training on the set; else None.
         decode: how the images become training images: "" as they are, "partition:F" each is F x F images (IDM).
+
+    Raises:
+        InvalidInputError: images of another shape, or not one label for each, or soft labels of another width.
+        InvalidLabelsError: hard labels out of range or of another type.
     """
 
     images: Tensor
@@ -53,7 +58,9 @@ class SyntheticSet:
                     "Pass as many labels as images",
                 )
             )
-        if self.labels.ndim == 2 and self.labels.shape[1] != self.num_classes:
+        if self.labels.ndim == 1:
+            check_labels(self.labels, self.num_classes)
+        elif self.labels.ndim != 2 or self.labels.shape[1] != self.num_classes:
             raise InvalidInputError(
                 explain(
                     f"soft labels [M,{self.num_classes}]",
@@ -115,6 +122,8 @@ class SyntheticSet:
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
             raise FileFormatError(explain("a readable synthetic set", f"{path}: {error}", way_out)) from error
+        if not isinstance(header, dict):
+            header = {}
         if (
             header.get("format") != FORMAT
             or header.get("version") != VERSION
@@ -124,13 +133,17 @@ class SyntheticSet:
             raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, way_out))
         prefix = "preprocessing/"
         stats = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(
-            tensors["images"],
-            tensors["labels"],
-            int(header["num_classes"]),
-            Preprocessing.from_header(header["preprocessing"], stats),
-            header["dataset"],
-            tuple(header["class_names"]),
-            header["learning_rate"],
-            header["decode"],
-        ).to(device)
+        try:
+            return cls(
+                tensors["images"],
+                tensors["labels"],
+                int(header["num_classes"]),
+                Preprocessing.from_header(header["preprocessing"], stats),
+                header["dataset"],
+                tuple(header["class_names"]),
+                header["learning_rate"],
+                header["decode"],
+            ).to(device)
+        except (KeyError, TypeError, InvalidInputError) as error:
+            got = f"{path} with {type(error).__name__}: {error}"
+            raise FileFormatError(explain("all fields of a synthetic set", got, way_out)) from error

@@ -7,16 +7,17 @@ same calls to the same generators as the plain one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tad_plugin.callback import CallbackList
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.scorer import weighted_cross_entropy
 from tad_plugin.state import SampleState
 
 __all__ = ["BatchIndex", "IndexedLoader", "TrustedCriterion"]
@@ -63,22 +64,15 @@ class IndexedLoader:
     """
 
     def __init__(self, loader: DataLoader[Any], index: BatchIndex, length: int) -> None:
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            raise InvalidInputError(
-                explain(
-                    "a torch DataLoader with batches",
-                    type(loader).__name__,
-                    "Wrap the DataLoader of the real training data",
-                )
-            )
-        if len(loader.dataset) != length:  # type: ignore[arg-type]
-            raise InvalidInputError(
-                explain(
-                    f"a loader over {length} samples",
-                    f"one over {len(loader.dataset)}",
-                    "Wrap the loader of the same data that attach() got",
-                )  # type: ignore[arg-type]
-            )
+        dataset: Any = getattr(loader, "dataset", None)
+        if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
+            got = f"{type(loader).__name__} over {type(dataset).__name__}"
+            do = "Wrap the DataLoader (with a batch_size) of the real training data"
+            raise InvalidInputError(explain("a torch DataLoader of batches over a map-style dataset", got, do))
+        if len(dataset) != length:
+            got = f"one over {len(dataset)}"
+            do = "Wrap the loader of the same data that attach() got"
+            raise InvalidInputError(explain(f"a loader over {length} samples", got, do))
         self.loader = loader
         self.index = index
         # The same batch_sampler object: it draws the same numbers from the same generator.
@@ -100,6 +94,8 @@ class IndexedLoader:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not set yet: a copy in the making
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -113,38 +109,85 @@ class IndexedLoader:
 
 
 class TrustedCriterion(nn.Module):
-    """Weighted cross-entropy on the state's targets while a training batch is in flight, else the wrapped criterion.
+    """The wrapped criterion on the state's targets, weighted, while a training batch is in flight; else as it is.
+
+    The loss of a training batch is sum_i w_i l_i / sum_i w_i with the criterion's own l_i (label smoothing and class
+    weights included), and sum_i w_i l_i where its reduction is "sum". A sample that is not trusted weighs 0. A batch
+    is in flight between the loader's yields and only counts where the logits have a graph, so testing inside or
+    after an epoch gets the plain criterion.
 
     Args:
-        criterion: the loop's own criterion; used as it is when no batch index is set (testing), with its
-            label smoothing or class weights respected only there.
+        criterion: a loss module with a ``reduction`` of "mean" or "sum" (``nn.CrossEntropyLoss()``), or
+            ``torch.nn.functional.cross_entropy``.
         state: the sample state.
         index: the batch in flight.
         events: fires on_scorer_batch.
+        labels: int64 [N], the labels that the loader gives; compared in the first batch. By default the observed ones.
+
+    Raises:
+        InvalidInputError: the criterion cannot give one loss per sample.
     """
 
-    def __init__(self, criterion: nn.Module, state: SampleState, index: BatchIndex, events: CallbackList) -> None:
+    def __init__(
+        self, criterion: Any, state: SampleState, index: BatchIndex, events: CallbackList, labels: Tensor | None = None
+    ) -> None:
         super().__init__()
+        if criterion is not F.cross_entropy and getattr(criterion, "reduction", None) not in ("mean", "sum"):
+            expected = 'a criterion with a `reduction` of "mean" or "sum"'
+            do = "Pass nn.CrossEntropyLoss() or another loss module that can leave its batch unreduced"
+            raise InvalidInputError(explain(expected, repr(criterion), do))
         self.criterion = criterion
         self._state = state
         self._index = index
         self._events = events
+        self._labels: Tensor | None = state.observed if labels is None else labels
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Scalar loss of logits [B,K] and labels int64 [B]."""
+        """Scalar loss of logits [B,K] and labels int64 [B].
+
+        Raises:
+            InvalidInputError: not the whole batch, or a batch whose labels are not those of its samples.
+        """
         indices = self._index.current
-        if indices is None:
+        if indices is None or not logits.requires_grad:
             loss: Tensor = self.criterion(logits, labels)
             return loss
         if len(indices) != len(logits):
+            do = "Pass the whole batch of the wrapped loader to the criterion"
+            raise InvalidInputError(explain(f"a batch of {len(indices)} logits", str(len(logits)), do))
+        state, indices = self._state, indices.to(self._state.device)
+        self._check_order(indices, labels)
+        weights = (state.weight[indices] * state.trusted[indices]).to(logits.device)
+        loss = self._weighted(logits, state.target[indices].to(logits.device), weights)
+        return self._events.scorer_batch(state, indices, logits, loss)
+
+    def _weighted(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        if self.criterion is F.cross_entropy:
+            rows: Tensor = F.cross_entropy(logits, targets, reduction="none")
+        else:
+            single = copy.copy(self.criterion)
+            single.reduction = "none"
+            rows = single(logits, targets)
+        if rows.shape != weights.shape:
+            do = "Pass a criterion that gives one loss per sample with reduction='none'"
+            raise InvalidInputError(explain(f"losses of shape {list(weights.shape)}", f"{list(rows.shape)}", do))
+        if getattr(self.criterion, "reduction", "mean") == "sum":
+            return (weights * rows).sum()
+        # torch's mean divides by the class weights of the batch, so ours does.
+        per_class = getattr(self.criterion, "weight", None)
+        total = (weights if per_class is None else weights * per_class[targets]).sum()
+        return (weights * rows).sum() / total.clamp_min(torch.finfo(rows.dtype).tiny)
+
+    def _check_order(self, indices: Tensor, labels: Tensor) -> None:
+        if self._labels is None or labels.shape != indices.shape or labels.is_floating_point():
+            return
+        expected, self._labels = self._labels[indices].to(labels.device), None
+        if not torch.equal(expected, labels.long()):
+            first = int((expected != labels).nonzero()[0])
             raise InvalidInputError(
                 explain(
-                    f"a batch of {len(indices)} logits",
-                    str(len(logits)),
-                    "Pass the whole batch of the wrapped loader to the criterion",
+                    f"label {int(expected[first])} for sample {int(indices[first])}, as attach() got it",
+                    f"{int(labels[first])} from the loader",
+                    "Give attach() the labels in the order of the loader's dataset",
                 )
             )
-        indices = indices.to(self._state.device)
-        weights = (self._state.weight * self._state.trusted)[indices].to(logits.device)
-        loss = weighted_cross_entropy(logits, self._state.target[indices].to(logits.device), weights)
-        return self._events.scorer_batch(self._state, indices, logits, loss)

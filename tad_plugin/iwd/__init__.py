@@ -9,6 +9,8 @@ from __future__ import annotations
 from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
 from tad_plugin.iwd.influence import dm_influence, embedding_directions, explicit_influence, influence, target_direction
 from tad_plugin.iwd.per_sample import per_sample_directional, per_sample_gradient_chunks, per_sample_gradients
+from tad_plugin.iwd.refresh import held_out_folds, score_on_network, target_gradient
+from tad_plugin.iwd.segment import segment_influence
 from tad_plugin.iwd.solvers import (
     CGResult,
     conjugate_gradient,
@@ -49,6 +51,7 @@ __all__ = [
     "explicit_influence",
     "fit_temperature",
     "gauss_newton_vector_product",
+    "held_out_folds",
     "hessian_vector_product",
     "influence",
     "inverse_hessian_influence",
@@ -56,9 +59,12 @@ __all__ = [
     "per_sample_directional",
     "per_sample_gradient_chunks",
     "per_sample_gradients",
+    "score_on_network",
+    "segment_influence",
     "softmax_weights",
     "standardise",
     "target_direction",
+    "target_gradient",
     "unrolled_influence",
     "validation_gradient",
     "validation_target",

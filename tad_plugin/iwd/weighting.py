@@ -82,7 +82,7 @@ class Temperature:
 
 
 def fit_temperature(
-    scores: Tensor, labels: Tensor, num_classes: int, ess: float = 0.5, mask: Tensor | None = None
+    scores: Tensor, labels: Tensor, num_classes: int, ess: float | Tensor = 0.5, mask: Tensor | None = None
 ) -> Temperature:
     """Finds for each class the softmax temperature that leaves a wanted effective sample size, by bisection.
 
@@ -93,18 +93,20 @@ def fit_temperature(
         scores: [N], lower = better (influence); standardised inside each class first.
         labels: int64 [N] in [0, num_classes).
         num_classes: K.
-        ess: wanted (sum w)^2 / (n_c sum w^2), in (0, 1].
+        ess: wanted (sum w)^2 / (n_c sum w^2), in (0, 1]; one number, or one for each class [K].
         mask: bool [N], the samples that take part; None for all.
 
     Raises:
         NonFiniteError: a score that takes part is NaN or infinite.
         InvalidInputError: ess outside (0, 1], or shapes that do not fit.
     """
-    if not 0.0 < ess <= 1.0:
+    labels, inside = _checked(scores, labels, num_classes, mask)
+    wanted = torch.as_tensor(ess, dtype=torch.float64, device=labels.device)
+    if wanted.shape not in ((), (num_classes,)) or not bool(((wanted > 0) & (wanted <= 1)).all()):
         raise InvalidInputError(
             explain("ess in (0, 1]", str(ess), "Pass the share of a class that is to keep its weight")
         )
-    labels, inside = _checked(scores, labels, num_classes, mask)
+    wanted = wanted.expand(num_classes)
     z = standardise(scores, labels, num_classes, inside)
     count = _per_class(inside.double(), labels, num_classes)
     flat = ~(_per_class(z.abs(), labels, num_classes) > 0)
@@ -112,11 +114,11 @@ def fit_temperature(
     high = torch.full_like(count, math.log(_SHARPEST))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        too_even = _share(z, labels, count, inside, middle.exp()) > ess
+        too_even = _share(z, labels, count, inside, middle.exp()) > wanted
         low, high = torch.where(too_even, middle, low), torch.where(too_even, high, middle)
-    inverse = torch.where(flat | torch.full_like(flat, ess == 1.0), 0.0, high.exp())
+    inverse = torch.where(flat | (wanted == 1.0), 0.0, high.exp())
     found = _share(z, labels, count, inside, inverse)
-    return Temperature(1.0 / inverse, found, flat | ((found - ess).abs() <= 1e-3))
+    return Temperature(1.0 / inverse, found, flat | ((found - wanted).abs() <= 1e-3))
 
 
 def softmax_weights(
@@ -231,6 +233,27 @@ class RunningScore:
         if self.decay is None:
             return self._total.clone()
         return torch.where(self.seen, self._total / (1.0 - self.decay ** self.counts.double()).float(), 0.0)
+
+    @property
+    def estimate(self) -> Tensor:
+        """float32 [N]: the mean score, shrunk by one pseudo-score of 0.
+
+        Comparable between samples that were scored unequally often: the plain mean of few scores is the more extreme.
+        """
+        mean = self.value if self.decay is not None else self._total / self.counts.clamp_min(1)
+        return mean * (self.counts / (self.counts + 1.0))
+
+    def forget(self, mask: Tensor) -> None:
+        """Drops the scores of the samples in ``mask`` (bool [N]), as if they had never been scored."""
+        self._total[mask] = 0
+        self.counts[mask] = 0
+
+    def restore(self, estimate: Tensor, counts: Tensor) -> None:
+        """Takes up scores of which only :attr:`estimate` (float [N]) and counts (int64 [N]) were kept."""
+        self.counts.copy_(counts)
+        mean = estimate.double() * (counts + 1.0) / counts.clamp_min(1)
+        factor = counts.double() if self.decay is None else 1.0 - self.decay ** counts.double()
+        self._total.copy_(mean * factor)
 
     def add(self, indices: Tensor | None, scores: Tensor) -> None:
         """Adds one score for each of ``indices`` (int64 [B], no index twice; None for all N).

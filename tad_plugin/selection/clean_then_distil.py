@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.callback import Callback
+from tad_plugin.callback import Callback, build_config
 from tad_plugin.errors import ConfigError, NotEnoughSamplesError, explain, missing_extra
 from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.ranking import keep_lowest, train_logits
@@ -36,7 +36,7 @@ class CleanThenDistilConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, dict):
-            self.scorer = ScorerConfig(**self.scorer)
+            self.scorer = build_config(ScorerConfig, self.scorer, "the networks")
         if self.folds < 2:
             raise ConfigError(explain("at least 2 folds", str(self.folds), "Correct the setting"))
         if self.filter_by not in FILTERS:
@@ -60,6 +60,7 @@ class CleanThenDistil(Callback):
 
     name: ClassVar[str] = "clean-then-distil"
     Config: ClassVar[type] = CleanThenDistilConfig
+    needs_images: ClassVar[bool] = True
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Trains one network per fold and cleans.

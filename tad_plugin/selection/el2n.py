@@ -1,4 +1,4 @@
-"""EL2N pruning (Paul et al., NeurIPS 2021): keep samples by the norm of the early error vector, averaged over networks."""
+"""EL2N pruning (Paul et al., NeurIPS 2021): keep samples by the norm of the early error vector, over networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from tad_plugin.callback import Callback
+from tad_plugin.callback import Callback, build_config
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.ranking import check_share, keep_lowest, train_logits
@@ -23,20 +23,24 @@ class EL2NConfig:
     """Settings of EL2N pruning.
 
     Attributes:
-        keep: share of each class that is kept; 0 takes 1 - the nominal noise rate where the experiment set one, else 0.7.
+        keep: share of each class that is kept; 0 takes 1 - the nominal noise rate where the experiment set one, else
+            0.7.
         networks: over how many networks the score is averaged (10 in the paper; here 3).
         hardest: keep the largest scores (the paper, on clean data) instead of the smallest (noisy data).
-        scorer: settings of the networks; few epochs, since the score is an early one.
+        epochs: of each network; few, since the score is an early one.
+        scorer: settings of the networks; its ``epochs`` are replaced by the ones above.
     """
 
     keep: float = 0.0
     networks: int = 3
     hardest: bool = False
-    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=5))
+    epochs: int = 5
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, dict):
-            self.scorer = ScorerConfig(**self.scorer)
+            self.scorer = build_config(ScorerConfig, self.scorer, "the networks")
+        self.scorer = dataclasses.replace(self.scorer, epochs=self.epochs)
         if self.keep:
             check_share("keep", self.keep)
         if self.networks < 1:
@@ -48,6 +52,7 @@ class EL2N(Callback):
 
     name: ClassVar[str] = "el2n"
     Config: ClassVar[type] = EL2NConfig
+    needs_images: ClassVar[bool] = True
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Trains the networks and prunes."""

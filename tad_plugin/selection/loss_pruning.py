@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tad_plugin.callback import Callback
+from tad_plugin.callback import Callback, build_config
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.ranking import check_share, keep_lowest, mean_losses, train_logits
@@ -32,7 +32,7 @@ class LossPruningConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, dict):
-            self.scorer = ScorerConfig(**self.scorer)
+            self.scorer = build_config(ScorerConfig, self.scorer, "the networks")
         if self.keep:
             check_share("keep", self.keep)
         if not 1 <= self.history <= self.scorer.epochs:
@@ -46,6 +46,7 @@ class LossPruning(Callback):
 
     name: ClassVar[str] = "loss-prune"
     Config: ClassVar[type] = LossPruningConfig
+    needs_images: ClassVar[bool] = True
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Trains one network and prunes."""

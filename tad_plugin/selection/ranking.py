@@ -1,4 +1,4 @@
-"""What the rivals share: a network trained on the observed labels, and keeping the best-ranked samples of each class."""
+"""What the rivals share: a network trained on the observed labels, and keeping each class's best-ranked samples."""
 
 from __future__ import annotations
 

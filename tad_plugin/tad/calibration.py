@@ -54,18 +54,21 @@ class Calibration:
     """The threshold rho and the curve that it was read from (M distinct scores, falling).
 
     Attributes:
-        threshold: rho: recall a proposal with score >= rho. inf where the wanted precision is not reached.
+        threshold: rho: recall a proposal that contradicts the observed label with score >= rho. inf where the wanted
+            precision is not reached.
+        threshold_agree: the same for a proposal that repeats the observed label; at most ``threshold``.
         temperature: that the scores were computed with; pass it to ``reliability``.
         noise_rate: e, the share of wrong observed labels that the corrected curve assumes.
         scores: float32 [M], falling.
-        precision: float32 [M], of proposals with at least that score on trusted samples, against their targets; 0 before
-            the first.
+        precision: float32 [M], of proposals with at least that score on trusted samples, against their targets; 0
+            before the first.
         corrected: float32 [M], estimate of the same on untrusted samples; 0 before the first.
         support: int64 [M], trusted samples with a proposal of at least that score.
         candidates: int64 [M], the same for untrusted ones.
     """
 
     threshold: float
+    threshold_agree: float
     temperature: float
     noise_rate: float
     scores: Tensor
@@ -161,16 +164,18 @@ def calibrate_threshold(
     proposals = torch.arange(1, len(score) + 1, device=where)
     agreement = agree.cumsum(0).double() / proposals
     if noise_rate is None:
-        noise_rate = _noise_rate(agreement, trusted, min_support)
+        # A sample that was recalled under another label counts as wrong, else every recall would lower the estimate.
+        noise_rate = _noise_rate(agreement, trusted & (targets == labels), min_support)
     kept, changed = ((~sure) & agree).cumsum(0).double(), ((~sure) & ~agree).cumsum(0).double()
-    estimate = _corrected_precision(agreement, kept, changed, noise_rate, num_classes)
+    right_kept, right_changed = _right_shares(agreement, noise_rate, num_classes)
+    estimate = (right_kept * kept + right_changed * changed) / (kept + changed).clamp_min(1)
 
     enough = last & (support >= min_support) & (precision >= recall_precision)
-    if corrected:
-        enough &= (estimate >= recall_precision) | (kept + changed == 0)
-    threshold = float(score[enough][-1]) if bool(enough.any()) else math.inf
+    contradicting = enough & (right_changed >= recall_precision) if corrected else enough
+    confirming = enough & (right_kept >= recall_precision) if corrected else enough
     return Calibration(
-        threshold=threshold,
+        threshold=_lowest(score, contradicting),
+        threshold_agree=_lowest(score, confirming | contradicting),
         temperature=temperature,
         noise_rate=noise_rate,
         scores=score[last],
@@ -201,13 +206,17 @@ def _noise_rate(agreement: Tensor, trusted: Tensor, min_support: int) -> float:
     return min(untrusted, 1 - float(agreement[top - 1]))
 
 
-def _corrected_precision(agreement: Tensor, kept: Tensor, changed: Tensor, noise: float, num_classes: int) -> Tensor:
-    """Estimated precision of the untrusted proposals in each prefix; 0 where there are none."""
+def _lowest(score: Tensor, enough: Tensor) -> float:
+    return float(score[enough][-1]) if bool(enough.any()) else math.inf
+
+
+def _right_shares(agreement: Tensor, noise: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Estimated share of right proposals in each prefix: of those that repeat and that contradict the observed label."""
     chance = noise / max(num_classes - 1, 1)
     informative = 1 - noise - chance
     if informative <= 0:  # the labels are no better than random, so agreement says nothing
-        return torch.zeros_like(agreement)
+        return torch.zeros_like(agreement), torch.zeros_like(agreement)
     q = ((agreement - chance) / informative).clamp(0, 1)
     right_kept = (q * (1 - noise) / agreement.clamp_min(1e-12)).clamp_max(1)
     right_changed = (q * noise / (1 - agreement).clamp_min(1e-12)).clamp_max(1)
-    return (right_kept * kept + right_changed * changed) / (kept + changed).clamp_min(1)
+    return right_kept, right_changed

@@ -14,7 +14,7 @@ from tad_plugin.callback import Callback
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
 from tad_plugin.scorer import RealData, score_all
 from tad_plugin.state import SampleState
-from tad_plugin.tad.calibration import calibrate_threshold
+from tad_plugin.tad.calibration import Calibration, calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
 from tad_plugin.tad.mixture import ClassMixture, fit_class_mixture
 from tad_plugin.tad.reliability import reliability
@@ -162,11 +162,14 @@ class TAD(Callback):
         weight[kept] = state.weight[kept].clamp(0.05, 1.0)
 
         score = torch.zeros(len(state), device=state.device)
-        rho, recalled = float("inf"), torch.zeros_like(trusted)
+        rho = rho_agree = float("inf")
+        noise_rate, recalled = 1.0 - float(trusted.float().mean()), torch.zeros_like(trusted)
         if config.recall:
             space = trusted | kept
-            rho, score, proposal = self._reliability(state, features, logits, target, space)
-            recalled = ~space & (proposal >= 0) & (score >= rho)
+            calibration, score, proposal = self._reliability(state, features, logits, target, space)
+            limit = torch.where(proposal == state.observed, calibration.threshold_agree, calibration.threshold)
+            recalled = ~space & (proposal >= 0) & (score >= limit)
+            rho, rho_agree, noise_rate = calibration.threshold, calibration.threshold_agree, calibration.noise_rate
             target = torch.where(recalled, proposal, target)
             weight = torch.where(recalled, score.clamp_min(0.05), weight)
         state["recalled"].copy_(kept | recalled)
@@ -183,6 +186,8 @@ class TAD(Callback):
             returned=int((before & ~kept & ~recalled).sum()),
             relabelled=int((state.target != state.observed).sum()),
             rho=rho,
+            rho_agree=rho_agree,
+            noise_rate=noise_rate,
             kept_share=division.kept_share.tolist(),
             unimodal=division.replaced.nonzero().flatten().tolist(),
             separation=mixture.separation.tolist(),
@@ -190,7 +195,7 @@ class TAD(Callback):
 
     def _reliability(
         self, state: SampleState, features: Tensor, logits: Tensor, target: Tensor, space: Tensor
-    ) -> tuple[float, Tensor, Tensor]:
+    ) -> tuple[Calibration, Tensor, Tensor]:
         config = self.config
         calibration = calibrate_threshold(
             features,
@@ -212,7 +217,7 @@ class TAD(Callback):
             temperature=calibration.temperature,
             max_dim=config.max_dim,
         )
-        return calibration.threshold, found.score, found.proposal
+        return calibration, found.score, found.proposal
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:

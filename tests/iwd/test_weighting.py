@@ -212,3 +212,30 @@ def test_wrong_arguments() -> None:
         running.add(torch.tensor([1, 1]), torch.ones(2))
     with pytest.raises(InvalidInputError, match="one score"):
         running.add(torch.tensor([1]), torch.ones(2))
+
+
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_estimate_shrinks_forgets_and_restores(decay: float | None) -> None:
+    running = RunningScore(3, decay=decay)
+    for _ in range(3):
+        running.add(torch.tensor([0]), torch.tensor([2.0]))
+    running.add(torch.tensor([1]), torch.tensor([2.0]))
+    assert torch.allclose(running.estimate, torch.tensor([2 * 3 / 4, 2 * 1 / 2, 0.0]))
+    other = RunningScore(3, decay=decay)
+    other.restore(running.estimate, running.counts)
+    assert torch.allclose(other.value, running.value) and torch.equal(other.counts, running.counts)
+    running.forget(torch.tensor([True, False, False]))
+    assert running.counts.tolist() == [0, 1, 0] and float(running.value[0]) == 0
+    assert torch.allclose(running.estimate, torch.tensor([0.0, 1.0, 0.0]))
+
+
+def test_an_effective_sample_size_for_each_class(generator: torch.Generator) -> None:
+    labels, wanted = torch.arange(3).repeat(200), torch.tensor([0.3, 0.7, 1.0])
+    scores = torch.randn(600, generator=generator)
+    fitted = fit_temperature(scores, labels, 3, wanted)
+    assert torch.allclose(fitted.ess, wanted.double(), atol=1e-3) and bool(fitted.reached.all())
+    weights = softmax_weights(scores, labels, 3, fitted.temperature)
+    assert torch.equal(weights[labels == 2], torch.ones(200))
+    for bad in (torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.5, 0.5])):
+        with pytest.raises(InvalidInputError, match="ess"):
+            fit_temperature(scores, labels, 3, bad)

@@ -158,7 +158,8 @@ def test_split_is_drawn_by_the_generator_only_and_recalled_labels_are_judged_by_
     after = calibrate_threshold(
         features, target, torch.ones_like(trusted), logits, 10, generator=seeded(3), observed=observed
     )
-    assert after.noise_rate == 0 and int(after.candidates.sum()) == 0
+    wrong = float((target != observed).float().mean())
+    assert 0.8 * wrong < after.noise_rate <= wrong + 1e-6 and int(after.candidates.sum()) == 0
 
 
 def test_wide_features():

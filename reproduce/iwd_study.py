@@ -1,0 +1,182 @@
+"""The study behind tad_plugin/iwd/README.md: variants of IWD beside the baseline, on a fixed small CIFAR-10.
+
+Run ``bash reproduce/iwd_cifar10.sh`` (or this file with ``--help``). Each variant x seed is one entry of the results
+file, written when it is finished; a second start goes on with what is missing. A seed fixes the noise, the initial
+images, the order of the draws of DM and the evaluation networks, the same for all variants; the split into training
+and held-out images is the same for all seeds. Accuracies are measured on the test images, which choose nothing; the
+accuracy on the held-out images (with labels as noisy as the training ones) stands beside them for choosing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad_plugin.data.datasets import DataSplits, load_dataset
+from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.distill.dm import DM, DMConfig
+from tad_plugin.distill.loop import initial_images
+from tad_plugin.environment import versions
+from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.evaluate import EvaluateConfig, accuracy, train_on_synthetic
+from tad_plugin.files import atomic_write
+from tad_plugin.hook import Hook, attach
+from tad_plugin.nn.networks import make_network
+from tad_plugin.synthetic import SyntheticSet
+
+NOISE = "symmetric:0.4"
+BASE = {"networks": 2, "early": 10, "every": 400, "ess": 0.5}
+
+# name -> method, its settings, label noise, where V comes from ("observed": any sample, with its observed label;
+# "trusted": only samples that are known to be labelled correctly, about as many).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "noisy": {},
+    "iwd": {"method": "iwd"},
+    "iwd, V trusted": {"method": "iwd", "v": "trusted"},
+    "iwd reversed": {"method": "iwd", "iwd": {"sign": -1}},
+    "clean": {"noise": "none"},
+    "clean iwd": {"noise": "none", "method": "iwd"},
+    "clean iwd reversed": {"noise": "none", "method": "iwd", "iwd": {"sign": -1}},
+    "tad": {"method": "tad"},
+    "tad+iwd": {"method": "tad+iwd"},
+    "tad+iwd ess 0.8": {"method": "tad+iwd", "iwd": {"ess": 0.8}},
+    "iwd ess 0.25": {"method": "iwd", "iwd": {"ess": 0.25}},
+    "iwd ess 0.75": {"method": "iwd", "iwd": {"ess": 0.75}},
+    "clean iwd ess 0.75": {"noise": "none", "method": "iwd", "iwd": {"ess": 0.75}},
+    "iwd 1 network": {"method": "iwd", "iwd": {"networks": 1}},
+    "iwd 4 networks": {"method": "iwd", "iwd": {"networks": 4}},
+    "iwd V 30%": {"method": "iwd", "iwd": {"held_out": 0.3}},
+    "iwd no early refreshes": {"method": "iwd", "iwd": {"early": 0, "every": 40}},
+    "iwd from the start": {"method": "iwd", "iwd": {"warmup": 0}},
+    "iwd late": {"method": "iwd", "iwd": {"warmup": 4}},
+    "iwd only once": {"method": "iwd", "iwd": {"early": 0, "warmup": 0, "networks": 4}},
+    "iwd decay 0.8": {"method": "iwd", "iwd": {"decay": 0.8}},
+    "iwd target matching": {"method": "iwd", "iwd": {"target": "matching"}},
+    "iwd in the batch": {"method": "iwd", "iwd": {"mode": "batch"}},
+}
+
+
+def seeded(*parts: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
+
+
+def observed_labels(labels: Tensor, noise: str, seed: int) -> Tensor:
+    return labels.clone() if noise == "none" else NoiseSpec.parse(noise, seed=seed).apply(labels, 10).labels
+
+
+def study(splits: DataSplits, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One variant with one seed."""
+    variant, x, true = VARIANTS[name], splits.train_images, splits.train_labels
+    noise, method = variant.get("noise", NOISE), variant.get("method", "none")
+    observed = observed_labels(true, noise, seed)
+    held_out = observed_labels(splits.holdout_labels, noise, seed + 1000)
+    settings = {"iwd": {**BASE, **variant.get("iwd", {})}} if "iwd" in method else {}
+    records: list[dict[str, Any]] = []
+    hook: Hook = attach(
+        method, labels=observed, data=x, num_classes=10, seed=seed + 77, config=settings, true_labels=true,
+        dataset="cifar10", ipc=10, log=records.append,
+    )  # fmt: skip
+    if variant.get("v") == "trusted":
+        drawn = torch.rand(len(true), generator=torch.Generator().manual_seed(seed + 9)) < 0.166
+        hook.state.register("held_out", drawn & (observed == true))
+    loop_generator = seeded(seed, "loop")
+    config = DMConfig(ipc=10, iterations=args.iterations, lr_img=1.0, width=32, batch_real=args.batch_real)
+    assert hook.data is not None
+    start, labels = initial_images(config, hook.data, hook, loop_generator)
+    first = SyntheticSet(start, labels, 10, splits.preprocessing, "cifar10")
+    loop = DM(config, hook.data, hook, first, loop_generator)
+    began = perf_counter()
+    for iteration in range(config.iterations):
+        loop.step(iteration)
+    seconds = perf_counter() - began
+    evaluation = EvaluateConfig(width=32, epochs=args.eval_epochs)
+    test, choose = [], []
+    for run in range(args.eval_runs):
+        generator = seeded(seed, "eval", run)
+        network = make_network(
+            "convnet", in_channels=3, num_classes=10, image_size=32, width=32, norm="instance", generator=generator
+        )
+        train_on_synthetic(network, loop.result(), evaluation, generator)
+        test.append(accuracy(network, splits.test_images, splits.test_labels))
+        choose.append(accuracy(network, splits.holdout_images, held_out))
+    quality = [r for r in records if r["event"] == "influence_quality"]
+    return {
+        "variant": name, "seed": seed, "batch_real": args.batch_real, "test": test, "held_out": choose,
+        "auc": [r["auc"] for r in quality], "clean_weight": [r["clean_weight"] for r in quality],
+        "loop_seconds": seconds, "scoring_seconds": hook.scoring_seconds, "settings": settings.get("iwd"),
+    }  # fmt: skip
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each variant, in the order of VARIANTS."""
+    lines = [
+        "| variant | seeds | test accuracy, mean (each seed) | held-out | AUC first -> last refresh"
+        " | scoring s / loop s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in VARIANTS:
+        found = sorted((r for r in results if r["variant"] == name), key=lambda r: r["seed"])
+        if not found:
+            continue
+        each = [statistics.mean(r["test"]) for r in found]
+        held = statistics.mean(statistics.mean(r["held_out"]) for r in found)
+        auc = "-"
+        if found[0]["auc"] and found[0]["auc"][0] == found[0]["auc"][0]:
+            first, last = (statistics.mean(r["auc"][k] for r in found) for k in (0, -1))
+            auc = f"{first:.3f} -> {last:.3f}"
+        cost = [statistics.mean(r[k] for r in found) for k in ("scoring_seconds", "loop_seconds")]
+        lines.append(
+            f"| {name} | {len(found)} | {statistics.mean(each):.1f} ({', '.join(f'{v:.1f}' for v in each)}) |"
+            f" {held:.1f} | {auc} | {cost[0]:.0f} / {cost[1]:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dataset", default="cifar10", help="cifar10, or folder:PATH of an image folder or a zip of it"
+    )
+    parser.add_argument("--root", default="data", help="where cifar10 is, or is downloaded to")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="names joined by semicolons")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--batch_real", type=int, default=64)
+    parser.add_argument("--eval_epochs", type=int, default=300)
+    parser.add_argument("--eval_runs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "iwd_cifar10.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    names = [n.strip() for n in args.variants.split(";")]
+    if unknown := [n for n in names if n not in VARIANTS]:
+        raise InvalidInputError(explain(f"variants out of {list(VARIANTS)}", str(unknown), "Correct --variants"))
+    splits = load_dataset(args.dataset, args.root, per_class=1000, seed=0)
+    setting = {k: getattr(args, k) for k in ("iterations", "batch_real", "eval_epochs", "eval_runs")}
+    found = json.loads(args.out.read_text()) if args.out.is_file() else {"setting": setting, "runs": []}
+    if found["setting"] != setting:
+        raise InvalidInputError(explain(f"results of {setting}", f"{found['setting']}", "Choose another --out"))
+    for seed in (int(s) for s in args.seeds.split(",")):
+        for name in names:
+            if any(r["variant"] == name and r["seed"] == seed for r in found["runs"]):
+                continue
+            result = study(splits, name, seed, args)
+            print(json.dumps({k: v for k, v in result.items() if k != "settings"}), flush=True)
+            found["runs"].append(result)
+            found["versions"] = versions("cpu")
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(args.out, json.dumps(found, indent=1) + "\n")
+            atomic_write(args.out.with_suffix(".md"), table(found["runs"]) + "\n")
+    print(table(found["runs"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What the events before an update of the synthetic set hand to a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tad_plugin.scorer import RealData
+
+__all__ = ["Match", "Segment"]
+
+
+@dataclass
+class Match:
+    """What :meth:`Callback.on_match` sees of one matching step.
+
+    Attributes:
+        loss: the matching loss, a scalar with its graph.
+        weights: float32 [N], zeros that were added to the samples' weights: a leaf that requires grad if a callback
+            asked for it, so that ``grad(..., weights)[indices]`` is the derivative in each drawn sample's weight.
+        indices: int64 [B], positions of the real samples.
+        synthetic: the tensors that the loss updates (images [M,C,H,W] first).
+        synthetic_labels: int64 [M] or soft float [M,K].
+        network: the network on which the statistic was matched.
+        iteration: 0-based.
+        kind: "distribution" (class means of embeddings) or "gradient" (class gradients).
+        fresh_network: makes another network of the same kind from a CPU generator, or None where the loop cannot.
+        data: the real data, or None where attach() got labels only.
+    """
+
+    loss: Tensor
+    weights: Tensor
+    indices: Tensor
+    synthetic: tuple[Tensor, ...]
+    synthetic_labels: Tensor | None
+    network: nn.Module
+    iteration: int
+    kind: str = "distribution"
+    fresh_network: Callable[[torch.Generator], nn.Module] | None = None
+    data: RealData | None = None
+
+
+@dataclass
+class Segment:
+    """What :meth:`Callback.on_segment` sees of one trajectory-matching step.
+
+    Attributes:
+        loss: the matching loss, a scalar with its graph.
+        start: float32 [P], flat parameters at which the student starts.
+        target: float32 [P], flat parameters of the expert; a leaf that requires grad if a callback asked for it.
+        synthetic: the tensors that the loss updates (images first; learning rate and soft labels after it).
+        synthetic_labels: int64 [M] or soft float [M,K].
+        network: the architecture, for functional calls.
+        expert: index of the expert.
+        start_epoch: the epoch at which the segment starts.
+        epochs: its length.
+        iteration: 0-based.
+        expert_lr: learning rate of the expert along the segment, or None if unknown.
+        checkpoints: flat parameters [epochs+1, P] along the segment, where the loop has them.
+        data: the real data, or None where attach() got labels only; the hook sets it.
+    """
+
+    loss: Tensor
+    start: Tensor
+    target: Tensor
+    synthetic: tuple[Tensor, ...]
+    synthetic_labels: Tensor | None
+    network: nn.Module
+    expert: int
+    start_epoch: int
+    epochs: int
+    iteration: int
+    expert_lr: float | None = None
+    checkpoints: Tensor | None = None
+    data: RealData | None = None

@@ -1,0 +1,189 @@
+"""attach(): from labels, images and a method's name to the hook of a training script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tad_plugin.callback import Observer, build_config
+from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.diagnostics import InfluenceDiagnostics, SplitDiagnostics
+from tad_plugin.errors import ConfigError, InvalidInputError, explain, missing_extra
+from tad_plugin.hook.core import Hook
+from tad_plugin.labels import check_labels
+from tad_plugin.registry import make_callbacks
+from tad_plugin.scorer import RealData, ScorerConfig
+from tad_plugin.state import SampleState
+
+__all__ = ["add_arguments", "attach"]
+
+
+def attach(
+    method: str | None = None,
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    data: Tensor | Dataset[Any] | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    config: Mapping[str, Any] | str | Path | None = None,
+    true_labels: Tensor | None = None,
+    dataset: str = "",
+    ipc: int | None = None,
+    noise_rate: float | None = None,
+    noise: NoiseSpec | str | None = None,
+    trains_on_real: bool = False,
+    state: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+    log: Callable[[dict[str, Any]], None] | None = None,
+    args: argparse.Namespace | None = None,
+    progress: bool = False,
+    start: bool = True,
+) -> Hook:
+    """Makes the hook of a training script: ``hook = attach("tad", labels=..., data=..., num_classes=10, seed=0)``.
+
+    Args:
+        method: "none", a registered method, or several joined by "+" in the order they act ("tad+iwd").
+        labels: observed labels of all real samples, integers [N].
+        data: normalised images float32 [N,C,H,W], or a map-style dataset of (image, label) that is stacked once.
+        num_classes: K; by default the largest label + 1.
+        seed: seeds the hook's, the scorer's and each method's own generator. The global ones are never touched.
+        config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
+        true_labels: integers [N] where they are known; used by oracles and for logging only.
+        dataset: name of the dataset, for label-preserving augmentation of the scorer.
+        ipc: images per class of the synthetic set: at least that many samples per class stay trusted.
+        noise_rate: nominal share of wrong labels where the experiment set it; only the pruning rivals read it.
+        noise: "kind:rate" to corrupt ``labels`` first (they are then taken as the true ones), for experiments.
+            With it ``hook.loader`` and ``hook.criterion`` train on the corrupted labels even under "none".
+        trains_on_real: the loop trains networks on the real data through ``hook.loader``/``hook.criterion``/
+            ``hook.epoch_end``, so no scorer of the plugin's own is trained.
+        state: state file: loaded if it exists (nothing is then scored anew), and written by ``hook.finish()``.
+        observers: read-only watchers.
+        log: receives each log record (a dict).
+        args: a namespace with the flags of :func:`add_arguments`; explicit arguments win over it.
+        progress: show a progress bar while the scorer trains.
+        start: False leaves ``hook.start()`` to the caller (resuming loops).
+
+    Returns:
+        The Hook; with "none" every handle is an identity.
+
+    Raises:
+        InvalidLabelsError, EmptyClassError, InvalidInputError: bad labels or data.
+        UnknownNameError, ConfigError: unknown method, unknown or missing settings.
+        FileFormatError: ``state`` is not a whole state file.
+        StateMismatchError: ``state`` belongs to other data, other methods or other settings.
+    """
+    if args is not None:
+        method = method if method is not None else getattr(args, "tad_method", None)
+        config = config if config is not None else (getattr(args, "tad_config", "") or None)
+        state = state if state is not None else (getattr(args, "tad_state", "") or None)
+        noise = noise if noise is not None else (getattr(args, "tad_noise", "") or None)
+    method = "none" if method is None else method
+    if labels is None:
+        raise InvalidInputError(explain("`labels` of all real samples", "none", "Pass labels=labels_all"))
+    observed = torch.as_tensor(labels)
+    if num_classes is None:
+        num_classes = int(observed.max()) + 1 if observed.numel() else 1
+    observed = check_labels(observed, num_classes)
+    images = _stack(data)
+    spec = NoiseSpec.parse(noise) if isinstance(noise, str) else noise
+    corrupted = spec is not None and spec.kind != "none"
+    if spec is not None and corrupted:
+        noisy = spec.apply(observed, num_classes, images=images, dataset=dataset or None)
+        true_labels, observed = observed, noisy.labels.to(observed.device)
+        if noise_rate is None and spec.kind not in ("human", "matrix"):
+            noise_rate = spec.rate
+    settings = _read_config(config)
+    callbacks = make_callbacks(method, settings, seed=seed)
+    sample_state = SampleState(observed, num_classes, device=images.device if images is not None else None)
+    # Images [N,0] stand for "labels only": what else is known still reaches the methods.
+    shown = images if images is not None else torch.zeros(len(observed), 0, device=sample_state.device)
+    real = RealData(shown, sample_state.observed, num_classes, true_labels, dataset, noise_rate, ipc)
+    watchers = list(observers)
+    if callbacks and true_labels is not None:
+        watchers += [SplitDiagnostics(), InfluenceDiagnostics()]
+    hook = Hook(
+        sample_state,
+        real,
+        callbacks,
+        method=method,
+        seed=seed,
+        trains_on_real=trains_on_real,
+        scorer=build_config(ScorerConfig, settings.get("scorer"), "the scorer"),
+        observers=watchers,
+        log=log,
+        state_path=state,
+        corrupted=corrupted,
+    )
+    if state is not None and Path(state).exists():
+        hook.adopt(state)
+    if start:
+        hook.start(progress=progress)
+    return hook
+
+
+def _stack(data: Tensor | Dataset[Any] | None) -> Tensor | None:
+    if data is None or isinstance(data, Tensor):
+        return data
+    try:
+        rows = [torch.as_tensor(data[i][0]) for i in range(len(data))]  # type: ignore[arg-type]
+        return torch.stack(rows).float()
+    except (TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise InvalidInputError(
+            explain(
+                "`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)",
+                f"{type(data).__name__}: {error}",
+                "Stack the images first",
+            )
+        ) from error
+
+
+def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(explain("a YAML or JSON file of settings", f"nothing at {path}", "Check the path"))
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except ValueError as error:
+        raise ConfigError(explain(f"settings that parse in {path}", str(error), "Correct the file")) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            explain("a mapping of method -> settings", f"{type(values).__name__} in {path}", "See the README's example")
+        )
+    return values
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_extra("yaml", "reproduce", "a YAML settings file") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds ``--tad_method``, ``--tad_config``, ``--tad_state`` and ``--tad_noise`` to a script's parser; returns it."""
+    group = parser.add_argument_group("tad_plugin")
+    group.add_argument(
+        "--tad_method", type=str, default="none", help='"none", "tad", "iwd", "tad+iwd" or another registered method'
+    )
+    group.add_argument("--tad_config", type=str, default="", help="YAML or JSON file: method -> settings")
+    group.add_argument("--tad_state", type=str, default="", help="state file: read if it exists, written at the end")
+    group.add_argument("--tad_noise", type=str, default="", help='corrupt the labels first, e.g. "symmetric:0.4"')
+    return parser

@@ -1,0 +1,111 @@
+"""Implicit influence in trajectory matching: the sample shaped the expert that the student is matched to.
+
+[ours: METHODS.md 2.1]. u = dM(S')/dtheta_target, then the unrolled (TracIn-like) sum along the segment.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from tad_plugin.callback import Segment
+from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
+from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
+from tad_plugin.iwd.influence import target_direction
+from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
+from tad_plugin.iwd.refresh import target_gradient
+
+__all__ = ["segment_influence"]
+
+
+def segment_influence(
+    segment: Segment,
+    images: Tensor,
+    labels: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    *,
+    target: str = "validation",
+    weights: Tensor | None = None,
+    alpha: float = 0.01,
+    steps: int = 1,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """Influence of real samples through one expert segment, dM/dw per unit step of S and per full-batch epoch.
+
+    ``validation``: M is the held-out loss of a network that starts where the student does and learns from S.
+    ``matching``: M is the segment's own loss, so u = dL/dtheta_target and no held-out sample is needed.
+    Every epoch of the segment counts as one step at its starting parameters with the expert's learning rate;
+    curvature along it is neglected.
+
+    Args:
+        segment: with ``target`` as a leaf that requires a gradient and, for segments of several epochs,
+            ``checkpoints``.
+        images: real images [B, C, H, W].
+        labels: int64 [B], the labels that the expert was trained on.
+        held_out: (images, labels) of V.
+        target: "validation" or "matching".
+        weights: weights of the expert's training [B]; None for 1.
+        alpha: inner step size of "validation".
+        steps: its inner steps.
+        memory_budget: bytes for one chunk of per-sample derivatives.
+
+    Returns:
+        [B], detached. Negative = helpful.
+
+    Raises:
+        DisconnectedGraphError: the loss does not depend on the target parameters.
+        MemoryBudgetError: a single sample does not fit the budget.
+        NonFiniteError: an influence is NaN or infinite.
+        ConfigError: unknown target.
+    """
+    if not (segment.target.requires_grad and segment.target.is_leaf):
+        raise DisconnectedGraphError(
+            explain(
+                "segment.target as a leaf that requires a gradient",
+                f"requires_grad={segment.target.requires_grad}, is_leaf={segment.target.is_leaf}",
+                "Where hook.wants_graph() is true, make it with .detach().clone().requires_grad_() before the loss",
+            )
+        )
+    if target == "matching":
+        (slope,) = torch.autograd.grad(segment.loss, segment.target, retain_graph=True, allow_unused=True)
+        if slope is None:
+            raise DisconnectedGraphError(
+                explain(
+                    "a loss that depends on segment.target",
+                    "one that does not",
+                    "Compute the loss from segment.target itself",
+                )
+            )
+        direction = slope
+    elif target == "validation":
+        synthetic, soft = segment.synthetic[0], segment.synthetic_labels
+        if soft is None:
+            raise ConfigError(
+                explain("segment.synthetic_labels for the target 'validation'", "none", "Pass the labels of S")
+            )
+        student = _at(segment.network, segment.start)
+        _, gradient = target_gradient(
+            "validation", [student], synthetic, soft, *held_out, num_classes=0, alpha=alpha, steps=steps
+        )
+        (direction,) = target_direction(segment.loss, segment.target, synthetic, gradient)
+    else:
+        raise ConfigError(explain("target 'validation' or 'matching'", repr(target), "Correct iwd.target"))
+    rate = segment.expert_lr if segment.expert_lr is not None else 1.0  # a common scale: ranks do not change
+    where = [segment.start] if segment.checkpoints is None else list(segment.checkpoints[:-1])
+    along = [SegmentStep(parameters=theta.detach(), learning_rate=rate) for theta in where]
+    return unrolled_influence(
+        segment.network, along, images, labels, direction, weights=weights, memory_budget=memory_budget
+    ).detach()
+
+
+def _at(network: nn.Module, flat: Tensor) -> nn.Module:
+    """A copy of the network with the flat parameters [P]."""
+    made = copy.deepcopy(network)
+    with torch.no_grad():
+        parameters = list(made.parameters())
+        parts = flat.detach().split([p.numel() for p in parameters])
+        for parameter, values in zip(parameters, parts, strict=True):
+            parameter.copy_(values.view_as(parameter))
+    return made

@@ -1,0 +1,96 @@
+"""Where a run stands, and its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+from tad_plugin.distill.loop import Baseline
+from tad_plugin.hook import Hook
+from tad_plugin.runs import RunFolder, peak_memory_bytes
+from tad_plugin.synthetic import SyntheticSet
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Counts, candidates and accuracies of one run so far; one checkpoint holds them with the hook and the loop.
+
+    Args:
+        folder: where checkpoints go.
+        hook: the run's hook.
+        device: whose peak memory counts.
+        every: seconds between checkpoints.
+
+    Attributes:
+        loop: the baseline, once it exists.
+        iteration: updates done.
+        seconds: spent in them.
+        finished: the distillation is over and ``hook.finish()`` was called.
+        chosen: the iterate that the held-out data chose; None until then.
+        candidates: synthetic sets by iteration.
+        evaluated: accuracies by "part/network/run".
+    """
+
+    def __init__(self, folder: RunFolder, hook: Hook, *, device: str, every: float) -> None:
+        self.folder, self.hook = folder, hook
+        self.loop: Baseline | None = None
+        self.iteration = 0
+        self.seconds = 0.0
+        self.finished = False
+        self.chosen: int | None = None
+        self.candidates: dict[int, SyntheticSet] = {}
+        self.evaluated: dict[str, float] = {}
+        self._device, self._every = device, every
+        self._peak = 0
+        self._saved_at = perf_counter()
+        self._pending: Mapping[str, Any] = {}
+
+    def peak_memory(self) -> int | None:
+        """The most memory in bytes, processes that were killed before included; None where it is not known."""
+        now = peak_memory_bytes(self._device)
+        return None if now is None else max(now, self._peak)
+
+    def maybe_save(self) -> None:
+        """Writes a checkpoint if the last one is old enough."""
+        if perf_counter() - self._saved_at > self._every:
+            self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        tree = {
+            "hook": self.hook.state_dict(),
+            "loop": self.loop.state_dict() if self.loop is not None else None,
+            "progress": {
+                "iteration": self.iteration,
+                "seconds": self.seconds,
+                "finished": self.finished,
+                "chosen": self.chosen,
+                "peak": self.peak_memory() or 0,
+                "evaluated": dict(self.evaluated),
+                "candidates": {str(i): [s.images, s.labels, s.learning_rate] for i, s in self.candidates.items()},
+            },
+        }
+        self.folder.save_checkpoint(tree, self.iteration)
+        self._saved_at = perf_counter()
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores the "progress" of a checkpoint; the candidates wait for :meth:`restore_candidates`."""
+        self.iteration = int(saved["iteration"])
+        self.seconds = float(saved["seconds"])
+        self.finished = bool(saved["finished"])
+        self.chosen = saved["chosen"]
+        self.evaluated = dict(saved["evaluated"])
+        self._peak = int(saved["peak"])
+        self._pending = saved["candidates"]
+
+    def restore_candidates(self, loop: Baseline) -> None:
+        """Candidates of a loaded checkpoint become synthetic sets again, with the loop's preprocessing and names."""
+        where = loop.synthetic.images.device
+        for i, (images, labels, rate) in self._pending.items():
+            self.candidates[int(i)] = dataclasses.replace(
+                loop.result(), images=images.to(where), labels=labels.to(where), learning_rate=rate
+            )
+        self._pending = {}

@@ -1,0 +1,256 @@
+"""One run: presets, arms, resume after SIGKILL, and what it refuses before it leaves anything behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import tad_plugin.experiment as experiment
+from tad_plugin.data.datasets import load_dataset
+from tad_plugin.environment import peak_memory_bytes, reset_peak_memory
+from tad_plugin.errors import ConfigError, NotEnoughSamplesError, ResumeError, StateMismatchError, UnknownNameError
+from tad_plugin.experiment import ARMS, RunConfig, load_noisy, parse_arm, run
+from tad_plugin.runs import RunFolder
+from tad_plugin.state import SampleState
+from tad_plugin.synthetic import SyntheticSet
+from tests.killed_runs import CONFIG, PLAN
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dataclasses.replace(CONFIG, iterations=3, eval_runs=1, checkpoint_seconds=60.0)
+pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in list(f.keys())}
+
+
+# resume
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    if not hasattr(os, "fork"):
+        pytest.skip("attempts are forks")
+    folder = tmp_path_factory.mktemp("killed")
+    # a process that has seen a GPU cannot fork
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.killed_runs", str(folder), "noisy", "tad"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return folder, {line.pop("arm"): line for line in found}
+
+
+@pytest.mark.parametrize("arm", ["noisy", "tad"])
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(arm: str, killed: Any) -> None:
+    folder, found = killed
+    statuses = dict(found[arm])
+    assert statuses.pop("last") == 0
+    assert set(statuses) == set(PLAN) - ({"scoring"} if arm == "noisy" else set())
+    assert set(statuses.values()) == {-signal.SIGKILL}
+    whole, broken = RunFolder(folder / arm / "whole"), RunFolder(folder / arm / "killed")
+    for name in ("synthetic.safetensors", "state.safetensors"):
+        a, b = contents(whole.path / name), contents(broken.path / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    # one log, without a line twice or missing
+    assert whole.records() == broken.records()
+    same = ("arm", "accuracy", "best_iteration", "state", "noise", "iterations")
+    assert {k: whole.results()[k] for k in same} == {k: broken.results()[k] for k in same}
+    assert not list(broken.path.rglob(".tmp-*"))
+
+
+def test_a_finished_run_is_returned_and_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(SMALL, "noisy", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "load_noisy", None)
+        assert run(dataclasses.replace(SMALL, checkpoint_seconds=5.0), "noisy", tmp_path) == first
+    for config, arm, text in (
+        (dataclasses.replace(SMALL, seed=1), "noisy", "seed: there 0, now 1"),
+        (SMALL, "clean", "arm: there 'noisy', now 'clean'"),
+    ):
+        with pytest.raises(ResumeError, match=text):
+            run(config, arm, tmp_path)
+    again = run(dataclasses.replace(SMALL, seed=1), "noisy", tmp_path, overwrite=True)
+    assert again["seed"] == 1 and again["accuracy"] != first["accuracy"]
+
+
+def test_other_labels_on_resume_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(experiment, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(SMALL, "noisy", tmp_path)
+    original = load_noisy
+
+    def changed(config: RunConfig) -> Any:
+        splits, noisy, held = original(config)
+        return splits, dataclasses.replace(noisy, labels=noisy.labels.flip(0)), held
+
+    monkeypatch.setattr(experiment, "load_noisy", changed)
+    with pytest.raises(StateMismatchError, match="label hash .* but got .* label hash"):
+        run(SMALL, "noisy", tmp_path)
+
+
+# settings
+
+
+def test_presets_fill_what_is_not_said() -> None:
+    digits = RunConfig(loop={"momentum": 0.9}, iterations=7).resolved()
+    assert (digits.iterations, digits.width, digits.eval_epochs) == (
+        7,
+        *(experiment.PRESETS["digits"][k] for k in ("width", "eval_epochs")),
+    )
+    assert (
+        digits.loop["momentum"] == 0.9
+        and digits.loop["batch_real"] == experiment.PRESETS["digits"]["loop"]["batch_real"]
+    )
+    other = RunConfig(dataset="cifar10").resolved()
+    assert other.width == 128 and other.device in ("cpu", "cuda")
+    assert other.resolved() == other
+
+
+def test_named_arms_and_methods_are_arms() -> None:
+    assert parse_arm("noisy") is ARMS["noisy"] and parse_arm("clean").true_labels and not parse_arm("random").distil
+    assert parse_arm("loss-prune+iwd").method == "loss-prune+iwd"
+    with pytest.raises(UnknownNameError, match="an? arm or method out of .*but got 'tadd'. Did you mean 'tad'"):
+        parse_arm("iwd+tadd")
+
+
+@pytest.mark.parametrize(
+    ("change", "arm", "error", "message"),
+    [
+        ({}, "nosy", UnknownNameError, "Did you mean 'noisy'"),
+        ({"baseline": "dmm"}, "noisy", UnknownNameError, "a baseline out of .*but got 'dmm'"),
+        ({"dataset": "digit"}, "noisy", UnknownNameError, "a dataset out of .*Did you mean 'digits'"),
+        ({"eval_network": "convnet,mpl"}, "noisy", UnknownNameError, "a network out of .*Did you mean 'mlp'"),
+        ({"noise": "symetric:0.4"}, "noisy", ConfigError, "symetric"),
+        ({"noise": "symmetric:1.4"}, "noisy", ConfigError, "1.4"),
+        ({"loop": {"batch": 3}}, "noisy", ConfigError, "settings of the baseline 'dm' out of .*but got batch"),
+        ({"loop": {"batch_real": 0}}, "noisy", ConfigError, "batch_real of at least 1"),
+        ({"methods": {"tda": {}}}, "noisy", ConfigError, "settings for .*but got tda"),
+        ({"methods": {"tad": {"warm": 1}}}, "tad", ConfigError, "settings of the method 'tad'"),
+        ({"ipc": 0}, "noisy", ConfigError, "ipc of at least 1"),
+        ({"candidates": 0}, "noisy", ConfigError, "candidates of at least 1"),
+        ({"seed": -1}, "noisy", ConfigError, "a seed of at least 0"),
+        ({"eval_epochs": -1}, "noisy", ConfigError, "evaluation epochs of at least 1"),
+        ({"ipc": 40}, "noisy", NotEnoughSamplesError, "at least IPC = 40 usable samples of class 0"),
+        ({"per_class": 1000}, "noisy", NotEnoughSamplesError, "Expected .*but got"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(change: dict[str, Any], arm: str, error: type, message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        run(dataclasses.replace(SMALL, **change), arm, tmp_path / "run")
+
+
+def test_a_mistake_leaves_nothing_that_the_corrected_command_would_trip_over(tmp_path: Path) -> None:
+    for change in ({"noise": "symetric:0.4"}, {"dataset": f"folder:{tmp_path / 'nothing'}"}):
+        with pytest.raises(Exception, match="Expected"):
+            run(dataclasses.replace(SMALL, **change), "noisy", tmp_path / "run")
+    assert run(SMALL, "random", tmp_path / "run")["arm"] == "random"
+
+
+def test_no_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="a CUDA device, but got 'cuda', and none is available. Use --device cpu"):
+        RunConfig(device="cuda").resolved()
+    assert RunConfig().resolved().device == "cpu"
+
+
+# what a run does
+
+
+def test_arms_of_a_seed_share_noise_split_and_initial_images(tmp_path: Path) -> None:
+    found = {arm: run(SMALL, arm, tmp_path / arm) for arm in ("clean", "noisy", "random", "oracle")}
+    assert len({r["noise"]["realised_rate"] for r in found.values()}) == 1
+    noisy, clean = (SampleState.load(tmp_path / arm / "state.safetensors") for arm in ("noisy", "clean"))
+    splits, labels, _ = load_noisy(SMALL.resolved())
+    assert torch.equal(clean.observed, splits.train_labels) and torch.equal(noisy.observed, labels.labels)
+    random = SyntheticSet.load(tmp_path / "random" / "synthetic.safetensors")
+    for image, label in zip(random.images, random.labels, strict=True):
+        same = (splits.train_images == image).flatten(1).all(1).nonzero().flatten()
+        assert len(same) == 1 and labels.labels[same[0]] == label  # a real image with its observed label
+    assert found["random"]["iterations"] == 0 and found["random"]["best_iteration"] == 0
+    assert found["oracle"]["split"]["precision"] == 1.0 and found["noisy"]["split"] is None
+    assert not torch.equal(random.images, SyntheticSet.load(tmp_path / "noisy" / "synthetic.safetensors").images)
+
+
+def test_results_hold_what_the_reports_read(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, eval_network="convnet,mlp", eval_runs=2)
+    found = run(config, "tad", tmp_path)
+    assert {
+        "arm", "baseline", "dataset", "ipc", "noise", "seed", "accuracy", "seconds_per_iteration", "scoring_seconds",
+        "peak_memory_bytes", "split", "versions", "command",
+    } <= set(found)  # fmt: skip
+    assert found["noise"]["kind"] == "symmetric" and found["noise"]["rate"] == 0.4 and found["noise"]["seed"] == 0
+    accuracy = found["accuracy"]
+    assert len(accuracy["last"]) == len(accuracy["best"]) == 2 and len(accuracy["networks"]["mlp"]["last"]) == 2
+    assert all(0 <= a <= 100 for a in accuracy["last"] + accuracy["best"])
+    assert found["scoring_seconds"] > 0 and found["seconds_per_iteration"] > 0
+    assert json.loads((tmp_path / "results.json").read_text())["arm"] == "tad"
+    records = RunFolder(tmp_path).records()
+    assert [r["iteration"] for r in records if r["event"] == "iteration"] == [1, 2, 3]
+    assert {"round", "split", "iteration", "chosen"} == {r["event"] for r in records}
+
+
+def test_the_best_iterate_is_chosen_on_held_out_images_with_observed_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = experiment.evaluate, []
+
+    def watched(synthetic: Any, on: Any, *args: Any, **more: Any) -> Any:
+        result = original(synthetic, on, *args, **more)
+        seen.append((on, synthetic.images, result.accuracies[0]))
+        return result
+
+    monkeypatch.setattr(experiment, "evaluate", watched)
+    config = dataclasses.replace(SMALL, holdout=0.3, eval_runs=1)
+    found = run(config, "noisy", tmp_path)
+    splits, _, held = load_noisy(config.resolved())
+    choosing = [s for s in seen if len(s[0][1]) == len(splits.holdout_labels)]
+    testing = [s for s in seen if len(s[0][1]) == len(splits.test_labels)]
+    assert held is not None and len(choosing) == 3 and len(choosing) + len(testing) == len(seen)
+    for (images, labels), _, _ in choosing:
+        assert torch.equal(images, splits.holdout_images) and torch.equal(labels, held.labels)
+    for (images, labels), _, _ in testing:
+        assert torch.equal(images, splits.test_images) and torch.equal(labels, splits.test_labels)
+    best = max(range(3), key=lambda i: (choosing[i][2], i))
+    assert found["best_iteration"] == best + 1
+    assert any(torch.equal(choosing[best][1], s[1]) and s[2] == found["accuracy"]["best"][0] for s in testing)
+
+
+def test_without_held_out_images_the_last_iterate_counts(tmp_path: Path) -> None:
+    found = run(dataclasses.replace(SMALL, holdout=0.0), "noisy", tmp_path)
+    assert found["best_iteration"] == 3 and found["accuracy"]["best"] == found["accuracy"]["last"]
+
+
+def test_a_run_touches_no_global_generator(tmp_path: Path, global_rng_untouched: None) -> None:
+    run(SMALL, "tad", tmp_path)
+
+
+def test_the_kept_synthetic_set_is_the_last_iterate_with_its_statistics(tmp_path: Path) -> None:
+    run(SMALL, "noisy", tmp_path)
+    found = SyntheticSet.load(tmp_path / "synthetic.safetensors")
+    assert found.dataset == "digits" and len(found) == 10 and len(found.class_names) == 10
+    found.preprocessing.check_same(load_dataset("digits").preprocessing)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark can only be reset on Linux")
+def test_peak_memory_is_measured_anew_for_each_run() -> None:
+    block = torch.ones(2**26)  # 256 MiB
+    high = peak_memory_bytes()
+    del block
+    if not reset_peak_memory():
+        pytest.skip("this process may not reset it")
+    low = peak_memory_bytes()
+    assert high is not None and low is not None and low < high - 2**27

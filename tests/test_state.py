@@ -1,0 +1,332 @@
+"""SampleState: what it holds, what it refuses, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tad_plugin.errors import (
+    EmptyClassError,
+    FileFormatError,
+    InvalidInputError,
+    InvalidLabelsError,
+    StateMismatchError,
+    UnknownNameError,
+)
+from tad_plugin.state import SampleState, check_labels, label_digest
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0])
+
+
+def state() -> SampleState:
+    return SampleState(LABELS, 3)
+
+
+def full_state() -> SampleState:
+    made = state()
+    made.update(target=LABELS.flip(0), trusted=LABELS != 1, trust=torch.linspace(0, 1, 9))
+    made.set_weights("tad", torch.linspace(0.1, 2, 9))
+    made.set_weights("iwd", torch.linspace(2, 0.3, 9))
+    made.register("influence", torch.randn(9, 2, generator=torch.Generator().manual_seed(0)))
+    made.register("recalled", torch.zeros(9, dtype=torch.bool))
+    return made
+
+
+def same(a: SampleState, b: SampleState) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    flat = [(x[k], y[k]) for k in SampleState.FIELDS]
+    flat += [(x[g][k], y[g][k]) for g in ("extra", "factors") for k in {*x[g], *y[g]}]
+    return x["digest"] == y["digest"] and all(torch.equal(p, q) and p.dtype == q.dtype for p, q in flat)
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "k", "error", "message"),
+    [
+        (
+            torch.tensor([0, 1, 3]),
+            3,
+            InvalidLabelsError,
+            r"in \[0, 3\), but got values from 0 to 3 .*position 2.*num_classes",
+        ),
+        (torch.tensor([0, -1, 1]), 2, InvalidLabelsError, r"values from -1 to 1 \(first at position 1\)"),
+        (torch.tensor([0.0, 1.0]), 2, InvalidLabelsError, r"integer `labels`, but got dtype torch.float32.*\.long\(\)"),
+        (torch.tensor([True, False]), 2, InvalidLabelsError, "but got dtype torch.bool"),
+        (torch.zeros(2, 2, dtype=torch.int64), 2, InvalidLabelsError, r"shape \[N\], but got shape \[2, 2\]"),
+        (torch.zeros(0, dtype=torch.int64), 2, InvalidLabelsError, "at least one label"),
+        (torch.tensor([0]), 0, InvalidInputError, "num_classes of at least 1"),
+        (torch.tensor([0, 2]), 3, EmptyClassError, "each of 3 classes, but got no sample of class 1. Remove the class"),
+    ],
+)
+def test_bad_labels_are_named(labels: torch.Tensor, k: int, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        SampleState(labels, k)
+
+
+def test_a_wrong_length_is_named() -> None:
+    with pytest.raises(InvalidLabelsError, match="`labels` of length 4, but got length 3. Pass one label per sample"):
+        check_labels(torch.tensor([0, 1, 2]), 3, 4)
+
+
+def test_any_integer_dtype_becomes_int64_and_hashes_alike() -> None:
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        found = check_labels(LABELS.to(dtype), 3)
+        assert found.dtype == torch.int64 and label_digest(LABELS.to(dtype)) == label_digest(LABELS)
+    assert label_digest(LABELS) != label_digest(LABELS.flip(0))
+
+
+# starting values and fields
+
+
+def test_the_start_is_the_baseline() -> None:
+    made = state()
+    assert torch.equal(made.target, LABELS) and bool(made.trusted.all())
+    assert torch.equal(made.weight, torch.ones(9)) and torch.equal(made.trust, torch.ones(9))
+    assert [made[n].dtype for n in ("observed", "target", "weight", "trusted", "trust")] == [
+        torch.int64, torch.int64, torch.float32, torch.bool, torch.float32,
+    ]  # fmt: skip
+    assert made.summary() == {
+        "samples": 9, "trusted": 9, "untrusted": 0, "relabelled": 0, "smallest_pool": 2, "effective_sample_size": 1.0,
+    }  # fmt: skip
+    assert [p.tolist() for p in made.pools()] == [[0, 3, 6, 8], [1, 4, 7], [2, 5]]
+    assert "trusted=9" in repr(made) and len(made) == 9
+
+
+def test_the_given_labels_are_copied() -> None:
+    given = LABELS.clone()
+    made = SampleState(given, 3)
+    given.zero_()
+    assert torch.equal(made.observed, LABELS)
+
+
+def test_a_class_of_one_sample_can_be_drawn_and_weighted() -> None:
+    made = SampleState(torch.tensor([0, 1, 1]), 2)
+    made.set_weights("m", torch.tensor([0.2, 1.0, 3.0]))
+    assert made.sample(0, 5, torch.Generator()).tolist() == [0]
+    assert float(made.weight[0]) == 1.0
+
+
+def test_update_replaces_and_checks() -> None:
+    made = state()
+    made.update(target=LABELS.flip(0), trusted=LABELS == 0)
+    assert torch.equal(made.pool(0), ((LABELS.flip(0) == 0) & (LABELS == 0)).nonzero().flatten())
+    assert torch.equal(made.observed, LABELS)
+    with pytest.raises(InvalidLabelsError, match=r"`target` in \[0, 3\)"):
+        made.update(target=LABELS + 1)
+    with pytest.raises(InvalidLabelsError, match="`target` of length 9, but got length 2"):
+        made.update(target=LABELS[:2])
+    with pytest.raises(InvalidInputError, match=r"`trusted` of shape \[9\], but got shape \[3\]"):
+        made.update(trusted=torch.ones(3, dtype=torch.bool))
+    for bad in (torch.full((9,), 1.5), torch.full((9,), float("nan"))):
+        with pytest.raises(InvalidInputError, match=r"`trust` in \[0, 1\]"):
+            made.update(trust=bad)
+
+
+def test_registered_tensors_keep_their_values_and_have_one_row_per_sample() -> None:
+    made = state()
+    stored = made.register("score", torch.arange(9.0))
+    stored[0] = 7
+    assert made.register("score", torch.zeros(9))[0] == 7 and made["score"][0] == 7 and "score" in made
+    with pytest.raises(InvalidInputError, match="first dimension 9"):
+        made.register("other", torch.zeros(3))
+    for name in ("weight", "observed", "a/b"):
+        with pytest.raises(InvalidInputError, match="a name of your own"):
+            made.register(name, torch.zeros(9))
+    with pytest.raises(UnknownNameError, match="score.*Did you mean 'score'"):
+        made["scores"]
+
+
+# weights
+
+
+def test_weights_are_the_product_of_the_factors_with_mean_one_over_each_class() -> None:
+    made, (a, b) = state(), (torch.rand(9, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    trusted = torch.tensor([1, 1, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool)
+    made.update(trusted=trusted)
+    made.set_weights("a", a)
+    made.set_weights("b", b + 5)
+    made.set_weights("b", b)  # replaced, not multiplied once more
+    for c in range(3):
+        members = [i for i in range(9) if LABELS[i] == c]
+        inside = [i for i in members if trusted[i]]
+        mean = sum(float(a[i] * b[i]) for i in inside) / len(inside)
+        for i in members:
+            assert float(made.weight[i]) == pytest.approx(float(a[i] * b[i]) / mean, rel=1e-5)
+
+
+def test_a_batch_has_mean_one_in_each_of_its_classes() -> None:
+    made = full_state()
+    made.update(target=LABELS, trusted=torch.ones(9, dtype=torch.bool))
+    batch = torch.tensor([0, 3, 8, 1, 4, 2])
+    got = made.weights(batch)
+    for c in range(3):
+        rows = [k for k, i in enumerate(batch.tolist()) if LABELS[i] == c]
+        mean = sum(float(made.weight[batch[k]]) for k in rows) / len(rows)
+        for k in rows:
+            assert float(got[k]) == pytest.approx(float(made.weight[batch[k]]) / mean, rel=1e-6)
+    assert made.targets(batch).tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_equal_weights_are_exactly_one_and_vanished_classes_count_evenly() -> None:
+    made = state()
+    made.set_weights("m", torch.full((9,), 0.3))
+    assert torch.equal(made.weight[:1], made.weights(torch.tensor([0])))
+    assert torch.equal(made.weights(torch.arange(9)), torch.ones(9))
+    made.set_weights("m", (LABELS != 1).float())
+    assert torch.equal(made.weight, torch.ones(9))
+    made.set_weights("m", torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1, 1]))
+    assert torch.equal(made.weights(torch.tensor([0, 3, 1])), torch.ones(3))
+    assert made.weights(torch.tensor([0, 6])).tolist() == [0.0, 2.0]
+    assert made.weights(torch.tensor([], dtype=torch.int64)).shape == (0,)
+
+
+def test_samples_without_weight_leave_the_pool() -> None:
+    made = state()
+    made.set_weights("m", torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1, 1]))
+    assert made.pool(0).tolist() == [3, 6, 8]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_bad_weights_are_named(bad: float) -> None:
+    values = torch.ones(9)
+    values[4] = bad
+    with pytest.raises(InvalidInputError, match="finite weights >= 0, but got .* at position 4"):
+        state().set_weights("m", values)
+
+
+# drawing
+
+
+def test_samples_are_drawn_without_replacement_from_the_pool(global_rng_untouched: None) -> None:
+    made = state()
+    for n in (1, 3, 4, 50):
+        drawn = made.sample(0, n, torch.Generator().manual_seed(n))
+        assert len(drawn) == len(drawn.unique()) == min(n, 4) and {*drawn.tolist()} <= {0, 3, 6, 8}
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(n))[:n]
+        assert torch.equal(drawn, torch.tensor([0, 3, 6, 8])[order])
+
+
+def test_bad_draws_are_named() -> None:
+    made = state()
+    with pytest.raises(InvalidInputError, match=r"a class in \[0, 3\), but got 3"):
+        made.sample(3, 1, torch.Generator())
+    with pytest.raises(InvalidInputError, match="n of at least 1"):
+        made.sample(0, 0, torch.Generator())
+    made.update(trusted=LABELS != 2)
+    with pytest.raises(EmptyClassError, match="a usable sample of class 2, but got an empty pool.*min_per_class"):
+        made.sample(2, 1, torch.Generator())
+
+
+# files
+
+
+def test_a_saved_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    made = full_state()
+    made.save(tmp_path / "s.safetensors", configs={"tad": {"warmup": 3}})
+    for labels in (None, LABELS, LABELS.int()):
+        assert same(SampleState.load(tmp_path / "s.safetensors", labels), made)
+    header = SampleState.read_header(tmp_path / "s.safetensors")
+    assert header["configs"] == {"tad": {"warmup": 3}} and header["digest"] == label_digest(LABELS)
+    loaded = SampleState.load(tmp_path / "s.safetensors")
+    assert [p.tolist() for p in loaded.pools()] == [p.tolist() for p in made.pools()]
+
+
+def test_a_checkpoint_shares_nothing_with_the_state() -> None:
+    made = full_state()
+    kept, other = made.state_dict(), state()
+    made.update(trust=torch.zeros(9), target=LABELS)
+    other.load_state_dict(kept)
+    assert same(other, full_state())
+    other["influence"].zero_()
+    assert bool(kept["extra"]["influence"].any())
+
+
+def test_a_state_of_other_data_shows_both_hashes(tmp_path: Path) -> None:
+    made, path = full_state(), tmp_path / "s.safetensors"
+    made.save(path)
+    # another order of the same labels, another length, another number of classes
+    for labels, k in ((LABELS.flip(0), 3), (LABELS[:6], 3), (torch.cat([LABELS, torch.tensor([3])]), 4)):
+        other = SampleState(labels, k)
+        for act in (
+            lambda labels=labels: SampleState.load(path, labels),
+            lambda o=other: o.load_state_dict(made.state_dict()),
+        ):
+            with pytest.raises(StateMismatchError) as caught:
+                act()
+            assert label_digest(LABELS)[:16] in str(caught.value) and label_digest(labels)[:16] in str(caught.value)
+            assert "Load the data with the same" in str(caught.value)
+    with pytest.raises(StateMismatchError, match="a state for 4 classes .* but got 3 classes"):
+        SampleState(LABELS, 4, allow_empty=True).load_state_dict(made.state_dict())
+
+
+def damaged(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(whole[: len(whole) - 20])
+    elif how == "half":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "garbage":
+        path.write_bytes(bytes(range(256)) * 8)
+    elif how == "flipped":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        rewritten(path, how)
+
+
+def rewritten(path: Path, how: str) -> None:
+    with safe_open(path, framework="pt") as f:
+        header: Any = json.loads(f.metadata()["tad_plugin"])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    if how == "version":
+        header["version"] = 99
+    elif how == "format":
+        header["format"] = "something.else"
+    elif how == "list":
+        header = [1, 2]
+    elif how == "field":
+        del tensors["trust"]
+    elif how == "no digest":
+        del header["digest"]
+    elif how == "labels":
+        tensors["observed"] = tensors["observed"].flip(0).contiguous()
+    save_file(tensors, path, metadata={} if how == "no header" else {"tad_plugin": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing", "empty", "truncated", "half", "garbage", "flipped", "version", "format", "list", "field",
+        "no digest", "labels", "no header",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "s.safetensors"
+    full_state().save(path)
+    damaged(path, how)
+    with pytest.raises(FileFormatError, match=r"Expected .*, but got .*s\.safetensors.*delete it and let the method"):
+        SampleState.load(path, LABELS)
+
+
+def test_saving_replaces_in_one_step_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    state().save(path)
+    full_state().save(path)
+    assert same(SampleState.load(path), full_state()) and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_state_with_an_allowed_empty_class_can_be_saved(tmp_path: Path) -> None:
+    made = SampleState(torch.tensor([0, 2]), 3, allow_empty=True)
+    made.save(tmp_path / "s")
+    assert SampleState.load(tmp_path / "s").num_classes == 3
