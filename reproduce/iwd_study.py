@@ -33,35 +33,46 @@ from tad_plugin.nn.networks import make_network
 from tad_plugin.synthetic import SyntheticSet
 
 NOISE = "symmetric:0.4"
-BASE = {"networks": 2, "early": 10, "every": 400, "ess": 0.5}
+BASE = {"networks": 2, "early": 10, "every": 400, "ess": 0.75, "saturate": 0.5}
 
-# name -> method, its settings, label noise, where V comes from ("observed": any sample, with its observed label;
-# "trusted": only samples that are known to be labelled correctly, about as many).
+
+def iwd(v: str = "observed", noise: str = NOISE, method: str = "iwd", **settings: Any) -> dict[str, Any]:
+    return {"method": method, "v": v, "noise": noise, "iwd": settings}
+
+
+# name -> method, its settings beside BASE, label noise, where V comes from ("observed": any sample, with its observed
+# label; "trusted": only samples that are known to be labelled correctly, about as many).
 VARIANTS: dict[str, dict[str, Any]] = {
     "noisy": {},
-    "iwd": {"method": "iwd"},
-    "iwd, V trusted": {"method": "iwd", "v": "trusted"},
-    "iwd reversed": {"method": "iwd", "iwd": {"sign": -1}},
+    "iwd": iwd(),
+    "iwd, V trusted": iwd("trusted"),
+    "iwd reversed": iwd(sign=-1),
     "clean": {"noise": "none"},
-    "clean iwd": {"noise": "none", "method": "iwd"},
-    "clean iwd reversed": {"noise": "none", "method": "iwd", "iwd": {"sign": -1}},
+    "clean iwd": iwd(noise="none"),
+    "clean iwd reversed": iwd(noise="none", sign=-1),
     "tad": {"method": "tad"},
-    "tad+iwd": {"method": "tad+iwd"},
-    "tad+iwd ess 0.8": {"method": "tad+iwd", "iwd": {"ess": 0.8}},
-    "iwd ess 0.25": {"method": "iwd", "iwd": {"ess": 0.25}},
-    "iwd ess 0.75": {"method": "iwd", "iwd": {"ess": 0.75}},
-    "clean iwd ess 0.75": {"noise": "none", "method": "iwd", "iwd": {"ess": 0.75}},
-    "iwd 1 network": {"method": "iwd", "iwd": {"networks": 1}},
-    "iwd 4 networks": {"method": "iwd", "iwd": {"networks": 4}},
-    "iwd V 30%": {"method": "iwd", "iwd": {"held_out": 0.3}},
-    "iwd no early refreshes": {"method": "iwd", "iwd": {"early": 0, "every": 40}},
-    "iwd from the start": {"method": "iwd", "iwd": {"warmup": 0}},
-    "iwd late": {"method": "iwd", "iwd": {"warmup": 4}},
-    "iwd only once": {"method": "iwd", "iwd": {"early": 0, "warmup": 0, "networks": 4}},
-    "iwd decay 0.8": {"method": "iwd", "iwd": {"decay": 0.8}},
-    "iwd target matching": {"method": "iwd", "iwd": {"target": "matching"}},
-    "iwd in the batch": {"method": "iwd", "iwd": {"mode": "batch"}},
+    "tad+iwd": iwd(method="tad+iwd"),
 }
+for share, left in ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.0, 0.9), (0.5, 0.6), (0.5, 0.75), (0.5, 0.9)):
+    text = f"ess {left}, saturate {share}"
+    VARIANTS[f"iwd {text}"] = iwd(ess=left, saturate=share)
+    VARIANTS[f"iwd {text}, V trusted"] = iwd("trusted", ess=left, saturate=share)
+    VARIANTS[f"clean iwd {text}"] = iwd(noise="none", ess=left, saturate=share)
+    VARIANTS[f"clean iwd {text} reversed"] = iwd(noise="none", ess=left, saturate=share, sign=-1)
+    VARIANTS[f"tad+iwd {text}"] = iwd(method="tad+iwd", ess=left, saturate=share)
+VARIANTS |= {
+    "iwd 1 network": iwd(networks=1),
+    "iwd 4 networks": iwd(networks=4),
+    "iwd V 30%": iwd(held_out=0.3),
+    "iwd every 40": iwd(early=0, every=40),
+    "iwd from the first refresh": iwd(warmup=0),
+    "iwd from the fifth refresh": iwd(warmup=4),
+    "iwd one refresh of 4 networks": iwd(early=0, warmup=0, networks=4),
+    "iwd decay 0.8": iwd(decay=0.8),
+    "iwd target matching": iwd(target="matching"),
+    "iwd in the batch": iwd(mode="batch", every=1),
+}
+DEFAULT = ["noisy", "iwd", "iwd, V trusted", "clean", "clean iwd", "clean iwd reversed"]
 
 
 def seeded(*parts: Any) -> torch.Generator:
@@ -146,7 +157,7 @@ def main() -> None:
         "--dataset", default="cifar10", help="cifar10, or folder:PATH of an image folder or a zip of it"
     )
     parser.add_argument("--root", default="data", help="where cifar10 is, or is downloaded to")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="names joined by semicolons")
+    parser.add_argument("--variants", default=";".join(DEFAULT), help=f"joined by semicolons, of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--batch_real", type=int, default=64)

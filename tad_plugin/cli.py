@@ -98,7 +98,7 @@ def _parser() -> Any:
     who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
     who.add_argument("--out", type=str, default="", help="where to write; by default into the run folder")
 
-    verb("methods", "", "List the registered methods and their settings.", run=False)
+    verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     return parser
 
 
@@ -225,6 +225,7 @@ def _influence(values: Any) -> None:
 def _methods(_values: Any) -> None:
     import dataclasses
 
+    from tad_plugin.distill.loop import BASELINES
     from tad_plugin.registry import available_methods, load_method
 
     for name in available_methods():
@@ -233,6 +234,7 @@ def _methods(_values: Any) -> None:
         for setting in dataclasses.fields(cls.Config) if cls.Config is not None else ():
             default = setting.default if setting.default is not dataclasses.MISSING else "..."
             print(f"    {setting.name} = {default!r}")
+    print(f"baselines: {', '.join(BASELINES)}")
 
 
 VERBS: dict[str, Callable[[Any], int | None]] = {

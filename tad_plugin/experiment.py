@@ -144,7 +144,9 @@ class Run:
         progress.loop = loop
         total = self.loop_config.iterations
         steps = range(progress.iteration, total)
-        for iteration in bar(steps, f"{self.arm_name} ipc {config.ipc}", self.progress, total, progress.iteration):
+        for iteration in bar(
+            steps, f"{self.arm_name} ipc {config.ipc}", self.progress and bool(steps), total, progress.iteration
+        ):
             began = perf_counter()
             record = loop.step(iteration)
             progress.seconds += perf_counter() - began

@@ -52,7 +52,7 @@ class RunConfig:
     """Settings of one run. Every flag of the command line is one of these.
 
     Attributes:
-        baseline: distillation algorithm.
+        baseline: distillation algorithm, one of those that `tad-plugin methods` lists at the end.
         dataset: digits, cifar10, cifar100, svhn, tinyimagenet, or folder:PATH of an image folder or a zip of one.
         root: folder of downloaded datasets.
         per_class: use only the first N training images of each class; 0 uses all.
@@ -103,6 +103,10 @@ class RunConfig:
         """The same settings with the dataset's preset in place of every 0, and the device decided."""
         preset = PRESETS.get(self.dataset, PRESETS[""])
         filled = {k: preset[k] for k in preset if k not in ("loop", "methods") and not getattr(self, k)}
+        for name, given in self.methods.items():
+            if not isinstance(given, Mapping):
+                do = """Write --methods '{"tad": {"threshold": 0.6}}'"""
+                raise ConfigError(explain(f"a mapping of settings of {name!r}", repr(given), do))
         methods = {
             k: {**preset["methods"].get(k, {}), **self.methods.get(k, {})}
             for k in {**preset["methods"], **self.methods}

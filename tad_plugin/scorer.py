@@ -261,7 +261,7 @@ class Scorer:
                 raise NonFiniteError(
                     explain(
                         "a finite scorer loss",
-                        f"{float(loss)} in epoch {self.epoch}",
+                        f"{float(loss.detach())} in epoch {self.epoch}",
                         "Lower scorer.lr, and check the images for NaN",
                     )
                 )
@@ -297,4 +297,4 @@ def _strategy(name: str, data: RealData) -> str:
     if data.images.ndim != 4:
         return ""
     # A mirrored digit is no digit; turning and stretching it a little takes the mirror's place.
-    return "crop_scale_rotate" if data.dataset in ("digits", "mnist", "svhn") else "crop_flip"
+    return "crop_scale_rotate" if data.dataset.lower() in ("digits", "mnist", "svhn") else "crop_flip"

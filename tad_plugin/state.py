@@ -287,17 +287,23 @@ class SampleState:
     def weights(self, indices: Tensor) -> Tensor:
         """Weights of a batch, float32 [B], with mean 1 over the batch's samples of each target class.
 
-        A class whose weights in the batch are all 0 counts evenly. Weights that are all equal give exactly 1.
+        An untrusted sample weighs 0. A class whose trusted samples in the batch all weigh 0 counts them evenly, and a
+        class without a trusted sample in the batch drops out. Trusted samples of equal weight give exactly 1.
         """
-        w = self.weight[indices]
-        if bool((w == w[:1]).all()):
+        w, inside = self.weight[indices], self.trusted[indices]
+        if bool((inside & (w == w[:1])).all()):
             return torch.ones_like(w)
         y = self.target[indices]
         k = self.num_classes
-        total = torch.zeros(k, device=w.device, dtype=torch.float64).index_add_(0, y, w.double())
-        count = torch.bincount(y, minlength=k).double()
-        scale = torch.where(total > 0, count / total.clamp_min(1e-300), torch.zeros_like(total))
-        return torch.where((total > 0)[y], (w.double() * scale[y]).float(), torch.ones_like(w))
+
+        def per_class(values: Tensor) -> Tensor:
+            return torch.zeros(k, device=w.device, dtype=torch.float64).index_add_(0, y, values)
+
+        even = inside.double()
+        own = w.double() * even
+        own = torch.where((per_class(own) > 0)[y], own, even)
+        scale = torch.bincount(y, minlength=k).double() / per_class(own).clamp_min(1e-300)
+        return torch.where(inside, (own * scale[y]).float(), torch.zeros_like(w))
 
     def targets(self, indices: Tensor) -> Tensor:
         """Target labels of a batch, int64 [B]."""

@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tad": {"warmup": 1, "history": 2},
     "iwd": {"every": 2, "early": 0, "networks": 1, "warmup": 1},
     "loss-prune": {"scorer": SMALL},
-    "el2n": {"scorer": SMALL, "networks": 2},
+    "el2n": {"scorer": SMALL, "epochs": SMALL["epochs"], "networks": 2},
     "clean-then-distil": {"scorer": SMALL, "folds": 2},
 }
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")

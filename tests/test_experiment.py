@@ -138,6 +138,7 @@ def test_named_arms_and_methods_are_arms() -> None:
         ({"noise": "symmetric:1.4"}, "noisy", ConfigError, "1.4"),
         ({"loop": {"batch": 3}}, "noisy", ConfigError, "settings of the baseline 'dm' out of .*but got batch"),
         ({"loop": {"batch_real": 0}}, "noisy", ConfigError, "batch_real of at least 1"),
+        ({"methods": {"tad": 3}}, "tad", ConfigError, "a mapping of settings of 'tad', but got 3. Write --methods"),
         ({"methods": {"tda": {}}}, "noisy", ConfigError, "settings for .*but got tda"),
         ({"methods": {"tad": {"warm": 1}}}, "tad", ConfigError, "settings of the method 'tad'"),
         ({"ipc": 0}, "noisy", ConfigError, "ipc of at least 1"),

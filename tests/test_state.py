@@ -175,6 +175,17 @@ def test_a_batch_has_mean_one_in_each_of_its_classes() -> None:
     assert made.targets(batch).tolist() == [0, 0, 0, 1, 1, 2]
 
 
+def test_untrusted_samples_weigh_nothing() -> None:
+    made = state()
+    made.update(trusted=torch.arange(9) != 0)
+    w = made.weights(torch.arange(9))
+    assert w[0] == 0
+    for c in range(3):
+        assert float(w[c == LABELS].mean()) == pytest.approx(1.0)
+    # Alone with an untrusted sample a class drops out of the batch instead of counting it.
+    assert made.weights(torch.tensor([0, 1]))[0] == 0 and made.weights(torch.tensor([0])).tolist() == [0.0]
+
+
 def test_equal_weights_are_exactly_one_and_vanished_classes_count_evenly() -> None:
     made = state()
     made.set_weights("m", torch.full((9,), 0.3))

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from tad_plugin.bars import bar
 from tad_plugin.callback import Callback, CallbackList, Match, Observer, Segment
-from tad_plugin.errors import ConfigError, InvalidInputError, StateMismatchError, explain
+from tad_plugin.errors import ConfigError, StateMismatchError, explain
+from tad_plugin.hook.batches import BatchHandles
 from tad_plugin.scorer import RealData, Scorer, ScorerConfig
 from tad_plugin.state import SampleState
 from tad_plugin.wrappers import BatchIndex, IndexedLoader, TrustedCriterion
@@ -28,7 +29,7 @@ __all__ = ["Hook"]
 C = TypeVar("C")
 
 
-class Hook:
+class Hook(BatchHandles):
     """The seam between a loop and the methods. Made by :func:`tad_plugin.attach`.
 
     Attributes:
@@ -82,6 +83,7 @@ class Hook:
         self._index = BatchIndex()
         self._offset: Tensor | None = None
         self._drawn: list[Tensor] = []
+        self._noted: list[Any] = []
         self._ones = torch.ones(1, device=state.device)
         for callback in self.callbacks:
             self._check_needs(callback)
@@ -180,63 +182,6 @@ class Hook:
             callback.on_start(state=self.state, data=self._known)
         self._started = self._decided = True
 
-    # -- which samples, what label, how much ---------------------------------------------------------
-    def sample(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Up to n indices (int64) of usable samples of class c, without replacement.
-
-        Args:
-            c: class.
-            n: how many.
-            generator: CPU generator of the loop; by default the hook's own, seeded by ``attach(seed=...)``.
-
-        Raises:
-            EmptyClassError: the class has no usable sample.
-        """
-        return self.state.sample(c, n, self.generator if generator is None else generator)
-
-    def pool(self, c: int) -> Tensor:
-        """Indices (int64) of usable samples with target c, ascending."""
-        return self.state.pool(c)
-
-    def pools(self) -> list[list[int]]:
-        """For each class the list of usable indices: a drop-in for the public codebases' ``indices_class``."""
-        return [p.tolist() for p in self.state.pools()]
-
-    def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Weights float32 [B] with mean 1 over the batch's samples of each class; the one line in a loop.
-
-        With no method on it is a view of a single 1. Where a method wants the influence of this
-        iteration, the result carries a graph.
-        """
-        if not self.enabled:
-            return self._ones.expand(len(indices))
-        index = torch.as_tensor(indices, device=self.state.device)
-        w = self.state.weights(index)
-        if self.events.wants_graph(self.iteration):
-            if self._offset is None:
-                self._offset = torch.zeros(len(self.state), device=self.state.device, requires_grad=True)
-            self._drawn.append(index)
-            w = w + self._offset[index]
-        return w
-
-    def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Target labels int64 [B]."""
-        return self.state.targets(torch.as_tensor(indices, device=self.state.device))
-
-    def reweight(self, rows: Tensor, indices: Tensor | Sequence[int]) -> Tensor:
-        """Rows [B,...] scaled so that a plain mean over them is the weighted mean; the same object with no method on.
-
-        Raises:
-            InvalidInputError: another number of indices than of rows.
-        """
-        if not self.enabled:
-            return rows
-        if len(rows) != len(indices):
-            raise InvalidInputError(
-                explain(f"{len(rows)} indices", str(len(indices)), "Pass the indices of exactly these rows")
-            )
-        return rows * self.weights(indices).to(rows.device).view(-1, *[1] * (rows.ndim - 1))
-
     # -- a loop that trains networks on the real data ------------------------------------------------
     def loader(self, loader: DataLoader[Any]) -> Any:
         """The loader, made to note which samples each batch holds; the same object when no method is on."""
@@ -287,6 +232,8 @@ class Hook:
         """
         if not self.enabled:
             return
+        if isinstance(network, nn.DataParallel):
+            network = network.module
         self.events.position(iteration=self.iteration)
         tensors = (synthetic,) if isinstance(synthetic, Tensor) else tuple(synthetic)
         empty = torch.zeros(0, dtype=torch.int64, device=self.state.device)
@@ -314,7 +261,7 @@ class Hook:
 
     def _next_iteration(self) -> None:
         self._offset = None
-        self._drawn = []
+        self._drawn, self._noted = [], []
         self.iteration += 1
         every = self.scorer_config.refresh_every
         if self.scorer is not None and every and self.iteration % every == 0:

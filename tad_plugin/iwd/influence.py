@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
-from tad_plugin.iwd.vectors import Tensors, as_tuple, require_finite
+from tad_plugin.iwd.vectors import Tensors, as_tuple, pushed_forward, require_finite
 from tad_plugin.state import check_labels
 
 __all__ = ["dm_influence", "embedding_directions", "explicit_influence", "influence", "target_direction"]
@@ -174,7 +174,7 @@ def embedding_directions(
         got = f"{list(target_gradient.shape)} and {list(synthetic.shape)}"
         raise InvalidInputError(explain("target_gradient in the shape of synthetic", got, "Pass grad_S M"))
     with torch.no_grad():
-        pushed = torch.func.jvp(embed, (synthetic.detach(),), (target_gradient.detach(),))[1]
+        pushed = pushed_forward(embed, (synthetic.detach(),), (target_gradient.detach(),))
     counts = torch.bincount(labels, minlength=num_classes).clamp_min(1).to(pushed.dtype)
     total = torch.zeros(num_classes, pushed.shape[1], dtype=pushed.dtype, device=pushed.device)
     return total.index_add_(0, labels, pushed) / counts[:, None]

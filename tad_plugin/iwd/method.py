@@ -19,7 +19,7 @@ from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
 from tad_plugin.iwd.refresh import TARGETS, held_out_folds, score_on_network, target_gradient
 from tad_plugin.iwd.segment import segment_influence
 from tad_plugin.iwd.targets import Fold
-from tad_plugin.iwd.weighting import RunningScore, fit_temperature, softmax_weights, standardise
+from tad_plugin.iwd.weighting import RunningScore, fit_temperature, saturate, softmax_weights, standardise
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.scorer import RealData, chunk_size
 from tad_plugin.state import SampleState
@@ -40,6 +40,8 @@ class IWDConfig:
         held_out: size of V: a share of the usable samples in (0, 0.5], or a whole number per class.
         ess: effective sample size that is left of each class, as a share of all its samples in (0, 1]. What a method
             before this one set aside counts: after TAD has trusted 60%, 0.5 means 0.83 of those. 1 never weights.
+        saturate: share of each class's best-scored samples that all get the same weight, in [0, 1), at most ``ess``;
+            0 is a plain softmax over all.
         every: iterations between refreshes; 0 takes 400 in mode "all" and 1 in mode "batch".
         early: mode "all" also refreshes at iterations early, 2 early, 4 early, ... below ``every``; 0 does not.
         networks: fresh networks per refresh of mode "all".
@@ -58,6 +60,7 @@ class IWDConfig:
     target: str = "validation"
     held_out: float = 0.1
     ess: float = 0.5
+    saturate: float = 0.5
     every: int = 0
     early: int = 10
     networks: int = 2
@@ -81,6 +84,8 @@ class IWDConfig:
                 share,
             ),
             (0 < self.ess <= 1, "ess in (0, 1]", self.ess),
+            (0 <= self.saturate < 1, "saturate in [0, 1)", self.saturate),
+            (self.saturate <= self.ess, f"saturate of at most ess ({self.ess})", self.saturate),
             (self.every >= 0, "every of at least 0", self.every),
             (self.early >= 0, "early of at least 0", self.early),
             (self.networks >= 1, "networks of at least 1", self.networks),
@@ -329,6 +334,7 @@ class IWD(Callback):
         if active:
             inside = running.seen & state.trusted
             scores = config.sign * running.estimate
+            scores = saturate(scores, state.target, state.num_classes, config.saturate, inside)
             fitted = fit_temperature(scores, state.target, state.num_classes, self._ess(state), inside)
             found = softmax_weights(scores, state.target, state.num_classes, fitted.temperature, inside)
             # A sample that was not scored yet counts as the average of its class.

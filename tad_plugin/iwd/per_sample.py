@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from tad_plugin.errors import InvalidInputError, MemoryBudgetError, explain
-from tad_plugin.iwd.vectors import LossFunction, cross_entropy, flatten, require_finite, unflatten
+from tad_plugin.iwd.vectors import LossFunction, cross_entropy, flatten, pushed_forward, require_finite, unflatten
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -217,7 +217,7 @@ def per_sample_directional(
             return loss_fn(torch.func.functional_call(network, parts, (x,)), y)
 
         with torch.no_grad():
-            found.append(torch.func.jvp(losses, (values,), (tangents,))[1])
+            found.append(pushed_forward(losses, (values,), (tangents,)))
     return require_finite(
         torch.cat(found), "directional derivatives", "Check the images, the network and the direction"
     )

@@ -23,7 +23,7 @@ from tad_plugin.errors import (
     NonFiniteError,
     explain,
 )
-from tad_plugin.iwd.vectors import Tensors, as_tuple, flatten, require_finite, unflatten
+from tad_plugin.iwd.vectors import Tensors, as_tuple, flatten, pushed_forward, require_finite, unflatten
 
 __all__ = ["CGResult", "MatVec", "conjugate_gradient", "gauss_newton_vector_product", "hessian_vector_product"]
 
@@ -92,7 +92,7 @@ def gauss_newton_vector_product(
 
     def product(vector: Tensor) -> Tensor:
         with torch.no_grad():
-            pushed = torch.func.jvp(outputs, fixed, unflatten(vector, fixed))[1]
+            pushed = pushed_forward(outputs, fixed, unflatten(vector, fixed))
         return flatten(pull_back(curvature(pushed.reshape(-1)).reshape(out.shape)))
 
     return product

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,16 @@ from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 
-__all__ = ["LossFunction", "Tensors", "as_tuple", "cross_entropy", "flatten", "require_finite", "unflatten"]
+__all__ = [
+    "LossFunction",
+    "Tensors",
+    "as_tuple",
+    "cross_entropy",
+    "flatten",
+    "pushed_forward",
+    "require_finite",
+    "unflatten",
+]
 
 Tensors = Tensor | Sequence[Tensor]
 """One tensor, or several that are treated as one long vector."""
@@ -73,3 +84,11 @@ def require_finite(values: Tensor, name: str, do: str) -> Tensor:
         got = f"{int(bad.sum())} of {values.numel()} NaN or infinite (first at position {where})"
         raise NonFiniteError(explain(f"finite {name}", got, do))
     return values
+
+
+def pushed_forward(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """The directional derivative of ``function`` at ``primals`` along ``tangents``, by forward mode."""
+    with warnings.catch_warnings():
+        # torch's own forward mode uses torch.jit, of which it warns once; the user can do nothing about it.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        return torch.func.jvp(function, primals, tangents)[1]

@@ -24,6 +24,7 @@ __all__ = [
     "Temperature",
     "effective_sample_size",
     "fit_temperature",
+    "saturate",
     "softmax_weights",
     "standardise",
     "weights_from_scores",
@@ -63,6 +64,36 @@ def standardise(scores: Tensor, labels: Tensor, num_classes: int, mask: Tensor |
     centred = torch.where(real[labels], centred / largest.clamp_min(torch.finfo(torch.float64).tiny)[labels], 0.0)
     spread = (_per_class(centred.square(), labels, num_classes) / count).sqrt()
     return torch.where(real[labels] & inside, centred / torch.where(real, spread, 1.0)[labels], 0.0)
+
+
+def saturate(scores: Tensor, labels: Tensor, num_classes: int, share: float, mask: Tensor | None = None) -> Tensor:
+    """Raises the best scores of each class to one common value, so that all weights above it are the same.
+
+    A softmax over the rest then lowers the harmful samples without living off a few of the most helpful ones, whose
+    mean is far from their class's.
+
+    Args:
+        scores: [N], lower = better.
+        labels: int64 [N] in [0, num_classes).
+        num_classes: K.
+        share: of each class's samples that get the common value, in [0, 1); 0 changes nothing.
+        mask: bool [N], the samples that take part; None for all.
+
+    Returns:
+        [N] like ``scores``.
+
+    Raises:
+        InvalidInputError: share outside [0, 1), or shapes that do not fit.
+    """
+    if not 0.0 <= share < 1.0:
+        raise InvalidInputError(explain("share in [0, 1)", str(share), "Pass the share of a class that counts fully"))
+    labels, inside = _checked(scores, labels, num_classes, mask)
+    raised = scores.clone()
+    for c in range(num_classes if share > 0 else 0):
+        rows = (inside & (labels == c)).nonzero().flatten()
+        if len(rows):
+            raised[rows] = scores[rows].clamp_min(float(scores[rows].double().quantile(share)))
+    return raised
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _lowest(score: Tensor, enough: Tensor) -> float:
 
 
 def _right_shares(agreement: Tensor, noise: float, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Estimated share of right proposals in each prefix: of those that repeat and that contradict the observed label."""
+    """Estimated share of right proposals in each prefix: of those repeating and those contradicting the label."""
     chance = noise / max(num_classes - 1, 1)
     informative = 1 - noise - chance
     if informative <= 0:  # the labels are no better than random, so agreement says nothing

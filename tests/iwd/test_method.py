@@ -102,7 +102,7 @@ def test_an_effective_sample_size_of_one_never_weights() -> None:
 
 def test_weights_follow_after_the_warm_up() -> None:
     plain = run(make(None)[0], 0, 8)
-    loop, hook, records = make("iwd", {"every": 4, "early": 0, "warmup": 1, "ess": 0.4})
+    loop, hook, records = make("iwd", {"every": 4, "early": 0, "warmup": 1, "ess": 0.4, "saturate": 0})
     assert hook is not None
     assert not torch.equal(run(loop, 0, 8), plain)
     state, reports = hook.state, [r for r in records if r["event"] == "influence"]
@@ -289,9 +289,9 @@ def test_nothing_is_drawn_from_the_global_generators(global_rng_untouched: None)
     "settings",
     [
         {"mode": "some"}, {"explicit": False, "implicit": False}, {"target": "accuracy"}, {"held_out": 0.7},
-        {"held_out": 0}, {"held_out": 2.5}, {"ess": 0}, {"ess": 1.5}, {"every": -1}, {"early": -1}, {"networks": 0},
-        {"warmup": -1}, {"alpha": 0}, {"alpha": float("nan")}, {"steps": 0}, {"decay": 1.0}, {"sign": 2},
-        {"chunk_size": -1}, {"memory_budget": 0},
+        {"held_out": 0}, {"held_out": 2.5}, {"ess": 1.5}, {"ess": 0, "saturate": 0}, {"saturate": 1.0, "ess": 1},
+        {"saturate": 0.6, "ess": 0.5}, {"every": -1}, {"early": -1}, {"networks": 0}, {"warmup": -1}, {"alpha": 0},
+        {"alpha": float("nan")}, {"steps": 0}, {"decay": 1.0}, {"sign": 2}, {"chunk_size": -1}, {"memory_budget": 0},
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,7 @@ from tad_plugin.iwd.weighting import (
     RunningScore,
     effective_sample_size,
     fit_temperature,
+    saturate,
     softmax_weights,
     standardise,
     weights_from_scores,
@@ -239,3 +241,20 @@ def test_an_effective_sample_size_for_each_class(generator: torch.Generator) -> 
     for bad in (torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.5, 0.5])):
         with pytest.raises(InvalidInputError, match="ess"):
             fit_temperature(scores, labels, 3, bad)
+
+
+def test_saturation_raises_the_best_scores_of_each_class_to_one_value(generator: torch.Generator) -> None:
+    labels = torch.arange(3).repeat(100)
+    scores, mask = torch.randn(300, generator=generator), torch.rand(300, generator=generator) < 0.8
+    found = saturate(scores, labels, 3, 0.4, mask)
+    assert torch.equal(found[~mask], scores[~mask])
+    for c in range(3):
+        rows = mask & (labels == c)
+        low = float(np.quantile(scores[rows].double().numpy(), 0.4))
+        assert torch.allclose(found[rows], scores[rows].clamp_min(low))
+    assert torch.equal(saturate(scores, labels, 3, 0.0), scores)
+    weights = weights_from_scores(saturate(scores, labels, 3, 0.5), labels, 3, 0.75)
+    best = weights[labels == 0].max()
+    assert float((weights[labels == 0] == best).float().mean()) == pytest.approx(0.5, abs=0.02) and float(best) < 1.6
+    with pytest.raises(InvalidInputError, match="share"):
+        saturate(scores, labels, 3, 1.0)

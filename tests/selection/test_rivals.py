@@ -94,7 +94,7 @@ def test_el2n_is_the_mean_norm_of_the_error_over_networks() -> None:
     images, _, labels = noisy()
     data = RealData(images, labels, 3)
     for hardest in (False, True):
-        settings = {"scorer": SCORER, "networks": 2, "keep": 0.5, "hardest": hardest}
+        settings = {"scorer": SCORER, "epochs": SCORER["epochs"], "networks": 2, "keep": 0.5, "hardest": hardest}
         callback = load_method("el2n").from_settings(settings, seed=11)
         hook = Hook(attach("none", labels=labels).state, data, [callback]).start()
         score = [0.0] * 120

@@ -1,0 +1,167 @@
+"""Added lines: the only kind of change that a patch of ours makes, read from a diff without context, put in, taken out.
+
+A diff that removes nothing and shows no context carries no line of the code that it changes::
+
+    --- a/train.py
+    +++ b/train.py
+    @@ -9,0 +10 @@
+    +import tad_plugin
+
+"after line 9 of train.py comes one new line, which is then line 10". Without context nothing in the diff says whether
+a file is the right one, so :mod:`tad_plugin.patching` compares the hash of the whole file first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tad_plugin.errors import FileFormatError, PatchError, explain
+
+__all__ = ["Insertion", "added_lines", "format_diff", "insert_lines", "parse_diff", "remove_lines"]
+
+_HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
+_ONLY_ADDED = "Write it with `diff -U0` or `git diff -U0` of changes that only add lines"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Lines that come after one line of a file.
+
+    Attributes:
+        after: 1-based number of the line before them in the unchanged file; 0 puts them at the start.
+        lines: the new lines without their line endings, at least one.
+    """
+
+    after: int
+    lines: tuple[str, ...]
+
+
+def added_lines(insertions: Sequence[Insertion]) -> int:
+    """How many lines are added in all."""
+    return sum(len(i.lines) for i in insertions)
+
+
+def parse_diff(text: str, source: str = "the diff") -> dict[str, tuple[Insertion, ...]]:
+    """The insertions of each file of a unified diff with zero context.
+
+    Args:
+        text: the diff; either kind of line ending is accepted and means nothing.
+        source: what to call it in messages.
+
+    Returns:
+        Path inside the checkout, with forward slashes -> its insertions, in the order of the file.
+
+    Raises:
+        FileFormatError: a removed line, a context line, or anything else but file headers, hunks and added lines.
+    """
+    found: dict[str, list[Insertion]] = {}
+    hunks: list[Insertion] = []
+    old, missing, shift = "", 0, 0
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.removesuffix("\r")
+        where = f"line {number} of {source}"
+        if missing:
+            if not line.startswith("+"):
+                raise _format_error(f"{missing} more added lines at {where}", repr(line))
+            last = hunks[-1]
+            hunks[-1] = Insertion(last.after, (*last.lines, line[1:]))
+            missing -= 1
+        elif line.startswith("--- a/") and not old:
+            old = line.removeprefix("--- a/")
+        elif line.startswith("+++ b/") and old:
+            name = line.removeprefix("+++ b/")
+            if name != old or name in found:
+                raise _format_error(f"each file once, under one name, at {where}", f"{old!r} and {name!r}")
+            hunks, old, shift = found.setdefault(name, []), "", 0
+        elif (match := _HUNK.fullmatch(line)) and found and not old:
+            after, start, missing = int(match[1]), int(match[2]), int(match[3] or 1)
+            ordered = not hunks or after > hunks[-1].after
+            if not ordered or start != after + shift + 1 or not missing:
+                raise _format_error(f"hunks in order that add lines where the ones before leave off, at {where}", line)
+            hunks.append(Insertion(after, ()))
+            shift += missing
+        elif line:
+            raise _format_error(f"a file's header, a hunk `@@ -n,0 +m,k @@` or an added line at {where}", repr(line))
+    if missing or old or not found or not all(found.values()):
+        raise _format_error(f"added lines for every file in {source}", "a diff that ends too early, or none")
+    return {name: tuple(insertions) for name, insertions in found.items()}
+
+
+def format_diff(files: dict[str, Sequence[Insertion]]) -> str:
+    """The diff that :func:`parse_diff` reads, with plain line feeds."""
+    out = []
+    for name, insertions in files.items():
+        out += [f"--- a/{name}", f"+++ b/{name}"]
+        shift = 0
+        for i in insertions:
+            size = "" if len(i.lines) == 1 else f",{len(i.lines)}"
+            out.append(f"@@ -{i.after},0 +{i.after + shift + 1}{size} @@")
+            out += [f"+{line}" for line in i.lines]
+            shift += len(i.lines)
+    return "\n".join(out) + "\n"
+
+
+def insert_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
+    r"""The file with the lines put in; each takes the ending ("\n" or "\r\n") of the line that it comes after.
+
+    Args:
+        content: the unchanged file.
+        insertions: in the order of the file, numbered as in the unchanged file.
+
+    Raises:
+        PatchError: the file is too short, or lines would follow a last line without an ending.
+    """
+    lines = _split(content)
+    out: list[bytes] = []
+    done = 0
+    for i in insertions:
+        if not done <= i.after <= len(lines):
+            raise PatchError(explain(f"a file of at least {i.after} lines", f"one of {len(lines)}", "Check the file"))
+        out += lines[done : i.after]
+        done = i.after
+        if out and not out[-1].endswith(b"\n"):
+            got = f"line {i.after} without one"
+            raise PatchError(explain("a line with an ending before the new lines", got, "Check the file"))
+        out += [line.encode("utf-8") + _ending(lines, i.after) for line in i.lines]
+    return b"".join(out + lines[done:])
+
+
+def remove_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
+    """The inverse of :func:`insert_lines`, bit for bit.
+
+    Args:
+        content: the file with the lines put in.
+        insertions: the same as were put in.
+
+    Raises:
+        PatchError: a line is not the one that was put there.
+    """
+    lines = _split(content)
+    shift = 0
+    gone: set[int] = set()
+    for i in insertions:
+        for offset, line in enumerate(i.lines):
+            place = i.after + shift + offset
+            got = lines[place] if place < len(lines) else b""
+            if got.rstrip(b"\r\n") != line.encode("utf-8"):
+                do = "Restore the file from its source"
+                raise PatchError(explain(f"the added line {line.strip()!r} at line {place + 1}", "another", do))
+            gone.add(place)
+        shift += len(i.lines)
+    return b"".join(line for place, line in enumerate(lines) if place not in gone)
+
+
+def _split(content: bytes) -> list[bytes]:
+    lines = content.split(b"\n")
+    return [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+
+
+def _ending(lines: list[bytes], after: int) -> bytes:
+    near = lines[after - 1 if after else 0] if lines else b"\n"
+    return b"\r\n" if near.endswith(b"\r\n") else b"\n"
+
+
+def _format_error(expected: str, got: str) -> FileFormatError:
+    return FileFormatError(explain(expected, got, _ONLY_ADDED))

@@ -1,0 +1,88 @@
+"""The verbs for checkouts of public codebases, ``tad-plugin patch`` and ``tad-plugin run``.
+
+They need nothing but the core packages: whoever keeps to the scripts of a codebase need not install the extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from tad_plugin import compatibility, patching
+from tad_plugin.errors import ConfigError, explain
+
+__all__ = ["ABOUT", "VERBS"]
+
+ABOUT = {
+    "patch": "Add the hook to a checkout of a public codebase by a few lines, or take them out again.",
+    "run": "Run a script of a (patched or unmodified) checkout on a current machine.",
+}
+
+
+def _patch(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tad-plugin patch",
+        description=f"{ABOUT['patch']} Files are recognised by their sha256; any other content is refused.",
+    )
+    parser.add_argument(
+        "action",
+        choices=["apply", "check", "reverse", "status"],
+        help="put the lines in; see whether they could be; take them out bit for bit; say what is there",
+    )
+    parser.add_argument("repo", help="name of the patch: a folder of patches/, such as dm")
+    parser.add_argument("path", help="folder of the checkout")
+    parser.add_argument("--patches", default=None, help="folder of the patches; by default tad_plugin's own")
+    values = parser.parse_args(arguments)
+    patch = patching.load_patch(values.repo, values.patches)
+    if values.action == "status":
+        found = patching.status(patch, values.path)
+        print(f"{patch.name}: {found.condition} (commit {found.commit or 'unknown'}, for {patch.commit})")
+        for file in patch.files:
+            print(f"  {file.path}: {found.files[file.path]}, {file.added} lines")
+    elif values.action == "check":
+        patching.check(patch, values.path)
+        lines = ", ".join(f"{file.added} lines to {file.path}" for file in patch.files)
+        print(f"{patch.name}: can be applied: {lines}")
+    else:
+        change = patching.apply if values.action == "apply" else patching.reverse
+        for file in change(patch, values.path):
+            print(f"{'patched' if values.action == 'apply' else 'restored'} {file}")
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
+    switches = "\n".join(f"  {s.name:12} {s.about}" for s in compatibility.SWITCHES.values())
+    parser = argparse.ArgumentParser(
+        prog="tad-plugin run",
+        usage="tad-plugin run --upstream PATH [options] -- SCRIPT.py [its arguments]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{ABOUT['run']}\nIt runs in the script's own folder, to which paths in its arguments are relative."
+        f"\n\nSwitches, each off unless script and machine need it, and printed when on:\n{switches}",
+    )
+    parser.add_argument("--upstream", required=True, metavar="PATH", help="folder of the checkout")
+    parser.add_argument("--seed", type=int, default=None, help="a repeatable run: seeds, and a clock that counts calls")
+    parser.add_argument("--with", dest="on", default="", metavar="A,B", help="switches to force on")
+    parser.add_argument("--without", dest="off", default="", metavar="A,B", help="switches to force off")
+    given = list(arguments)
+    if "--" not in given:
+        values = parser.parse_args(given)  # --help ends here
+        do = "Write: tad-plugin run --upstream PATH -- SCRIPT.py [its arguments]"
+        raise ConfigError(explain("a script after --", f"none with --upstream {values.upstream}", do))
+    split = given.index("--")
+    values, rest = parser.parse_args(given[:split]), given[split + 1 :]
+    if not rest:
+        raise ConfigError(explain("a script after --", "nothing", "Name a script of the checkout"))
+    script = compatibility.Script.find(values.upstream, rest[0])
+    on = compatibility.needed_switches(script, _names(values.on), _names(values.off))
+    for switch in on:
+        print(f"tad-plugin run: switch {switch.name}: {switch.about}", file=sys.stderr)
+    return compatibility.run_script(script, rest[1:], switches=on, seed=values.seed)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"patch": _patch, "run": _run}
+"""Verb -> what runs it on the arguments after the verb and gives the exit status."""

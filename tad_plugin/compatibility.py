@@ -1,0 +1,323 @@
+"""Runs a script of a public codebase on a current machine, with the few switches that older code needs.
+
+A switch changes torch or the environment while the script runs, never the checkout. Each is off unless the script's
+sources and this machine call for it, and can be forced on or off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+import runpy
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tad_plugin.errors import InvalidInputError, PatchError, explain, unknown_name
+
+__all__ = ["SWITCHES", "Script", "Switch", "needed_switches", "run_script", "seeded_run"]
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of a checkout.
+
+    Attributes:
+        root: folder of the checkout, absolute.
+        path: the script, absolute.
+        sources: text of all its Python files, for :attr:`Switch.needed`.
+        gpu: whether this machine has a GPU that torch can use.
+    """
+
+    root: Path
+    path: Path
+    sources: str
+    gpu: bool
+
+    @classmethod
+    def find(cls, root: str | Path, script: str) -> Script:
+        """The script ``script`` (a path inside the checkout ``root``). Raises PatchError where there is none."""
+        folder = Path(root).expanduser().resolve()
+        path = (folder / script).resolve()
+        if not path.is_file():
+            do = "Pass the checkout's folder with --upstream, and a path inside it after --"
+            raise PatchError(explain(f"the script {script} in {folder}", "no such file", do))
+        files = sorted(p for p in folder.rglob("*.py") if not any(part.startswith(".") for part in p.parts))
+        text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in (path, *files))
+        return cls(folder, path, text, torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One compatibility switch.
+
+    Attributes:
+        name: on the command line.
+        about: what it does.
+        needed: whether the script needs it on this machine.
+        on: makes the context in which it is on.
+    """
+
+    name: str
+    about: str
+    needed: Callable[[Script], bool]
+    on: Callable[[Script], AbstractContextManager[None]]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` inside; an inherited attribute is inherited again afterwards."""
+    own, old = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)
+
+
+# -- switches --------------------------------------------------------------------------------------
+def _is_cuda(value: Any) -> bool:
+    return str(value).startswith("cuda") if isinstance(value, str | torch.device) else False
+
+
+@contextmanager
+def _cpu(_script: Script) -> Iterator[None]:
+    def stay(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return self
+
+    def move(original: Any) -> Any:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            args = tuple("cpu" if _is_cuda(a) else a for a in args)
+            kwargs = {k: "cpu" if _is_cuda(v) else v for k, v in kwargs.items()}
+            return original(self, *args, **kwargs)
+
+        return to
+
+    with ExitStack() as stack:
+        for owner in (torch.Tensor, torch.nn.Module):
+            stack.enter_context(_replaced(owner, "cuda", stay))
+            stack.enter_context(_replaced(owner, "to", move(owner.to)))
+        yield
+
+
+@contextmanager
+def _cpu_copies(_script: Script) -> Iterator[None]:
+    original = torch.Tensor.cpu
+
+    def cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        moved = original(self, *args, **kwargs)
+        return moved.clone() if moved.data_ptr() == self.data_ptr() else moved
+
+    with _replaced(torch.Tensor, "cpu", cpu):
+        yield
+
+
+@contextmanager
+def _broadcast(_script: Script) -> Iterator[None]:
+    original = torch.Tensor.__setitem__
+
+    def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value._base is not None and value._base is (self._base or self):
+            value = value.clone()
+        original(self, index, value)
+
+    with _replaced(torch.Tensor, "__setitem__", setitem):
+        yield
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = old
+
+
+def _wandb_values(script: Script) -> dict[str, str]:
+    """What is missing from the environment for a script that logs to wandb and has no account to log to."""
+    if not re.search(r"^\s*import wandb", script.sources, re.MULTILINE):
+        return {}
+    if not os.environ.get("WANDB_MODE"):
+        return {} if os.environ.get("WANDB_API_KEY") else {"WANDB_MODE": "disabled"}
+    # Without a name an offline run has none at all, and a path is made of it.
+    offline = os.environ["WANDB_MODE"] == "offline" and not os.environ.get("WANDB_NAME")
+    return {"WANDB_NAME": script.path.stem} if offline else {}
+
+
+def _lacks_old_scipy(script: Script) -> bool:
+    if "scipy.ndimage.interpolation" not in script.sources:
+        return False
+    try:
+        return importlib.util.find_spec("scipy.ndimage.interpolation") is None
+    except ModuleNotFoundError:
+        return True
+
+
+@contextmanager
+def _old_scipy(_script: Script) -> Iterator[None]:
+    import scipy.ndimage
+
+    name = "scipy.ndimage.interpolation"
+    before = sys.modules.get(name)
+    alias = types.ModuleType(name)
+    vars(alias).update({k: v for k, v in vars(scipy.ndimage).items() if not k.startswith("__")})
+    sys.modules[name] = alias
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+_SWITCHES = (
+    Switch(
+        "cpu",
+        "there is no GPU: .cuda() and .to('cuda') leave tensors and modules where they are",
+        lambda s: not s.gpu and re.search(r"\.cuda\(|[\"']cuda:", s.sources) is not None,
+        _cpu,
+    ),
+    Switch(
+        "cpu-copies",
+        "there is no GPU: .cpu() copies, as it does from one (or every saved epoch would be the live network)",
+        lambda s: not s.gpu and re.search(r"\.cpu\(\)\s+for\b", s.sources) is not None,
+        _cpu_copies,
+    ),
+    Switch(
+        "broadcast",
+        "t[:] = t[0] copies its right side first: a current torch refuses it for a batch of one (IPC 1 with DSA)",
+        lambda s: re.search(r"\b(\w+)\[:\]\s*=\s*\1\[0\]", s.sources) is not None,
+        _broadcast,
+    ),
+    Switch(
+        "wandb",
+        "nobody is logged in to wandb: it runs disabled (and an offline run gets a name)",
+        lambda s: bool(_wandb_values(s)),
+        lambda s: _environment(_wandb_values(s)),
+    ),
+    Switch(
+        "scipy",
+        "scipy.ndimage.interpolation is gone from this SciPy: an alias of scipy.ndimage",
+        _lacks_old_scipy,
+        _old_scipy,
+    ),
+)
+
+SWITCHES: dict[str, Switch] = {switch.name: switch for switch in _SWITCHES}
+"""All switches by name."""
+
+
+def needed_switches(script: Script, on: Sequence[str] = (), off: Sequence[str] = ()) -> list[Switch]:
+    """The switches that are on for a script: those it needs and those in ``on``, without those in ``off``.
+
+    Raises:
+        UnknownNameError: no switch of that name.
+    """
+    for name in (*on, *off):
+        if name not in SWITCHES:
+            raise unknown_name("switch", name, list(SWITCHES))
+    return [s for s in SWITCHES.values() if s.name not in off and (s.name in on or s.needed(script))]
+
+
+# -- running ---------------------------------------------------------------------------------------
+@contextmanager
+def seeded_run(root: Path, seed: int) -> Iterator[None]:
+    """Two runs inside draw the same numbers: the global generators are seeded, and the checkout has its own clock.
+
+    The public codebases seed augmentations and networks from the clock. ``time.time`` becomes a counter for callers
+    under ``root``, and stays what it is for everybody else. The generators' states are put back afterwards.
+
+    Args:
+        root: folder of the checkout, absolute.
+        seed: in [0, 2**32).
+
+    Raises:
+        InvalidInputError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise InvalidInputError(explain("a seed in [0, 2**32)", str(seed), "Pass another one"))
+    real, ticks, inside = time.time, 0, str(root) + os.sep
+
+    def clock() -> float:
+        nonlocal ticks
+        if not os.path.abspath(sys._getframe(1).f_code.co_filename).startswith(inside):
+            return real()
+        ticks += 1
+        # Not a whole number of milliseconds: seeds are made of those.
+        return 1_500_000_000.0 + ticks * 0.0137
+
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 - the script's generator
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the script draws from it
+    try:
+        # Seeds CUDA too, where there is any.
+        torch.manual_seed(seed)
+        with _replaced(time, "time", clock):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def run_script(
+    script: Script, arguments: Sequence[str] = (), *, switches: Sequence[Switch] = (), seed: int | None = None
+) -> int:
+    """Runs a script as ``python script.py arguments...`` would from its own folder, in this process.
+
+    Args:
+        script: which.
+        arguments: its command line.
+        switches: those that are on meanwhile.
+        seed: makes the run repeatable, see :func:`seeded_run`; None leaves clock and generators alone.
+
+    Returns:
+        Its exit status.
+    """
+    argv, path, folder = sys.argv, list(sys.path), os.getcwd()
+    with ExitStack() as stack:
+        for switch in switches:
+            stack.enter_context(switch.on(script))
+        if seed is not None:
+            stack.enter_context(seeded_run(script.root, seed))
+        try:
+            sys.argv, sys.path[:] = [str(script.path), *arguments], [str(script.path.parent), *path]
+            os.chdir(script.path.parent)
+            runpy.run_path(str(script.path), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code is None or isinstance(stop.code, int):
+                return stop.code or 0
+            print(stop.code, file=sys.stderr)
+            return 1
+        finally:
+            sys.argv, sys.path[:] = argv, path
+            os.chdir(folder)
+            _forget(script.root)
+    return 0
+
+
+def _forget(root: Path) -> None:
+    """Codebases share the names of their modules (utils, networks): the next script must import its own."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).resolve().is_relative_to(root):
+            del sys.modules[name]
