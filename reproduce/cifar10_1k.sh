@@ -8,7 +8,7 @@ images=$(realpath "${1:?an image folder or zip of CIFAR-10}")
 labels=${2:-}
 out=${3:-runs/cifar10_1k}
 common=(--baseline dm --dataset "folder:$images" --per_class 1000 --ipc 10 --iterations 200 --width 32
-  --loop.batch_real 64 --eval_epochs 300 --eval_runs 2 --candidates 2 --jobs "${JOBS:-2}" --seeds "${SEEDS:-3}")
+  --loop.batch_real 64 --eval_epochs 300 --eval_runs 2 --candidates 1 --jobs "${JOBS:-2}" --seeds "${SEEDS:-3}")
 arms=clean,noisy,oracle,loss-prune,clean-then-distil,tad
 tad-plugin compare "${common[@]}" --noise symmetric:0.4 --arms "${ARMS:-$arms}" --out "$out/symmetric-0.4"
 if [ -n "$labels" ]; then

@@ -93,9 +93,9 @@ class TAD(Callback):
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Registers ``tad_loss`` (mean loss of the last rounds, float32 [N]) and ``recalled`` (bool [N])."""
+        """Registers ``tad_loss`` (mean loss of the last rounds) and ``recall_score`` (0 if not recalled), float32 [N]."""
         state.register("tad_loss", torch.zeros(len(state), device=state.device))
-        state.register("recalled", torch.zeros(len(state), dtype=torch.bool, device=state.device))
+        state.register("recall_score", torch.zeros(len(state), device=state.device))
 
     def on_scorer_batch(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
         """Adds the consistency term over all samples of the batch, trusted or not."""
@@ -147,19 +147,22 @@ class TAD(Callback):
             mean, state.observed, mixture, state.num_classes, threshold=config.threshold, min_per_class=minimum
         )
         self.mixture = mixture
-        trusted, target, weight = division.trusted.clone(), state.observed.clone(), mixture.trust.clone()
+        # Flat in the tails: the plain posterior would distrust the very lowest losses of a narrow low component.
+        trust = mixture.posterior(mean, state.observed, monotone=True)
+        trusted, target, weight = division.trusted.clone(), state.observed.clone(), trust.clone()
         # A class whose mixture was set aside has no posterior worth weighting by.
         weight = torch.where(division.replaced[state.observed], torch.ones_like(weight), weight)
         # Samples kept only to fill up a class would otherwise weigh next to nothing.
         weight = torch.where(trusted, weight.clamp_min(0.05), weight)
 
         # Recalled samples stand the division on their target's loss; one that fails returns.
-        before = state["recalled"].clone()
+        earned = state["recall_score"].clone()
+        before = earned > 0
         target_loss = F.cross_entropy(logits, state.target, reduction="none")
         standing = mixture.posterior(target_loss, state.target, monotone=True) > config.threshold
         kept = before & standing & ~trusted
         target[kept] = state.target[kept]
-        weight[kept] = state.weight[kept].clamp(0.05, 1.0)
+        weight[kept] = earned[kept]
 
         score = torch.zeros(len(state), device=state.device)
         rho = rho_agree = float("inf")
@@ -171,10 +174,11 @@ class TAD(Callback):
             recalled = ~space & (proposal >= 0) & (score >= limit)
             rho, rho_agree, noise_rate = calibration.threshold, calibration.threshold_agree, calibration.noise_rate
             target = torch.where(recalled, proposal, target)
-            weight = torch.where(recalled, score.clamp_min(0.05), weight)
-        state["recalled"].copy_(kept | recalled)
+            score = score.clamp_min(0.05)
+            weight = torch.where(recalled, score, weight)
+        state["recall_score"].copy_(torch.where(recalled, score, torch.where(kept, earned, torch.zeros_like(earned))))
         space = trusted | kept | recalled
-        state.update(target=target, trusted=space, trust=mixture.trust.clamp(0, 1))
+        state.update(target=target, trusted=space, trust=trust.clamp(0, 1))
         state.set_weights(self.name, weight if config.weighting == "soft" else torch.ones_like(weight))
         self.report(
             "round",

@@ -113,7 +113,7 @@ def test_the_observed_labels_never_change_and_only_recalled_samples_have_other_t
     s = hook.state
     assert torch.equal(s.observed, flip(true, 4, 0.3, seed=2))
     moved = s.target != s.observed
-    assert bool(moved.any()) and bool((s["recalled"] & s.trusted)[moved].all())
+    assert bool(moved.any()) and bool(((s["recall_score"] > 0) & s.trusted)[moved].all())
     assert bool((s.target == s.observed)[~s.trusted].all())
 
 
@@ -137,7 +137,7 @@ def test_a_recalled_sample_that_fails_returns_to_its_observed_label_and_the_othe
     fixed = Fixed()
     assert fixed.round()["recalled"] > 0
     state = fixed.state
-    moved = (state["recalled"] & (state.target != fixed.observed)).nonzero().flatten()
+    moved = ((state["recall_score"] > 0) & (state.target != fixed.observed)).nonzero().flatten()
     assert len(moved) > 10 and torch.equal(state.target[moved], fixed.true[moved])
     before = state.target.clone()
     # nothing changed: they stand
@@ -149,7 +149,7 @@ def test_a_recalled_sample_that_fails_returns_to_its_observed_label_and_the_othe
     fixed.data.images[fails] = 4 * torch.eye(6)[3 + third] + 1.5 * torch.eye(6)[target]
     found = fixed.round()
     assert found["returned"] == 1 and found["trusted"] + found["untrusted"] == 150
-    assert state.target[fails] == fixed.observed[fails] and not state.trusted[fails] and not state["recalled"][fails]
+    assert state.target[fails] == fixed.observed[fails] and not state.trusted[fails] and state["recall_score"][fails] == 0
     assert torch.equal(state.target[moved[1:]], before[moved[1:]]) and bool(state.trusted[moved[1:]].all())
 
 
