@@ -46,8 +46,8 @@ def _patch(arguments: Sequence[str]) -> int:
         print(f"{patch.name}: can be applied: {lines}")
     else:
         change = patching.apply if values.action == "apply" else patching.reverse
-        for file in change(patch, values.path):
-            print(f"{'patched' if values.action == 'apply' else 'restored'} {file}")
+        for place in change(patch, values.path):
+            print(f"{'patched' if values.action == 'apply' else 'restored'} {place}")
     return 0
 
 
@@ -77,7 +77,11 @@ def _run(arguments: Sequence[str]) -> int:
     on = compatibility.needed_switches(script, _names(values.on), _names(values.off))
     for switch in on:
         print(f"tad-plugin run: switch {switch.name}: {switch.about}", file=sys.stderr)
-    return compatibility.run_script(script, rest[1:], switches=on, seed=values.seed)
+    try:
+        return compatibility.run_script(script, rest[1:], switches=on, seed=values.seed)
+    except KeyboardInterrupt:
+        print("tad-plugin run: interrupted", file=sys.stderr)
+        return 130
 
 
 def _names(text: str) -> list[str]:

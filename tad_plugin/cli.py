@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tad_plugin import __version__
+from tad_plugin import __version__, checkout_cli
 from tad_plugin.errors import InvalidInputError, TadPluginError, explain, missing_extra
 
 __all__ = ["main"]
@@ -20,8 +20,11 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
   tad-plugin methods
+  tad-plugin patch apply dm ../DatasetCondensation
+  tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
 
-Every verb takes --config FILE.yaml; flags after it win. A run that was cut short goes on with the same command."""
+Every verb but patch and run takes --config FILE.yaml; flags after it win.
+A run that was cut short goes on with the same command."""
 
 
 def _parser() -> Any:
@@ -99,6 +102,8 @@ def _parser() -> Any:
     who.add_argument("--out", type=str, default="", help="where to write; by default into the run folder")
 
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
+    for name, about in checkout_cli.ABOUT.items():
+        verb(name, "...", about, run=False)  # for the list of verbs; main() hands these over before it parses
     return parser
 
 
@@ -255,9 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can mend.
     """
+    given = list(argv) if argv is not None else sys.argv[1:]
     try:
+        if given and given[0] in checkout_cli.VERBS:
+            return checkout_cli.VERBS[given[0]](given[1:])
         parser = _parser()
-        values = parser.parse_args(list(argv) if argv is not None else None)
+        values = parser.parse_args(given)
         return VERBS[values.verb](values[values.verb]) or 0
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)

@@ -52,9 +52,16 @@ class Script:
         if not path.is_file():
             do = "Pass the checkout's folder with --upstream, and a path inside it after --"
             raise PatchError(explain(f"the script {script} in {folder}", "no such file", do))
-        files = sorted(p for p in folder.rglob("*.py") if not any(part.startswith(".") for part in p.parts))
+        files = sorted(p for p in folder.rglob("*.py") if _belongs(p, folder))
         text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in (path, *files))
         return cls(folder, path, text, torch.cuda.is_available())
+
+
+def _belongs(path: Path, root: Path) -> bool:
+    """Whether a file is the codebase's own: under ``root``, but in no hidden folder or environment made there."""
+    if not path.is_relative_to(root) or path.is_relative_to(Path(__file__).resolve().parent):
+        return False
+    return not any(p.startswith(".") or p in ("site-packages", "dist-packages") for p in path.relative_to(root).parts)
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,8 @@ def _broadcast(_script: Script) -> Iterator[None]:
     original = torch.Tensor.__setitem__
 
     def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
-        if isinstance(value, torch.Tensor) and value._base is not None and value._base is (self._base or self):
+        base = self if self._base is None else self._base
+        if isinstance(value, torch.Tensor) and value._base is base:
             value = value.clone()
         original(self, index, value)
 
@@ -255,11 +263,11 @@ def seeded_run(root: Path, seed: int) -> Iterator[None]:
     """
     if not 0 <= seed < 2**32:
         raise InvalidInputError(explain("a seed in [0, 2**32)", str(seed), "Pass another one"))
-    real, ticks, inside = time.time, 0, str(root) + os.sep
+    real, ticks = time.time, 0
 
     def clock() -> float:
         nonlocal ticks
-        if not os.path.abspath(sys._getframe(1).f_code.co_filename).startswith(inside):
+        if not _belongs(Path(os.path.abspath(sys._getframe(1).f_code.co_filename)), root):
             return real()
         ticks += 1
         # Not a whole number of milliseconds: seeds are made of those.
@@ -319,5 +327,5 @@ def _forget(root: Path) -> None:
     """Codebases share the names of their modules (utils, networks): the next script must import its own."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and Path(file).resolve().is_relative_to(root):
+        if isinstance(file, str) and _belongs(Path(file).resolve(), root):
             del sys.modules[name]

@@ -101,7 +101,7 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same settings with the dataset's preset in place of every 0, and the device decided."""
-        preset = PRESETS.get(self.dataset, PRESETS[""])
+        preset = {**PRESETS.get(self.dataset, PRESETS[""]), **baseline_class(self.baseline).preset}
         filled = {k: preset[k] for k in preset if k not in ("loop", "methods") and not getattr(self, k)}
         for name, given in self.methods.items():
             if not isinstance(given, Mapping):
@@ -130,8 +130,9 @@ class RunConfig:
         return [name.strip() for name in self.eval_network.split(",")]
 
     def evaluation(self) -> EvaluateConfig:
-        """The evaluation's settings."""
-        return EvaluateConfig(width=self.width, runs=self.eval_runs, epochs=self.eval_epochs, lr=self.eval_lr)
+        """The evaluation's settings, with what the baseline's protocol fixes."""
+        fixed = baseline_class(self.baseline).evaluation
+        return EvaluateConfig(width=self.width, runs=self.eval_runs, epochs=self.eval_epochs, lr=self.eval_lr, **fixed)
 
 
 def derived_seed(*parts: Any) -> int:
@@ -184,10 +185,11 @@ def check_config(config: RunConfig, arm: str) -> BaselineConfig:
     make_callbacks(chosen.method, settings_of(config.methods, chosen.method))
     values = {
         "ipc": config.ipc,
-        "iterations": config.iterations if chosen.distil else 0,
+        "iterations": config.iterations,
         "lr_img": config.lr_img,
         "width": config.width,
         **config.loop,
+        **({} if chosen.distil else {"iterations": 0, "init": "real"}),
     }
     found: BaselineConfig = build_config(baseline.Config, values, f"the baseline {config.baseline!r}")
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.distill.loop import initial_images
+from tad_plugin.distill.loop import Baseline, initial_images
 from tad_plugin.hook import Hook
 from tad_plugin.scorer import RealData
 from tad_plugin.synthetic import SyntheticSet
@@ -47,7 +47,7 @@ def dm_loop(
     return DM(config, data, hook, start, generator)
 
 
-def distilled(loop: DM, iterations: int, first: int = 0) -> Tensor:
+def distilled(loop: Baseline, iterations: int, first: int = 0) -> Tensor:
     """The synthetic images after some steps."""
     for iteration in range(first, first + iterations):
         loop.step(iteration)

@@ -68,6 +68,10 @@ class Baseline:
     Config: ClassVar[type[BaselineConfig]] = BaselineConfig
     #: the loop trains networks on the real data through the hook, so the plugin's own scorer is not needed
     trains_on_real: ClassVar[bool] = False
+    #: what its protocol puts in the place of a dataset's preset where the user says nothing (fields of RunConfig)
+    preset: ClassVar[Mapping[str, Any]] = {}
+    #: settings of the evaluation that its protocol fixes (fields of EvaluateConfig)
+    evaluation: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self, config: Any, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
@@ -119,7 +123,11 @@ class Baseline:
         self.generator.set_state(state["generator"].cpu())
 
 
-BASELINES: dict[str, str] = {"dm": "tad_plugin.distill.dm:DM"}
+BASELINES: dict[str, str] = {
+    "dm": "tad_plugin.distill.dm:DM",
+    "dc": "tad_plugin.distill.dc:DC",
+    "dsa": "tad_plugin.distill.dc:DSA",
+}
 """Bundled baselines: name -> "module:class", imported when asked for."""
 
 

@@ -39,7 +39,7 @@ class IWDConfig:
         target: "validation" (held-out loss after learning from S) or "matching" (the unweighted matching loss).
         held_out: size of V: a share of the usable samples in (0, 0.5], or a whole number per class.
         ess: effective sample size that is left of each class, as a share of all its samples in (0, 1]. What a method
-            before this one set aside counts: after TAD has trusted 60%, 0.5 means 0.83 of those. 1 never weights.
+            before this one set aside counts: after TAD has trusted 80%, 0.75 means 0.94 of those. 1 never weights.
         saturate: share of each class's best-scored samples that all get the same weight, in [0, 1), at most ``ess``;
             0 is a plain softmax over all.
         every: iterations between refreshes; 0 takes 400 in mode "all" and 1 in mode "batch".
@@ -59,8 +59,8 @@ class IWDConfig:
     implicit: bool = True
     target: str = "validation"
     held_out: float = 0.1
-    ess: float = 0.5
-    saturate: float = 0.5
+    ess: float = 0.75
+    saturate: float = 0.0
     every: int = 0
     early: int = 10
     networks: int = 2

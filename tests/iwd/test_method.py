@@ -210,7 +210,7 @@ def test_held_out_samples_that_the_user_vouches_for() -> None:
 
 # -- beside other methods ----------------------------------------------------------------------------
 def test_beside_another_method_only_its_trusted_samples_are_scored_and_weights_multiply() -> None:
-    loop, hook, _ = make("oracle+iwd", {"networks": 2, "warmup": 0})
+    loop, hook, _ = make("oracle+iwd", {"networks": 2, "warmup": 0, "ess": 0.5})
     run(loop, 0, 1)
     assert hook is not None
     state, right = hook.state, OBSERVED == TRUE

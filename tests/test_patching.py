@@ -1,0 +1,301 @@
+"""Patches on checkouts that the tests make: all or nothing, reversed bit for bit, refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tad_plugin import patching
+from tad_plugin.addedlines import Insertion, format_diff
+from tad_plugin.cli import main
+from tad_plugin.errors import FileFormatError, PatchError, UnknownNameError
+from tad_plugin.patching import Patch, apply, check, head_commit, load_patch, make_manifest, reverse, status
+
+COMMIT, OTHER = "a1" * 20, "b2" * 20
+FILES = {
+    "train.py": b"import os\r\n\r\nprint(os.name)\r\n",
+    "sub/tools.py": b"x = 1\ny = 2",
+    "readme.md": b"text\n",
+}
+DIFF = format_diff(
+    {
+        "train.py": [Insertion(1, ("import tad_plugin",)), Insertion(3, ("print(1)", "print(2)"))],
+        "sub/tools.py": [Insertion(0, ("import sys",)), Insertion(1, ("z = 3",))],
+    }
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    for name, content in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    git(root, COMMIT)
+    return root
+
+
+@pytest.fixture
+def folder(checkout: Path, tmp_path: Path) -> Path:
+    place = tmp_path / "patches" / "demo"
+    place.mkdir(parents=True)
+    (place / "demo.patch").write_text(DIFF)
+    manifest = make_manifest(DIFF, checkout, repository="https://example.org/demo", commit=COMMIT)
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place.parent
+
+
+@pytest.fixture
+def patch(folder: Path) -> Patch:
+    return load_patch("demo", folder)
+
+
+def git(root: Path, commit: str) -> None:
+    (root / ".git").mkdir(exist_ok=True)
+    (root / ".git" / "HEAD").write_text(commit + "\n")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_apply_status_reverse(checkout: Path, patch: Patch) -> None:
+    before = contents(checkout)
+    (checkout / "train.py").chmod(0o750)
+    assert status(patch, checkout).condition == "clean" and status(patch, checkout).commit == COMMIT
+    check(patch, checkout)
+    assert contents(checkout) == before
+    assert [p.name for p in apply(patch, checkout)] == ["train.py", "tools.py"]
+    assert (checkout / "train.py").read_bytes() == (
+        b"import os\r\nimport tad_plugin\r\n\r\nprint(os.name)\r\nprint(1)\r\nprint(2)\r\n"
+    )
+    assert (checkout / "sub" / "tools.py").read_bytes() == b"import sys\nx = 1\nz = 3\ny = 2"
+    assert stat.S_IMODE((checkout / "train.py").stat().st_mode) == 0o750
+    found = status(patch, checkout)
+    assert found.condition == "patched" and set(found.files.values()) == {"patched"}
+    assert [f.added for f in patch.files] == [3, 2]
+    reverse(patch, checkout)
+    assert contents(checkout) == before and status(patch, checkout).condition == "clean"
+
+
+def test_twice_is_refused(checkout: Path, patch: Patch) -> None:
+    with pytest.raises(PatchError, match="one to which it is not applied"):
+        reverse(patch, checkout)
+    apply(patch, checkout)
+    patched = contents(checkout)
+    for again in (apply, check):
+        with pytest.raises(PatchError, match="without the patch 'demo', but got one to which it is already applied"):
+            again(patch, checkout)
+    assert contents(checkout) == patched
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_changed_or_missing_file_is_named_and_nothing_is_written(undo: bool, checkout: Path, patch: Patch) -> None:
+    if undo:
+        apply(patch, checkout)
+    tools = checkout / "sub" / "tools.py"
+    tools.write_bytes(tools.read_bytes() + b"\n")
+    before = contents(checkout)
+    with pytest.raises(
+        PatchError, match=f"files of commit {COMMIT} of https://example.org/demo.* another sub/tools.py"
+    ):
+        (reverse if undo else apply)(patch, checkout)
+    assert contents(checkout) == before and status(patch, checkout).condition == "changed"
+    tools.unlink()
+    with pytest.raises(PatchError, match="but got no sub/tools.py in "):
+        (reverse if undo else apply)(patch, checkout)
+    assert status(patch, checkout).files["sub/tools.py"] == "missing"
+
+
+def test_converted_line_endings_are_recognised(checkout: Path, patch: Patch) -> None:
+    (checkout / "train.py").write_bytes(FILES["train.py"].replace(b"\r\n", b"\n"))
+    with pytest.raises(PatchError, match="another train.py .its line endings were converted.*core.autocrlf=false"):
+        apply(patch, checkout)
+
+
+def test_another_commit_is_refused(checkout: Path, patch: Patch) -> None:
+    git(checkout, OTHER)
+    with pytest.raises(PatchError, match=f"a checkout of commit {COMMIT}, .* but got commit {OTHER}"):
+        apply(patch, checkout)
+    (checkout / "train.py").write_bytes(b"new\n")
+    with pytest.raises(PatchError, match=f"another train.py in .* at commit {OTHER}"):
+        apply(patch, checkout)
+    (checkout / "train.py").write_bytes(FILES["train.py"])
+    git(checkout, COMMIT)
+    apply(patch, checkout)
+    git(checkout, OTHER)  # who commits the patched files can still take the lines out
+    reverse(patch, checkout)
+    assert contents(checkout)["train.py"] == FILES["train.py"]
+
+
+def test_the_commit_is_read_without_git(checkout: Path, tmp_path: Path) -> None:
+    place = checkout / ".git"
+    (place / "HEAD").write_text("ref: refs/heads/main\n")
+    assert head_commit(checkout) is None
+    (place / "packed-refs").write_text(f"# pack-refs\n{OTHER} refs/heads/main\n{COMMIT} refs/heads/mainly\n")
+    assert head_commit(checkout) == OTHER
+    (place / "refs" / "heads").mkdir(parents=True)
+    (place / "refs" / "heads" / "main").write_text(COMMIT + "\n")
+    assert head_commit(checkout) == COMMIT
+    linked, own = tmp_path / "linked", place / "worktrees" / "linked"
+    linked.mkdir()
+    own.mkdir(parents=True)
+    (linked / ".git").write_text(f"gitdir: {own}\n")
+    (own / "HEAD").write_text("ref: refs/heads/main\n")
+    (own / "commondir").write_text("../..\n")
+    assert head_commit(linked) == COMMIT
+    (place / "HEAD").write_text("nonsense\n")
+    assert head_commit(checkout) is None and head_commit(tmp_path) is None
+
+
+def test_without_git_the_hashes_decide(checkout: Path, patch: Patch) -> None:
+    (checkout / ".git" / "HEAD").unlink()
+    (checkout / ".git").rmdir()
+    assert status(patch, checkout).commit is None
+    apply(patch, checkout)
+    reverse(patch, checkout)
+    assert contents(checkout) == FILES
+
+
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_failing_write_leaves_every_file_as_it_was(
+    at: int, undo: bool, checkout: Path, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if undo:
+        apply(patch, checkout)
+    before, original, calls = contents(checkout), os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == at + 1:
+            raise PermissionError(13, "Permission denied", str(target))
+        original(source, target)
+
+    monkeypatch.setattr(patching.os, "replace", replace)
+    with pytest.raises(PatchError, match="Permission denied.*every file is as it was"):
+        (reverse if undo else apply)(patch, checkout)
+    assert contents(checkout) == before
+
+
+def test_a_full_disk_leaves_every_file_as_it_was(checkout: Path, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, original, calls = contents(checkout), os.fsync, []
+
+    def fsync(number: int) -> None:
+        calls.append(number)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        original(number)
+
+    monkeypatch.setattr(patching.os, "fsync", fsync)
+    with pytest.raises(PatchError, match="No space left on device"):
+        apply(patch, checkout)
+    assert contents(checkout) == before
+
+
+def test_what_cannot_be_put_back_is_named(checkout: Path, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) > 1:
+            raise PermissionError(13, "Permission denied", str(target))
+        original(source, target)
+
+    monkeypatch.setattr(patching.os, "replace", replace)
+    with pytest.raises(PatchError, match="train.py could not be put back"):
+        apply(patch, checkout)
+    monkeypatch.undo()
+    assert status(patch, checkout).condition == "partly patched"
+    with pytest.raises(PatchError, match="unchanged, but got the patch in train.py already.*patch reverse"):
+        apply(patch, checkout)
+    reverse(patch, checkout)  # the way out that the message names
+    assert {k: v for k, v in contents(checkout).items() if k in FILES} == FILES
+
+
+# the patch itself
+
+
+def test_an_unknown_patch_and_a_wrong_folder_are_named(folder: Path, patch: Patch, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="demo"):
+        load_patch("dem", folder)
+    for wrong in (tmp_path / "nowhere", folder / "demo" / "demo.patch"):
+        with pytest.raises(PatchError, match="the folder of a checkout"):
+            apply(patch, wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 1 in .*but got 2"),
+        ({"commit": None, "files": None}, "format, repository, commit and files"),
+        ({"files": {"train.py": {"before": "0", "after": "1", "added": 3}}}, "the files and line counts of the diff"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_named(folder: Path, change: dict[str, Any], message: str) -> None:
+    file = folder / "demo" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(FileFormatError, match=message):
+        load_patch("demo", folder)
+
+
+def test_a_patch_that_makes_something_else_than_its_manifest_says_writes_nothing(folder: Path, checkout: Path) -> None:
+    file = folder / "demo" / "demo.patch"
+    file.write_text(DIFF.replace("+z = 3", "+z = 4"))
+    with pytest.raises(FileFormatError, match="a result for sub/tools.py with the manifest's hash"):
+        apply(load_patch("demo", folder), checkout)
+    assert {k: v for k, v in contents(checkout).items() if k in FILES} == FILES
+    file.write_bytes(b"\xff")
+    with pytest.raises(FileFormatError, match="a readable .*demo.patch"):
+        load_patch("demo", folder)
+
+
+@pytest.mark.parametrize("path", ["../train.py", "/train.py", "C:/train.py", "sub\\tools.py"])
+def test_a_path_out_of_the_checkout_is_refused(path: str, folder: Path) -> None:
+    (folder / "demo" / "demo.patch").write_text(format_diff({path: [Insertion(1, ("x",))]}))
+    file = folder / "demo" / "manifest.json"
+    known = {path: {"before": "0", "after": "1", "added": 1}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "files": known}))
+    with pytest.raises(FileFormatError, match="paths inside the checkout"):
+        load_patch("demo", folder)
+
+
+def test_a_manifest_needs_the_files(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match="the file train.py, but got none"):
+        make_manifest(DIFF, tmp_path, repository="", commit=COMMIT)
+
+
+def test_an_installation_without_patches_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "__file__", str(tmp_path / "tad_plugin" / "patching.py"))
+    monkeypatch.setattr(patching.sys, "prefix", str(tmp_path))
+    with pytest.raises(PatchError, match="--patches"):
+        load_patch("dm")
+
+
+# the command
+
+
+def test_the_verb(checkout: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(checkout)
+
+    def patch_verb(action: str) -> tuple[int, str, str]:
+        code = main(["patch", action, "demo", str(checkout), "--patches", str(folder)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    assert patch_verb("check")[:2] == (0, "demo: can be applied: 3 lines to train.py, 2 lines to sub/tools.py\n")
+    code, out, _ = patch_verb("apply")
+    assert code == 0 and out.count("patched ") == 2
+    code, out, _ = patch_verb("status")
+    assert code == 0 and "demo: patched" in out and "train.py: patched, 3 lines" in out
+    code, out, err = patch_verb("apply")
+    assert (code, out) == (2, "") and "already applied" in err
+    assert patch_verb("reverse")[0] == 0 and contents(checkout) == before
+    with pytest.raises(SystemExit) as stop:
+        main(["patch", "aply", "demo", str(checkout)])
+    assert stop.value.code == 2
