@@ -31,7 +31,8 @@ def main() -> None:
     print("equal bits:", torch.equal(layers["torch"](x), layers["plugin"](x)))
     for part in ("forward", "forward + backward"):
         ratio = best["torch", part] / best["plugin", part]
-        print(f"{part:20} torch {1e3 * best['torch', part]:.2f} ms, plugin {1e3 * best['plugin', part]:.2f} ms: {ratio:.1f}x")
+        times = ", ".join(f"{name} {1e3 * best[name, part]:.2f} ms" for name in layers)
+        print(f"{part:20} {times}: {ratio:.1f}x")
 
 
 if __name__ == "__main__":

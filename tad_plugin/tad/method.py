@@ -93,7 +93,7 @@ class TAD(Callback):
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Registers ``tad_loss`` (mean loss of the last rounds) and ``recall_score`` (0 if not recalled), float32 [N]."""
+        """Registers, float32 [N], ``tad_loss`` (mean of the last rounds) and ``recall_score`` (0 if not recalled)."""
         state.register("tad_loss", torch.zeros(len(state), device=state.device))
         state.register("recall_score", torch.zeros(len(state), device=state.device))
 
