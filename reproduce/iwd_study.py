@@ -33,7 +33,7 @@ from tad_plugin.nn.networks import make_network
 from tad_plugin.synthetic import SyntheticSet
 
 NOISE = "symmetric:0.4"
-BASE = {"networks": 2, "early": 10, "every": 400, "ess": 0.75, "saturate": 0.0}
+BASE = {"networks": 2, "early": 10, "every": 500, "ess": 0.9, "saturate": 0.0}
 
 
 def iwd(v: str = "observed", noise: str = NOISE, method: str = "iwd", **settings: Any) -> dict[str, Any]:

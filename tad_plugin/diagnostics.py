@@ -58,17 +58,17 @@ def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tens
 
 
 def influence_quality(
-    observed: Tensor, influence: Tensor, count: Tensor, usable: Tensor, true: Tensor, weight: Tensor
+    target: Tensor, influence: Tensor, count: Tensor, usable: Tensor, true: Tensor, weight: Tensor
 ) -> dict[str, float]:
     """How well influences rank correctly labelled samples before mislabelled ones; all arguments [N].
 
     Returns:
-        auc: of ``-influence`` for "the observed label is the true one", over scored usable samples; NaN where
+        auc: of ``-influence`` for "the target is the true label", over scored usable samples; NaN where
             only one of the two kinds is there.
         clean_weight: share of those samples' weight that correctly labelled ones have.
     """
     inside = usable & (count > 0)
-    clean = (observed == true)[inside]
+    clean = (target == true)[inside]
     mass = weight[inside].double()
     share = float(mass[clean].sum() / mass.sum()) if bool(mass.sum() > 0) else float("nan")
     return {"auc": area_under_roc(-influence[inside], clean), "clean_weight": share}
@@ -84,9 +84,9 @@ class InfluenceDiagnostics(Observer):
         """See :class:`Observer`."""
         if data.true_labels is None or not state.has("influence"):
             return None
-        names = ("observed", "influence", "influence_count", "trusted")
-        observed, influence, count, trusted = (state[n] for n in names)
-        self.last = influence_quality(observed, influence, count, trusted, data.true_labels, state["weight"])
+        names = ("target", "influence", "influence_count", "trusted")
+        target, influence, count, trusted = (state[n] for n in names)
+        self.last = influence_quality(target, influence, count, trusted, data.true_labels, state["weight"])
         return {"event": "influence_quality", **self.last}
 
 

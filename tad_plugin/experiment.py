@@ -244,5 +244,5 @@ def _influence(hook: Hook) -> dict[str, float] | None:
     if hook.data is None or hook.data.true_labels is None or "influence" not in s:
         return None
     return influence_quality(
-        s.observed, s["influence"], s["influence_count"], s.trusted, hook.data.true_labels, s.weight
+        s.target, s["influence"], s["influence_count"], s.trusted, hook.data.true_labels, s.weight
     )

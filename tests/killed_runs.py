@@ -2,11 +2,12 @@
 
 Each attempt is a process of its own (a fork, so that the packages are imported once) that kills itself where a real
 kill is most awkward. It prints one JSON line per arm: for each planned kill the attempt's signal, and the status of
-the last attempt, which is left to finish.
+the last attempt, which is left to finish. An arm is one of DM, or BASELINE/ARM.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -76,6 +77,9 @@ def _log_of(event: str, number: int) -> None:
     RunFolder.log = log  # type: ignore[method-assign]
 
 
+#: settings of a baseline's loop under which every part of its state matters
+LOOPS: dict[str, dict[str, Any]] = {"dm": {"batch_real": 8}, "dc": {"batch_real": 8, "outer": 4, "inner": 2}}
+
 #: each attempt gets further than the one before
 PLAN: dict[str, Callable[[], None]] = {
     "scoring": lambda: _log_of("round", 3),
@@ -91,6 +95,13 @@ PLAN: dict[str, Callable[[], None]] = {
 }
 
 
+def start(arm: str, folder: Path) -> None:
+    """Runs, or resumes, one arm."""
+    baseline, _, name = arm.rpartition("/")
+    baseline = baseline or "dm"
+    run(dataclasses.replace(CONFIG, baseline=baseline, loop=LOOPS[baseline]), name, folder)
+
+
 def attempt(arm: str, folder: Path, prepare: Callable[[], None] | None) -> int:
     """Status of a process that runs the arm, killed where ``prepare`` says."""
     child = os.fork()
@@ -99,7 +110,7 @@ def attempt(arm: str, folder: Path, prepare: Callable[[], None] | None) -> int:
         try:
             if prepare is not None:
                 prepare()
-            run(CONFIG, arm, folder)
+            start(arm, folder)
             status = 0
         finally:
             sys.stderr.flush()
@@ -112,7 +123,7 @@ def main(folder: Path, arms: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for arm in arms:
-        run(CONFIG, arm, folder / arm / "whole")
+        start(arm, folder / arm / "whole")
         plan = {name: prepare for name, prepare in PLAN.items() if arm == "tad" or name != "scoring"}
         found = {name: attempt(arm, folder / arm / "killed", prepare) for name, prepare in plan.items()}
         found["last"] = attempt(arm, folder / arm / "killed", None)

@@ -27,6 +27,7 @@ from tests.killed_runs import CONFIG, PLAN
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dataclasses.replace(CONFIG, iterations=3, eval_runs=1, checkpoint_seconds=60.0)
+KILLED = ("noisy", "tad", "dc/noisy")
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
 
 
@@ -45,19 +46,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     folder = tmp_path_factory.mktemp("killed")
     # a process that has seen a GPU cannot fork
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.killed_runs", str(folder), "noisy", "tad"]
+    command = [sys.executable, "-m", "tests.killed_runs", str(folder), *KILLED]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return folder, {line.pop("arm"): line for line in found}
 
 
-@pytest.mark.parametrize("arm", ["noisy", "tad"])
+@pytest.mark.parametrize("arm", KILLED)
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(arm: str, killed: Any) -> None:
     folder, found = killed
     statuses = dict(found[arm])
     assert statuses.pop("last") == 0
-    assert set(statuses) == set(PLAN) - ({"scoring"} if arm == "noisy" else set())
+    assert set(statuses) == set(PLAN) - ({"scoring"} if arm != "tad" else set())
     assert set(statuses.values()) == {-signal.SIGKILL}
     whole, broken = RunFolder(folder / arm / "whole"), RunFolder(folder / arm / "killed")
     for name in ("synthetic.safetensors", "state.safetensors"):

@@ -1,6 +1,6 @@
 """2x2 average pooling: torch's kernel against the plugin's strided sums, side by side, forward and backward.
 
-    python reproduce/benchmarks/pooling.py
+python reproduce/benchmarks/pooling.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ from tad_plugin.nn.networks import reinitialise
 from tad_plugin.scorer import RealData, chunk_size
 from tad_plugin.state import SampleState
 
-__all__ = ["IWD", "IWDConfig"]
+__all__ = ["DEFAULT_EVERY", "IWD", "IWDConfig"]
+
+DEFAULT_EVERY = {"all": 500, "batch": 1}
+"""Iterations between refreshes by mode, where the settings say 0."""
 
 
 @dataclass
@@ -39,10 +42,10 @@ class IWDConfig:
         target: "validation" (held-out loss after learning from S) or "matching" (the unweighted matching loss).
         held_out: size of V: a share of the usable samples in (0, 0.5], or a whole number per class.
         ess: effective sample size that is left of each class, as a share of all its samples in (0, 1]. What a method
-            before this one set aside counts: after TAD has trusted 80%, 0.75 means 0.94 of those. 1 never weights.
+            before this one set aside counts: after TAD has trusted 95%, 0.9 means 0.95 of those. 1 never weights.
         saturate: share of each class's best-scored samples that all get the same weight, in [0, 1), at most ``ess``;
             0 is a plain softmax over all.
-        every: iterations between refreshes; 0 takes 400 in mode "all" and 1 in mode "batch".
+        every: iterations between refreshes; 0 takes 500 in mode "all" and 1 in mode "batch".
         early: mode "all" also refreshes at iterations early, 2 early, 4 early, ... below ``every``; 0 does not.
         networks: fresh networks per refresh of mode "all".
         warmup: refreshes before the first weights; until then every weight is exactly 1.
@@ -59,7 +62,7 @@ class IWDConfig:
     implicit: bool = True
     target: str = "validation"
     held_out: float = 0.1
-    ess: float = 0.75
+    ess: float = 0.9
     saturate: float = 0.0
     every: int = 0
     early: int = 10
@@ -134,7 +137,7 @@ class IWD(Callback):
     def due(self, iteration: int) -> bool:
         """Whether scores are refreshed in this iteration."""
         config = self.config
-        every = config.every or (400 if config.mode == "all" else 1)
+        every = config.every or DEFAULT_EVERY[config.mode]
         if iteration % every == 0:
             return True
         if config.mode != "all" or not config.early or iteration >= every or iteration % config.early:

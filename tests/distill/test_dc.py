@@ -108,6 +108,16 @@ def test_batch_norm_holds_statistics_of_real_images(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
+    """Chunks suit the cache; statistics of the synthetic batch must not be those of a chunk."""
+    images, labels = blobs()
+    for norm in ("instance", "batch"):
+        loops = [dc_loop(images, labels, 3, None, norm=norm, lr_net=0.1) for _ in range(2)]
+        loops[1]._chunk = 2
+        a, b = (distilled(loop, 3) for loop in loops)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 # -- with a hook -------------------------------------------------------------------------------------
 
 

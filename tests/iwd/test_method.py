@@ -82,7 +82,7 @@ def test_refreshes_come_early_and_then_every() -> None:
     assert [i for i in range(310) if method.due(i)] == [0, 10, 20, 40, 80, 100, 200, 300]
     assert [i for i in range(310) if IWD(IWDConfig(every=100, early=0)).due(i)] == [0, 100, 200, 300]
     assert all(IWD(IWDConfig(mode="batch")).due(i) for i in range(20))
-    assert [i for i in range(900) if IWD(IWDConfig(early=0)).due(i)] == [0, 400, 800]
+    assert [i for i in range(1100) if IWD(IWDConfig(early=0)).due(i)] == [0, 500, 1000]
 
 
 @pytest.mark.parametrize("mode", ["all", "batch"])
@@ -186,7 +186,7 @@ def test_no_sample_is_scored_by_a_target_that_contains_it(
 def test_influence_finds_mislabelled_samples_and_the_reversed_sign_weights_them_up() -> None:
     weights = {}
     for sign in (1, -1):
-        loop, hook, records = make("iwd", {"networks": 8, "held_out": 0.25, "warmup": 0, "sign": sign})
+        loop, hook, records = make("iwd", {"networks": 8, "held_out": 0.25, "warmup": 0, "sign": sign, "ess": 0.5})
         run(loop, 0, 1)
         assert hook is not None
         weights[sign] = hook.state["influence_weight"]
