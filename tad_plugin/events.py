@@ -20,7 +20,7 @@ class Match:
     """What :meth:`Callback.on_match` sees of one matching step.
 
     Attributes:
-        loss: the matching loss, a scalar with its graph.
+        loss: the matching loss, a scalar; with its graph where a callback wants one (a loop may detach it otherwise).
         weights: float32 [N], zeros that were added to the samples' weights: a leaf that requires grad if a callback
             asked for it, so that ``grad(..., weights)[indices]`` is the derivative in each drawn sample's weight.
         indices: int64 [B], positions of the real samples.
@@ -50,7 +50,7 @@ class Segment:
     """What :meth:`Callback.on_segment` sees of one trajectory-matching step.
 
     Attributes:
-        loss: the matching loss, a scalar with its graph.
+        loss: the matching loss, a scalar; with its graph where a callback wants one (a loop may detach it otherwise).
         start: float32 [P], flat parameters at which the student starts.
         target: float32 [P], flat parameters of the expert; a leaf that requires grad if a callback asked for it.
         synthetic: the tensors that the loss updates (images first; learning rate and soft labels after it).

@@ -223,7 +223,7 @@ class Hook(BatchHandles):
         """Call it after the matching loss is built and before ``backward``; fires on_match and refreshes the scorer.
 
         Args:
-            loss: scalar matching loss with its graph.
+            loss: scalar matching loss, with its graph where :meth:`wants_graph` says so.
             synthetic: the tensors that the loss updates, images first.
             network: the network of this match.
             labels: labels of the synthetic images, int64 [M] or soft [M,K].
