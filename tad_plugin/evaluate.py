@@ -144,7 +144,7 @@ def train_on_synthetic(
         raise NonFiniteError(
             explain(
                 "a finite training loss on the synthetic set",
-                str(float(loss)),
+                str(float(loss.detach())),
                 "Lower the evaluation lr, and look at the synthetic images",
             )
         )
