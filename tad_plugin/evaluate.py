@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.labels import check_labels
-from tad_plugin.nn.augment import Augmentation, default_strategy
+from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
 from tad_plugin.scorer import chunk_size
 from tad_plugin.synthetic import SyntheticSet
@@ -117,8 +117,7 @@ def train_on_synthetic(
     """
     images, labels = training_pairs(synthetic)
     images, labels = images.detach(), labels.detach()
-    strategy = default_strategy(synthetic.dataset) if config.augment == "auto" else config.augment
-    augmentation = Augmentation("" if strategy == "none" else strategy)
+    augmentation = Augmentation.configured(config.augment, synthetic.dataset)
     rate = config.lr if synthetic.learning_rate is None else synthetic.learning_rate
     if not 0 < rate < math.inf:
         do = "Set synthetic.learning_rate to None to train with the evaluation's own lr"

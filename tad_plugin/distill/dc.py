@@ -20,7 +20,7 @@ from tad_plugin.distill.loop import Baseline, BaselineConfig, check_loss, draw_c
 from tad_plugin.distill.realgradient import mean_gradient, pass_size, weighted_gradient, weighted_gradient_graph
 from tad_plugin.errors import ConfigError, EmptyClassError, explain
 from tad_plugin.hook import Hook
-from tad_plugin.nn.augment import Augmentation, default_strategy
+from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.scorer import RealData
 from tad_plugin.synthetic import SyntheticSet
@@ -136,8 +136,7 @@ class DC(Baseline):
         super().__init__(config, data, hook, synthetic, generator)
         synthetic.images.requires_grad_(True)
         self.optimizer = torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum)
-        strategy = default_strategy(data.dataset) if config.augment == "auto" else config.augment
-        self.augmentation = Augmentation("" if strategy == "none" else strategy)
+        self.augmentation = Augmentation.configured(config.augment, data.dataset)
         self.distance = gradient_distance(config.distance)
         self.outer, self.inner = config.loops
         # Redrawn in place for each new network; until the first iteration it stands for none.

@@ -16,7 +16,7 @@ from torch import Tensor
 from tad_plugin.distill.loop import Baseline, BaselineConfig, check_loss, draw_class
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.hook import Hook
-from tad_plugin.nn.augment import Augmentation, default_strategy
+from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.scorer import RealData, chunk_size
 from tad_plugin.synthetic import SyntheticSet
@@ -65,8 +65,7 @@ class DM(Baseline):
         super().__init__(config, data, hook, synthetic, generator)
         synthetic.images.requires_grad_(True)
         self.optimizer = torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum)
-        strategy = default_strategy(data.dataset) if config.augment == "auto" else config.augment
-        self.augmentation = Augmentation("" if strategy == "none" else strategy)
+        self.augmentation = Augmentation.configured(config.augment, data.dataset)
         # One module whose parameters are redrawn is cheaper than a new one per iteration, and has the same bits.
         self.network = self.fresh_network(torch.Generator().manual_seed(0)).train()
         for parameter in self.network.parameters():

@@ -178,6 +178,11 @@ class Augmentation:
                     explain(f"`{name}` in [{low:g}, {high:g}]", str(value), f"Pass a `{name}` in that range")
                 )
 
+    @classmethod
+    def configured(cls, setting: str, dataset: str) -> Augmentation:
+        """What an ``augment`` setting means: "auto" the dataset's own strategies, "none" or "" nothing, else by name."""
+        return cls(default_strategy(dataset) if setting == "auto" else setting)
+
     @property
     def strategies(self) -> tuple[str, ...]:
         """The names in ``strategy``, in order; empty for no augmentation."""
