@@ -180,7 +180,7 @@ class Augmentation:
 
     @classmethod
     def configured(cls, setting: str, dataset: str) -> Augmentation:
-        """What an ``augment`` setting means: "auto" the dataset's own strategies, "none" or "" nothing, else by name."""
+        """The augmentation of an ``augment`` setting: "auto" is the dataset's own, "none" or "" none, else by name."""
         return cls(default_strategy(dataset) if setting == "auto" else setting)
 
     @property
