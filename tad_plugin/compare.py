@@ -68,8 +68,8 @@ def parse_numbers(text: str, name: str) -> list[int]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "5" -> seeds 0..4; "7,8,9" -> these. Raises ConfigError."""
-    numbers = parse_numbers(text, "seeds")
+    """ "5" -> seeds 0..4; "7,8,9" -> these; "7," -> only 7. Raises ConfigError."""
+    numbers = parse_numbers(str(text).strip().removesuffix(","), "seeds")
     if "," in str(text):
         return numbers
     if numbers[0] < 1:

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarn
 
 
 @pytest.mark.parametrize(
-    ("text", "seeds"), [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("7,8,9", [7, 8, 9]), ("7, 9", [7, 9]), ("0,0", [0, 0])]
+    ("text", "seeds"), [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("7,8,9", [7, 8, 9]), ("7, 9", [7, 9]), ("7,", [7]), ("0,0", [0, 0])]
 )
 def test_seeds_are_a_number_or_a_list(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "a", "1.5", "1,", "1,-2"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "a", "1.5", "1,,", "1,-2"])
 def test_other_seeds_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="--seeds .*but got .*Write .*--seeds"):
         parse_seeds(text)

@@ -10,13 +10,13 @@ from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
 from tad_plugin.tad.reliability import (
     Reliability,
     class_anchors,
-    cosine,
     fit_temperature,
     ledoit_wolf,
     mahalanobis,
     principal_axes,
     propose,
     reliability,
+    whitened_cosine,
 )
 from tad_plugin.tad.threshold import Division, divide, renormalise
 
@@ -30,7 +30,6 @@ __all__ = [
     "calibrate_threshold",
     "class_anchors",
     "consistency_loss",
-    "cosine",
     "divide",
     "fit_class_mixture",
     "fit_temperature",
@@ -41,4 +40,5 @@ __all__ = [
     "ramp_up",
     "reliability",
     "renormalise",
+    "whitened_cosine",
 ]

@@ -17,10 +17,10 @@ from tad_plugin.tad.geometry import (
     Anchors,
     check_features,
     class_anchors,
-    cosine,
     ledoit_wolf,
     mahalanobis,
     principal_axes,
+    whitened_cosine,
 )
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "FeatureModel",
     "Reliability",
     "class_anchors",
-    "cosine",
     "fit_features",
     "fit_temperature",
     "ledoit_wolf",
@@ -38,6 +37,7 @@ __all__ = [
     "propose",
     "reliability",
     "reliability_score",
+    "whitened_cosine",
 ]
 
 # One sample is its own anchor: its distance says nothing about the class.
@@ -87,16 +87,18 @@ class FeatureModel:
         return self.counts >= MIN_ANCHOR
 
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance [N, K] (inf without an anchor) and cosine [N, K] (-1 without), float32."""
+        """Distance [N, K] (inf without an anchor) and cosine [N, K] (-1 without), float32.
+
+        The cosine is :func:`~tad_plugin.tad.geometry.whitened_cosine`.
+        """
         shape = (len(features), len(self.counts))
         far = torch.full(shape, torch.inf, dtype=torch.float32, device=features.device)
         close = torch.full(shape, -1.0, dtype=torch.float32, device=features.device)
         if self.cholesky is not None:
             use = self.available
-            far[:, use] = mahalanobis(
-                _project(features, self.axes), _project(self.anchors[use], self.axes), self.cholesky
-            ).float()
-            close[:, use] = cosine(features, self.anchors[use]).float()
+            rows, anchors = _project(features, self.axes), _project(self.anchors[use], self.axes)
+            far[:, use] = mahalanobis(rows, anchors, self.cholesky).float()
+            close[:, use] = whitened_cosine(rows, anchors, self.cholesky).float()
         return far, close
 
 
@@ -258,7 +260,7 @@ def reliability(
 
     [paper] Mahalanobis distance to class anchors and cosine similarity. [ours] The proposal is the nearest anchor, if
     the most similar anchor and the scorer's prediction agree with it (:func:`propose`); the score is
-    :func:`reliability_score`. The cosine is taken in the full feature space, the distance after the projection.
+    :func:`reliability_score`. Both measures are taken after the projection, the cosine between whitened vectors.
 
     A class with fewer than 2 trusted samples has no anchor and is never proposed. A proposal may equal the sample's
     own label: then the evidence speaks for the label although its loss is high.

@@ -108,10 +108,12 @@ def test_proposal_and_score_equal_a_loop():
     z = features.double().numpy()
     residuals = z[trusted] - anchors[targets[trusted].numpy()]
     inverse = np.linalg.inv(sklearn_ledoit_wolf(residuals, assume_centered=True)[0])
+    # Any root of the inverse covariance gives the same angles.
+    root, middle = np.linalg.cholesky(inverse), anchors.mean(0)
     made = 0
     for i in range(len(z)):
         d = np.array([scipy_mahalanobis(z[i], a, inverse) for a in anchors])
-        c = cosine_similarity(z[i : i + 1], anchors)[0]
+        c = cosine_similarity((z[i : i + 1] - middle) @ root, (anchors - middle) @ root)[0]
         np.testing.assert_allclose(result.distance[i], d, rtol=1e-5)
         np.testing.assert_allclose(result.cosine[i], c, atol=1e-6)
         k = int(d.argmin())
@@ -135,7 +137,7 @@ def test_labels_or_logits_and_untouched_targets_of_untrusted_samples():
     assert first.temperature == second.temperature
 
 
-def test_wide_features_are_projected_for_the_distance_only():
+def test_wide_features_are_projected():
     features, targets = clusters(dims=20)
     trusted = torch.arange(len(targets)) % 3 > 0
     axes = principal_axes(features[trusted], 5)
@@ -144,7 +146,19 @@ def test_wide_features_are_projected_for_the_distance_only():
     narrow = reliability(features @ axes.float(), targets, trusted, targets, 4, temperature=1.0)
     torch.testing.assert_close(wide.distance, narrow.distance, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(wide.distance, given.distance, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(wide.cosine, cosine(features, class_anchors(features, targets, trusted, 4).means))
+    torch.testing.assert_close(wide.cosine, narrow.cosine, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(wide.cosine, given.cosine, rtol=1e-3, atol=1e-3)
+
+
+def test_a_common_offset_does_not_blind_the_cosine():
+    """Features behind a ReLU share a large mean, in which plain cosines are all near 1."""
+    features, targets = clusters(gap=2.0)
+    trusted = torch.arange(len(targets)) % 3 > 0
+    near, far = (reliability(features + offset, targets, trusted, targets, 4) for offset in (0.0, 50.0))
+    torch.testing.assert_close(near.cosine, far.cosine, rtol=1e-3, atol=1e-3)
+    plain = cosine(features + 50.0, class_anchors(features + 50.0, targets, trusted, 4).means)
+    assert float(plain.min()) > 0.98
+    assert float((near.cosine.argmax(1) == targets).float().mean()) > 0.85
 
 
 def test_temperature_has_the_greatest_likelihood():
