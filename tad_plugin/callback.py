@@ -3,12 +3,13 @@
 Scorer (the plugin's own, an MTT/DATM expert, or a network that IDM trains on real data)::
 
     on_start(state, data)                                     # once, before anything is drawn
+    on_scorer_start(state)                                    # where several are trained in turn, before each
     for epoch in range(epochs):
         for indices, images in loader:
             logits = network(images)
             loss = weighted_cross_entropy(logits, state.targets(indices), state.weight[indices])
             loss = on_scorer_batch(state, indices, logits, loss)       # TAD: + consistency term
-            loss.backward(); optimiser.step()
+            loss.backward(); optimiser.step()                 # sharpness-aware: once more, on_scorer_again
         on_scorer_epoch(state, network, data)                 # TAD: divide, then recalibrate
 
 Distribution matching (DM, IDM)::
@@ -161,6 +162,16 @@ class Callback:
         """
         return loss
 
+    def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """Where the batch of the last ``on_scorer_batch`` is evaluated once more (sharpness-aware training).
+
+        To be the same objective at other parameters; nothing is to be counted twice.
+        """
+        return loss
+
+    def on_scorer_start(self, *, state: SampleState) -> None:
+        """Before each of several experts that a loop trains in turn: what was learned of networks starts anew."""
+
     def on_scorer_epoch(self, *, state: SampleState, network: nn.Module, data: RealData) -> None:
         """After each epoch of an expert or scorer."""
 
@@ -170,6 +181,15 @@ class Callback:
 
     def on_match(self, *, state: SampleState, match: Match) -> None:
         """After the matching loss is built, before the synthetic set is updated (DM, IDM, DC)."""
+
+    def on_segment_term(
+        self, *, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor
+    ) -> None:
+        """Before ``on_segment`` in a loop that differentiates its loss term by term and keeps no graph of it (TESLA).
+
+        ``term`` is a scalar whose gradient in ``images`` [B,C,H,W], rows ``indices`` of the synthetic images, is part
+        of the loss's; its graph lasts for this event only. ``segment.loss`` is not known yet.
+        """
 
     def on_segment(self, *, state: SampleState, segment: Segment) -> None:
         """After a segment's loss, before the update (MTT, DATM)."""
@@ -250,7 +270,7 @@ class CallbackList:
     callbacks: Sequence[Callback] = ()
     observers: Sequence[Observer] = ()
     log: Callable[[dict[str, Any]], None] | None = None
-    _fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
     _reports: int = 0
 
     def __post_init__(self) -> None:
@@ -260,7 +280,7 @@ class CallbackList:
     def record(self, record: dict[str, Any]) -> None:
         """Adds the current position (iteration, scorer epoch) to a record and hands it to the log and the observers."""
         self._reports += 1
-        record = {**self._fields, **record}
+        record = {**self.fields, **record}
         if self.log is not None:
             self.log(record)
         for observer in self.observers:
@@ -268,7 +288,7 @@ class CallbackList:
 
     def position(self, **fields: Any) -> None:
         """Fields that every later record carries (iteration=..., scorer_epoch=...)."""
-        self._fields.update(fields)
+        self.fields.update(fields)
 
     def start(self, state: SampleState, data: RealData) -> None:
         """Fires on_start."""
@@ -280,6 +300,17 @@ class CallbackList:
         for callback in self.callbacks:
             loss = callback.on_scorer_batch(state=state, indices=indices, logits=logits, loss=loss)
         return loss
+
+    def scorer_again(self, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """Fires on_scorer_again, passing each callback the loss of the one before."""
+        for callback in self.callbacks:
+            loss = callback.on_scorer_again(state=state, indices=indices, logits=logits, loss=loss)
+        return loss
+
+    def scorer_start(self, state: SampleState) -> None:
+        """Fires on_scorer_start."""
+        for callback in self.callbacks:
+            callback.on_scorer_start(state=state)
 
     def scorer_epoch(self, state: SampleState, network: nn.Module, data: RealData) -> None:
         """Fires on_scorer_epoch, then the observers' one, and logs what those return."""
@@ -300,6 +331,11 @@ class CallbackList:
         for callback in self.callbacks:
             callback.on_match(state=state, match=match)
         self._refreshed(state, match.data, before)
+
+    def segment_term(self, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor) -> None:
+        """Fires on_segment_term."""
+        for callback in self.callbacks:
+            callback.on_segment_term(state=state, segment=segment, term=term, images=images, indices=indices)
 
     def segment(self, state: SampleState, segment: Segment) -> None:
         """Fires on_segment, then on_refresh of the observers if a callback reported something."""

@@ -17,6 +17,7 @@ ABOUT = """Dataset distillation on imperfect real data.
 
   tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
   tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
+  tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
   tad-plugin methods
@@ -66,6 +67,22 @@ def _parser() -> Any:
         "--overwrite", type=bool, default=False, help="start over, removing what an earlier run left in the folder"
     )
 
+    from tad_plugin.distill.experts import ExpertConfig
+    from tad_plugin.expertrun import NOT_FOR_EXPERTS
+
+    teach = verb(
+        "experts",
+        "--arm ARM --out FOLDER [options]",
+        f"Train networks on the real data and keep their trajectories, for mtt and datm.\n\nArms:{arms}",
+        NOT_FOR_EXPERTS,
+    )
+    teach.add_class_arguments(ExpertConfig, as_group=False, skip={"width"})
+    teach.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
+    teach.add_argument("--out", type=str, required=True, help="run folder, which is the replay buffer")
+    teach.add_argument(
+        "--overwrite", type=bool, default=False, help="start over, removing the buffer that is in the folder"
+    )
+
     check = verb(
         "evaluate",
         "FILE --dataset NAME [options]",
@@ -82,7 +99,7 @@ def _parser() -> Any:
     )
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
-    many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9)")
+    many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9; one alone: 7,)")
     many.add_argument("--jobs", type=int, default=1, help="runs side by side")
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
@@ -124,6 +141,20 @@ def _distill(values: Any) -> None:
     results = run(_run_config(values), values.arm, values.out, progress=True, overwrite=values.overwrite)
     print(text_table(summarise([results])))
     print(f"\nsynthetic set: {Path(values.out) / 'synthetic.safetensors'}")
+
+
+def _experts(values: Any) -> None:
+    import dataclasses
+
+    from tad_plugin.distill.experts import ExpertConfig
+    from tad_plugin.expertrun import run_experts
+
+    given, names = values.as_dict(), {f.name for f in dataclasses.fields(ExpertConfig)} - {"width"}
+    config = ExpertConfig(**{k: v for k, v in given.items() if k in names})
+    found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, overwrite=values.overwrite)
+    shown = ", ".join(f"{accuracy:.1f}" for accuracy in found["accuracy"]["experts"])
+    print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; test accuracy, %: {shown}")
+    print(f"replay buffer: {values.out}")
 
 
 def _evaluate(values: Any) -> None:
@@ -244,6 +275,7 @@ def _methods(_values: Any) -> None:
 
 VERBS: dict[str, Callable[[Any], int | None]] = {
     "distill": _distill,
+    "experts": _experts,
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,

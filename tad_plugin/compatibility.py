@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tad_plugin import standins
 from tad_plugin.errors import InvalidInputError, PatchError, explain, unknown_name
 
 __all__ = ["SWITCHES", "Script", "Switch", "needed_switches", "run_script", "seeded_run"]
@@ -160,9 +161,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = old
 
 
+def _uses_wandb(script: Script) -> bool:
+    return re.search(r"^\s*import wandb", script.sources, re.MULTILINE) is not None
+
+
 def _wandb_values(script: Script) -> dict[str, str]:
     """What is missing from the environment for a script that logs to wandb and has no account to log to."""
-    if not re.search(r"^\s*import wandb", script.sources, re.MULTILINE):
+    if not _uses_wandb(script):
         return {}
     if not os.environ.get("WANDB_MODE"):
         return {} if os.environ.get("WANDB_API_KEY") else {"WANDB_MODE": "disabled"}
@@ -171,13 +176,24 @@ def _wandb_values(script: Script) -> dict[str, str]:
     return {"WANDB_NAME": script.path.stem} if offline else {}
 
 
+@contextmanager
+def _quiet_wandb(script: Script) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_environment(_wandb_values(script)))
+        if not _installed("wandb"):
+            stack.enter_context(standins.silent_wandb(script.path.stem))
+        yield
+
+
 def _lacks_old_scipy(script: Script) -> bool:
-    if "scipy.ndimage.interpolation" not in script.sources:
-        return False
+    return "scipy.ndimage.interpolation" in script.sources and not _installed("scipy.ndimage.interpolation")
+
+
+def _installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec("scipy.ndimage.interpolation") is None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
-        return True
+        return False
 
 
 @contextmanager
@@ -185,16 +201,10 @@ def _old_scipy(_script: Script) -> Iterator[None]:
     import scipy.ndimage
 
     name = "scipy.ndimage.interpolation"
-    before = sys.modules.get(name)
     alias = types.ModuleType(name)
     vars(alias).update({k: v for k, v in vars(scipy.ndimage).items() if not k.startswith("__")})
-    sys.modules[name] = alias
-    try:
+    with standins.imported({name: alias}):
         yield
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
 
 
 _SWITCHES = (
@@ -218,15 +228,39 @@ _SWITCHES = (
     ),
     Switch(
         "wandb",
-        "nobody is logged in to wandb: it runs disabled (and an offline run gets a name)",
-        lambda s: bool(_wandb_values(s)),
-        lambda s: _environment(_wandb_values(s)),
+        "nobody is logged in to wandb: it runs disabled (an offline run gets a name; where it is missing, a stand-in)",
+        lambda s: bool(_wandb_values(s)) or (_uses_wandb(s) and not _installed("wandb")),
+        _quiet_wandb,
     ),
     Switch(
         "scipy",
         "scipy.ndimage.interpolation is gone from this SciPy: an alias of scipy.ndimage",
         _lacks_old_scipy,
         _old_scipy,
+    ),
+    Switch(
+        "torchnet",
+        "torchnet is not installed (it wants visdom, which does not build): a stand-in for its ClassErrorMeter",
+        lambda s: re.search(r"^\s*import torchnet", s.sources, re.MULTILINE) is not None and not _installed("torchnet"),
+        lambda _: standins.error_meters(),
+    ),
+    Switch(
+        "checkpoints",
+        "the folder ./checkpoints that the script writes to is made",
+        lambda s: "./checkpoints/" in s.sources and not (s.path.parent / "checkpoints").is_dir(),
+        lambda s: standins.folder(s.path.parent / "checkpoints"),
+    ),
+    Switch(
+        "topk",
+        "torch.topk gives all there are where a fixed number of more is asked for (IDM, IPC 1: 2,560 of a class)",
+        lambda s: re.search(r"torch\.topk\([^)\n]*\bk=\d{3,}", s.sources) is not None,
+        lambda _: standins.capped_topk(),
+    ),
+    Switch(
+        "checksums",
+        "torchvision takes CIFAR files that are not the published ones (a part of them, JPEG copies); only by --with",
+        lambda _: False,
+        lambda _: standins.any_checksum(),
     ),
 )
 
@@ -327,5 +361,10 @@ def _forget(root: Path) -> None:
     """Codebases share the names of their modules (utils, networks): the next script must import its own."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and _belongs(Path(file).resolve(), root):
+        # A folder without __init__.py has no file, but places.
+        places = [file] if isinstance(file, str) else list(getattr(module, "__path__", None) or ())
+        if any(isinstance(place, str) and _belongs(Path(place).resolve(), root) for place in places):
             del sys.modules[name]
+    # Entries such as "../" mean another folder to the next script.
+    for entry in [e for e in sys.path_importer_cache if not os.path.isabs(e)]:
+        del sys.path_importer_cache[entry]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.distill import partition
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.labels import check_labels
 from tad_plugin.nn.augment import Augmentation
@@ -20,7 +21,7 @@ from tad_plugin.synthetic import SyntheticSet
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
 
-DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {}
+DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {"partition": partition.decode}
 """By the word before ":" of ``SyntheticSet.decode``: (images, labels, factor) -> training (images, labels)."""
 
 
@@ -88,14 +89,18 @@ def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
     """The (images, labels) that a network is trained on: decoded where the set says so.
 
     Raises:
-        ConfigError: the set names a decoder that does not exist.
+        ConfigError: the set names a decoder that does not exist, or a factor that does not fit its images.
     """
     if not synthetic.decode:
         return synthetic.images, synthetic.labels
     name, _, factor = synthetic.decode.partition(":")
-    if name not in DECODERS:
+    if name not in DECODERS or not factor.isdecimal():
         raise ConfigError(
-            explain(f"a decoder out of {sorted(DECODERS)}", repr(name), "Use the version that wrote this set")
+            explain(
+                f'a decoder out of {", ".join(DECODERS)} with a factor, e.g. "partition:2"',
+                repr(synthetic.decode),
+                "Use the version that wrote this set",
+            )
         )
     return DECODERS[name](synthetic.images, synthetic.labels, int(factor))
 

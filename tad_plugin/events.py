@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,22 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tad_plugin.scorer import RealData
 
-__all__ = ["Match", "Segment"]
+__all__ = ["Learning", "Match", "Segment"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Training of a network on the real data, by SGD on the weighted mean loss of a batch.
+
+    Attributes:
+        rate: learning rate, divided by 1 - momentum.
+        batch: samples per step.
+        network: CPU generator -> a copy of one of the networks as they are.
+    """
+
+    rate: float
+    batch: int
+    network: Callable[[torch.Generator], nn.Module]
 
 
 @dataclass
@@ -31,6 +46,14 @@ class Match:
         kind: "distribution" (class means of embeddings) or "gradient" (class gradients).
         fresh_network: makes another network of the same kind from a CPU generator, or None where the loop cannot.
         data: the real data, or None where attach() got labels only.
+        expand: (images, labels) -> the images and labels that the network sees, where they are not the synthetic ones
+            themselves (IDM); differentiable and linear in the images.
+        last: whether the iteration ends with this match. A loop that updates class after class (IDM's public script)
+            has one match for each, with the samples of that class.
+        distance: of a gradient match: (synthetic gradients, real gradients), one tensor for each parameter of the
+            network -> scalar, or None where the loop does not tell.
+        learning: how the loop trains its networks on the real data with the samples' weights, or None where it does
+            not (IDM does).
     """
 
     loss: Tensor
@@ -43,6 +66,10 @@ class Match:
     kind: str = "distribution"
     fresh_network: Callable[[torch.Generator], nn.Module] | None = None
     data: RealData | None = None
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    last: bool = True
+    distance: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
+    learning: Learning | None = None
 
 
 @dataclass
@@ -63,6 +90,7 @@ class Segment:
         expert_lr: learning rate of the expert along the segment, or None if unknown.
         checkpoints: flat parameters [epochs+1, P] along the segment, where the loop has them.
         data: the real data, or None where attach() got labels only; the hook sets it.
+        direction: float32 [P], dM/dtarget as a method summed it over ``on_segment_term``, in loops that fire it.
     """
 
     loss: Tensor
@@ -78,3 +106,4 @@ class Segment:
     expert_lr: float | None = None
     checkpoints: Tensor | None = None
     data: RealData | None = None
+    direction: Tensor | None = None

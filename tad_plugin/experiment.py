@@ -13,7 +13,7 @@ from tad_plugin.arms import ARMS, Arm, parse_arm
 from tad_plugin.bars import bar
 from tad_plugin.data.datasets import DataSplits
 from tad_plugin.diagnostics import influence_quality, split_quality
-from tad_plugin.distill.loop import Baseline, baseline_class, initial_images
+from tad_plugin.distill.loop import Baseline, Place, baseline_class
 from tad_plugin.environment import reset_peak_memory
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.evaluate import evaluate
@@ -49,6 +49,8 @@ class Run:
         self.cls = baseline_class(config.baseline)
         self.loop_config = check_config(config, arm)
         self.folder = RunFolder(folder, overwrite=overwrite)
+        if overwrite:
+            self.cls.discard(self.folder.path)
         self.progress = progress
         if self.folder.config_path.exists():
             self._write_config()
@@ -66,6 +68,7 @@ class Run:
         config = self.config
         reset_peak_memory(config.device)
         splits, noisy, noisy_holdout = load_noisy(config)
+        self.cls.check_images(self.loop_config, splits.train_images)
         # Only now: data that cannot be loaded leave no folder behind that a corrected command would not fit.
         self._write_config()
         noise_rate = noisy.spec.rate if noisy.spec.kind not in ("none", "human", "matrix") else None
@@ -112,6 +115,7 @@ class Run:
             "best_iteration": chosen,
             "seconds_per_iteration": progress.seconds / max(1, self.loop_config.iterations),
             "scoring_seconds": hook.scoring_seconds,
+            "expert_seconds": loop.expert_seconds,
             "peak_memory_bytes": progress.peak_memory(),
             "split": _split(hook),
             "influence": _influence(hook),
@@ -132,12 +136,15 @@ class Run:
         hook.start(progress=self.progress, checkpoint=progress.maybe_save)
         if hook.data is None:
             raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
+        place = self._place(splits, progress)
+        prepared = self.cls.prepare(self.loop_config, hook.data, hook, place) if self.arm.distil else None
+        extra = () if prepared is None else (prepared,)
         generator = generator_of(config.seed, "loop")
-        images, labels = initial_images(self.loop_config, hook.data, hook, generator)
+        images, labels = self.cls.initial_images(self.loop_config, hook.data, hook, generator, *extra)
         start = SyntheticSet(
             images, labels, splits.num_classes, splits.preprocessing, splits.name, tuple(splits.class_names)
         )
-        loop = self.cls(self.loop_config, hook.data, hook, start, generator)
+        loop = self.cls(self.loop_config, hook.data, hook, start, generator, *extra)
         if saved is not None and saved[0]["loop"] is not None:
             loop.load_state_dict(saved[0]["loop"])
         progress.restore_candidates(loop)
@@ -161,6 +168,17 @@ class Run:
             progress.finished = True
             progress.save()
         return loop
+
+    def _place(self, splits: DataSplits, progress: Progress) -> Place:
+        config = self.config
+
+        def log(record: dict[str, Any]) -> None:
+            self.folder.log(record)
+            # A run that is killed goes on with the log as it was at its last checkpoint.
+            progress.save()
+
+        seed, every = derived_seed(config.seed, "prepare"), config.checkpoint_seconds
+        return Place(self.folder.path, seed, splits.preprocessing, every, self.progress, log)
 
     def _candidate_iterations(self) -> list[int]:
         total, parts = self.loop_config.iterations, self.config.candidates
@@ -243,6 +261,4 @@ def _influence(hook: Hook) -> dict[str, float] | None:
     s = hook.state
     if hook.data is None or hook.data.true_labels is None or "influence" not in s:
         return None
-    return influence_quality(
-        s.target, s["influence"], s["influence_count"], s.trusted, hook.data.true_labels, s.weight
-    )
+    return influence_quality(s.target, s["influence"], s["influence_count"], s.trusted, hook.data.true_labels, s.weight)

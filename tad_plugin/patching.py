@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -102,16 +102,19 @@ class Status:
 
 # -- finding and reading ---------------------------------------------------------------------------
 def patches_folder() -> Path:
-    """The folder ``patches`` of this project: beside the package, or where an installation keeps shared data.
+    """The folder ``patches`` of this project: beside the package, or ``share/tad_plugin/patches`` of an installation.
 
     Raises:
         PatchError: neither is there.
     """
-    places = [Path(__file__).resolve().parent.parent / "patches", Path(sys.prefix) / "share" / "tad_plugin" / "patches"]
-    for place in places:
+    root, shared = Path(__file__).resolve().parent.parent, Path("share", "tad_plugin", "patches")
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) for scheme in schemes]
+    # `pip install --target` keeps it beside the package.
+    for place in (root / "patches", *(folder / shared for folder in (root, *installed))):
         if any(place.glob("*/manifest.json")):
             return place
-    do = "Install tad_plugin from its source folder (pip install -e .), or name the folder with --patches"
+    do = "Install tad_plugin again, or name the folder of its sources with --patches"
     raise PatchError(explain("the folder `patches` of tad_plugin", "none beside the installed package", do))
 
 

@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_img": 1.0,
         "loop": {"batch_real": 64},
         # Chosen by the bias of the matched class means on training data (tad/README.md), not by test accuracy.
-        "methods": {"scorer": {"epochs": 20}, "tad": {"warmup": 14}},
+        "methods": {"scorer": {"epochs": 20, "width": 64}, "tad": {"warmup": 17, "weighting": "hard"}},
         "eval_epochs": 200,
         "eval_runs": 3,
     },
@@ -64,7 +64,8 @@ class RunConfig:
         iterations: steps of distillation; 0 takes the dataset's preset.
         lr_img: learning rate of the images; 0 takes the preset.
         width: channels of the ConvNet, in distillation and evaluation; 0 takes the preset.
-        loop: further settings of the baseline by name, e.g. --loop.batch_real 128.
+        loop: further settings of the baseline by name, e.g. --loop.batch_real 128; for mtt and datm --loop.preset NAME
+            takes the published ones of that dataset and IPC.
         methods: settings by method, e.g. --methods '{"tad": {"threshold": 0.6}}'; "scorer" sets the plugin's scorer.
         eval_network: architecture that is trained on the synthetic set, or several joined by ",".
         eval_epochs: epochs of each network that is trained on the synthetic set; 0 takes the preset.
@@ -101,12 +102,23 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same settings with the dataset's preset in place of every 0, and the device decided."""
-        preset = {**PRESETS.get(self.dataset, PRESETS[""]), **baseline_class(self.baseline).preset}
+        cls = baseline_class(self.baseline)
+        known = {f.name for f in dataclasses.fields(cls.Config)}
+        preset = {**PRESETS.get(self.dataset, PRESETS[""]), **cls.preset}
+        # A dataset's preset serves all baselines, some of which have no such setting.
+        preset["loop"] = {k: v for k, v in preset["loop"].items() if k in known}
+        if cls.trains_on_real:
+            # Its settings of methods were chosen for the plugin's own scorer; the loop's networks take its place.
+            preset["methods"] = {k: v for k, v in preset["methods"].items() if k == "scorer"}
+        given = dict(self.loop)
+        if "preset" in given:
+            named = cls.published(str(given.pop("preset")), self.ipc)
+            preset |= {**named, "loop": {**preset["loop"], **named.get("loop", {})}}
         filled = {k: preset[k] for k in preset if k not in ("loop", "methods") and not getattr(self, k)}
-        for name, given in self.methods.items():
-            if not isinstance(given, Mapping):
+        for name, settings in self.methods.items():
+            if not isinstance(settings, Mapping):
                 do = """Write --methods '{"tad": {"threshold": 0.6}}'"""
-                raise ConfigError(explain(f"a mapping of settings of {name!r}", repr(given), do))
+                raise ConfigError(explain(f"a mapping of settings of {name!r}", repr(settings), do))
         methods = {
             k: {**preset["methods"].get(k, {}), **self.methods.get(k, {})}
             for k in {**preset["methods"], **self.methods}
@@ -118,7 +130,7 @@ class RunConfig:
             raise ConfigError(explain("a seed of at least 0", str(self.seed), "Correct the setting"))
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(explain("a CUDA device", f"{device!r}, and none is available", "Use --device cpu"))
-        return dataclasses.replace(self, **filled, loop={**preset["loop"], **self.loop}, methods=methods, device=device)
+        return dataclasses.replace(self, **filled, loop={**preset["loop"], **given}, methods=methods, device=device)
 
     def noise_spec(self) -> NoiseSpec:
         """The label noise: seeded with ``seed`` unless its text says otherwise, human labels from ``labels``."""

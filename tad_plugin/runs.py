@@ -2,6 +2,7 @@
 
     config.yaml      the resolved configuration; a run resumes only under the same one
     log.jsonl        one JSON object per line
+    experts/         replay buffer of a run of trajectory matching that trains its own experts
     checkpoint/      two slots, A and B, written in turn, so that one whole checkpoint exists at any moment
     results.json     written last: a folder that has it is done
 

@@ -114,14 +114,14 @@ class TrustedCriterion(nn.Module):
     The loss of a training batch is sum_i w_i l_i / sum_i w_i with the criterion's own l_i (label smoothing and class
     weights included), and sum_i w_i l_i where its reduction is "sum". A sample that is not trusted weighs 0. A batch
     is in flight between the loader's yields and only counts where the logits have a graph, so testing inside or
-    after an epoch gets the plain criterion.
+    after an epoch gets the plain criterion. A batch may be evaluated twice, as sharpness-aware training does.
 
     Args:
         criterion: a loss module with a ``reduction`` of "mean" or "sum" (``nn.CrossEntropyLoss()``), or
             ``torch.nn.functional.cross_entropy``.
         state: the sample state.
         index: the batch in flight.
-        events: fires on_scorer_batch.
+        events: fires on_scorer_batch, and on_scorer_again where a batch is evaluated once more.
         labels: int64 [N], the labels that the loader gives; compared in the first batch. By default the observed ones.
 
     Raises:
@@ -141,6 +141,7 @@ class TrustedCriterion(nn.Module):
         self._index = index
         self._events = events
         self._labels: Tensor | None = state.observed if labels is None else labels
+        self._seen: Tensor | None = None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of logits [B,K] and labels int64 [B].
@@ -155,11 +156,14 @@ class TrustedCriterion(nn.Module):
         if len(indices) != len(logits):
             do = "Pass the whole batch of the wrapped loader to the criterion"
             raise InvalidInputError(explain(f"a batch of {len(indices)} logits", str(len(logits)), do))
+        # The loader makes a new tensor for each batch, so the same one is the same batch.
+        again, self._seen = indices is self._seen, indices
         state, indices = self._state, indices.to(self._state.device)
         self._check_order(indices, labels)
         weights = (state.weight[indices] * state.trusted[indices]).to(logits.device)
         loss = self._weighted(logits, state.target[indices].to(logits.device), weights)
-        return self._events.scorer_batch(state, indices, logits, loss)
+        fire = self._events.scorer_again if again else self._events.scorer_batch
+        return fire(state, indices, logits, loss)
 
     def _weighted(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         if self.criterion is F.cross_entropy:

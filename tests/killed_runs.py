@@ -78,7 +78,20 @@ def _log_of(event: str, number: int) -> None:
 
 
 #: settings of a baseline's loop under which every part of its state matters
-LOOPS: dict[str, dict[str, Any]] = {"dm": {"batch_real": 8}, "dc": {"batch_real": 8, "outer": 4, "inner": 2}}
+LOOPS: dict[str, dict[str, Any]] = {
+    "dm": {"batch_real": 8},
+    "dc": {"batch_real": 8, "outer": 4, "inner": 2},
+    "idm": {
+        "batch_real": 8,
+        "start_networks": 1,
+        "max_networks": 3,
+        "network_interval": 2,
+        "train_steps": 2,
+        "batch_train": 16,
+        "accuracy_window": 4,
+        "score_every": 3,
+    },
+}
 
 #: each attempt gets further than the one before
 PLAN: dict[str, Callable[[], None]] = {
@@ -102,7 +115,9 @@ def start(arm: str, folder: Path) -> None:
     run(dataclasses.replace(CONFIG, baseline=baseline, loop=LOOPS[baseline]), name, folder)
 
 
-def attempt(arm: str, folder: Path, prepare: Callable[[], None] | None) -> int:
+def attempt(
+    arm: str, folder: Path, prepare: Callable[[], None] | None, start: Callable[[str, Path], None] = start
+) -> int:
     """Status of a process that runs the arm, killed where ``prepare`` says."""
     child = os.fork()
     if child == 0:

@@ -188,7 +188,7 @@ def test_settings_come_from_yaml_and_flags_after_it_win(tmp_path: Path) -> None:
     assert main(["distill", "--config", str(tmp_path / "c.yaml"), "--seed", "7", "--out", str(out)]) == 0
     found = RunFolder(out).config()
     assert found["seed"] == 7 and found["noise"] == "pair:0.3" and found["arm"] == "random"
-    assert found["loop"]["momentum"] == 0.1 and found["methods"]["tad"] == {"warmup": 2}
+    assert found["loop"]["momentum"] == 0.1 and found["methods"]["tad"]["warmup"] == 2
     assert NoiseSpec.parse(found["noise"]).kind == "pair"
 
 

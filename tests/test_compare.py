@@ -23,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarn
 
 
 @pytest.mark.parametrize(
-    ("text", "seeds"), [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("7,8,9", [7, 8, 9]), ("7, 9", [7, 9]), ("7,", [7]), ("0,0", [0, 0])]
+    ("text", "seeds"),
+    [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("7,8,9", [7, 8, 9]), ("7, 9", [7, 9]), ("7,", [7]), ("0,0", [0, 0])],
 )
 def test_seeds_are_a_number_or_a_list(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds

@@ -15,6 +15,7 @@ import pytest
 import scipy.ndimage  # noqa: F401 - it may import its old name itself, and shall have done so before the tests look
 import torch
 
+from tad_plugin import compatibility
 from tad_plugin.cli import main
 from tad_plugin.compatibility import SWITCHES, Script, needed_switches, run_script
 from tad_plugin.errors import InvalidInputError, PatchError, UnknownNameError
@@ -134,6 +135,7 @@ def test_a_batch_of_one_can_be_broadcast_onto_itself(tmp_path: Path) -> None:
 
 def test_wandb_is_disabled_unless_somebody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = script(tmp_path, "import os\nprint(os.environ['WANDB_MODE'])\ntry:\n  import wandb\nexcept Exception: 0\n")
+    monkeypatch.setattr(compatibility, "_installed", lambda _: True)
     assert needed(found) == ["wandb"]
     assert run_script(found, switches=needed_switches(found)) == 0 and "WANDB_MODE" not in os.environ
     monkeypatch.setenv("WANDB_API_KEY", "x")
@@ -143,6 +145,34 @@ def test_wandb_is_disabled_unless_somebody_is_logged_in(tmp_path: Path, monkeypa
     with SWITCHES["wandb"].on(found):
         assert os.environ["WANDB_NAME"] == "main" and os.environ["WANDB_MODE"] == "offline"
     assert "WANDB_NAME" not in os.environ and os.environ["WANDB_MODE"] == "offline"
+
+
+def test_where_wandb_is_missing_a_stand_in_logs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+        import argparse
+        import wandb
+        wandb.init(project="x", config=argparse.Namespace(ipc=1, tad_state="s"))
+        assert wandb.config._items == {"ipc": 1, "tad_state": "s"} and wandb.run.name == "main"
+        wandb.log({"a": wandb.Histogram([1.0])}, step=3)
+        wandb.finish()
+    """
+    monkeypatch.setattr(compatibility, "_installed", lambda _: False)
+    monkeypatch.setenv("WANDB_API_KEY", "x")  # an account is of no use without the package
+    found, before = script(tmp_path, text), sys.modules.get("wandb")
+    assert needed(found) == ["wandb"] and run_script(found, switches=needed_switches(found)) == 0
+    assert sys.modules.get("wandb") is before
+
+
+def test_folders_of_the_same_name_are_each_scripts_own(tmp_path: Path) -> None:
+    """Found through a relative entry of the path, and without an __init__.py, as DATM has it."""
+    text = "import sys\nsys.path.append('../')\nfrom shared.tools import name\nsys.exit(name)\n"
+    for status in (3, 4):
+        root = tmp_path / str(status)
+        found = script(root, text, "deep/main.py")
+        (root / "shared").mkdir()
+        (root / "shared" / "tools.py").write_text(f"name = {status}\n")
+        assert run_script(found) == status
+    assert "shared" not in sys.modules and "shared.tools" not in sys.modules
 
 
 def test_an_old_name_of_scipy_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

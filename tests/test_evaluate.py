@@ -145,7 +145,7 @@ def test_bad_input_is_named() -> None:
     broken.images[0] = float("nan")
     with pytest.raises(NonFiniteError, match="a finite training loss on the synthetic set, but got nan"):
         evaluate(broken, (images, labels), SMALL, generator=seeded())
-    with pytest.raises(ConfigError, match="a decoder out of .*but got 'puzzle'"):
+    with pytest.raises(ConfigError, match="a decoder out of .*but got 'puzzle:2'"):
         training_pairs(replace(small_set(), decode="puzzle:2"))
 
 

@@ -27,7 +27,7 @@ from tests.killed_runs import CONFIG, PLAN
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dataclasses.replace(CONFIG, iterations=3, eval_runs=1, checkpoint_seconds=60.0)
-KILLED = ("noisy", "tad", "dc/noisy")
+KILLED = ("noisy", "tad", "dc/noisy", "idm/tad")
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
 
 

@@ -86,6 +86,34 @@ def test_rows_find_the_indices_of_the_latest_draws() -> None:
     assert torch.equal(hook.reweight(rows[:1]), hook.reweight(rows[:1], [7]))
 
 
+def test_a_draw_of_which_only_some_rows_are_kept() -> None:
+    hook = hooked(Weigh())
+    for draw, rows in (
+        (np.array([0, 1, 2]), torch.tensor([2, 0])),
+        ([3, 5, 4], torch.tensor([True, False, True])),
+        (torch.tensor([6, 7]), [1]),
+    ):
+        hook.drawn(draw)
+        hook.kept(rows)
+    rows = torch.ones(5, 2)
+    assert torch.equal(hook.reweight(rows), hook.reweight(rows, [2, 0, 3, 4, 7]))
+    attach("none", labels=LABELS).kept([5])  # nothing was noted
+
+
+def test_matches_of_one_iteration_hold_their_own_samples() -> None:
+    callback = Weigh(graph=True)
+    hook = hooked(callback)
+    s = torch.ones(2, 2, requires_grad=True)
+    for indices, last in (([0, 1], False), ([3, 5], True)):
+        hook.drawn(indices)
+        loss = (hook.reweight(torch.ones(2, 2)).mean(0) - s.mean(0)).square().sum()
+        hook.before_update(loss, s, nn.Linear(2, 2), last=last)
+    first, second = callback.seen
+    assert (first.last, second.last, first.iteration, second.iteration, hook.iteration) == (False, True, 0, 0, 1)
+    assert first.indices.tolist() == [0, 1] and second.indices.tolist() == [3, 5]
+    assert first.weights is not second.weights
+
+
 def test_draws_that_do_not_fit_are_named() -> None:
     hook = hooked(Weigh())
     with pytest.raises(InvalidInputError, match="make up 2 rows, but got 0 indices in the latest 0. Call hook.drawn"):

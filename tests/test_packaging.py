@@ -80,6 +80,12 @@ def test_every_data_file_is_installed(config: configparser.ConfigParser) -> None
     assert (PACKAGE / "py.typed").exists()
 
 
+def test_every_patch_is_installed(config: configparser.ConfigParser) -> None:
+    for folder in sorted((ROOT / "patches").iterdir()):
+        place = f"share/tad_plugin/patches/{folder.name}"
+        assert config["options.data_files"][place] == f"patches/{folder.name}/*"
+
+
 def test_files_stay_small() -> None:
     sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert not {name: size for name, size in sizes.items() if size > 400}
@@ -123,7 +129,7 @@ def imported(path: Path, name: str) -> set[str]:
 
 # Arrows point down only: a module may import from its own layer's folder and from layers above it in this list.
 LAYERS = (
-    ("errors", "files", "bars"),
+    ("errors", "files", "bars", "environment"),
     ("labels",),
     ("statefile",),
     ("state",),
@@ -135,7 +141,7 @@ LAYERS = (
     ("wrappers", "diagnostics"),
     ("hook",),
     ("distill", "evaluate"),
-    ("runs", "report", "environment", "arms", "runconfig", "progress"),
+    ("runs", "report", "arms", "runconfig", "progress"),
     ("experiment",),
     ("compare", "pictures"),
     ("cli",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ from tad_plugin import patching
 from tad_plugin.addedlines import Insertion, format_diff
 from tad_plugin.cli import main
 from tad_plugin.errors import FileFormatError, PatchError, UnknownNameError
-from tad_plugin.patching import Patch, apply, check, head_commit, load_patch, make_manifest, reverse, status
+from tad_plugin.patching import (
+    Patch,
+    apply,
+    available_patches,
+    check,
+    head_commit,
+    load_patch,
+    make_manifest,
+    patches_folder,
+    reverse,
+    status,
+)
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
 FILES = {
@@ -270,11 +282,20 @@ def test_a_manifest_needs_the_files(tmp_path: Path) -> None:
         make_manifest(DIFF, tmp_path, repository="", commit=COMMIT)
 
 
-def test_an_installation_without_patches_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "__file__", str(tmp_path / "tad_plugin" / "patching.py"))
-    monkeypatch.setattr(patching.sys, "prefix", str(tmp_path))
-    with pytest.raises(PatchError, match="--patches"):
-        load_patch("dm")
+def test_an_installation_keeps_its_patches_in_one_of_the_usual_places(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"mine": tmp_path / "env", "of the user": tmp_path / "user"}
+    monkeypatch.setattr(patching, "__file__", str(tmp_path / "lib" / "tad_plugin" / "patching.py"))
+    monkeypatch.setattr(patching.sysconfig, "get_default_scheme", lambda: "mine")
+    monkeypatch.setattr(patching.sysconfig, "get_preferred_scheme", lambda _: "of the user")
+    monkeypatch.setattr(patching.sysconfig, "get_path", lambda _, scheme: str(data[scheme]))
+    with pytest.raises(PatchError, match="the folder `patches` of tad_plugin, but got none"):
+        available_patches()
+    for place in (data["of the user"], data["mine"], tmp_path / "lib"):  # the latter is pip's --target
+        shared = place / "share" / "tad_plugin" / "patches"
+        shutil.copytree(folder, shared)
+        assert patches_folder() == shared and available_patches() == available_patches(folder)
 
 
 # the command

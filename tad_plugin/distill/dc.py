@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tad_plugin.distill.gradmatch import gradient_distance, matched_parameters
-from tad_plugin.distill.loop import Baseline, BaselineConfig, check_loss, draw_class
+from tad_plugin.distill.loop import Baseline, BaselineConfig, check_batch, check_loss, draw_class
 from tad_plugin.distill.realgradient import mean_gradient, pass_size, weighted_gradient, weighted_gradient_graph
-from tad_plugin.errors import ConfigError, EmptyClassError, explain
+from tad_plugin.errors import ConfigError, explain
 from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import reinitialise
@@ -122,12 +122,22 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
 """Published settings: ``DCConfig(**PRESETS["dc"][10])``, ``DSAConfig(**PRESETS["dsa"][10])``."""
 
 
+def _run_settings(name: str) -> dict[int, dict[str, Any]]:
+    """The same as fields of RunConfig, for ``--loop.preset published``."""
+    own = ("iterations", "lr_img", "width")
+    return {
+        ipc: {**{k: given[k] for k in own}, "loop": {k: v for k, v in given.items() if k not in (*own, "ipc")}}
+        for ipc, given in PRESETS[name].items()
+    }
+
+
 class DC(Baseline):
     """Gradient matching. The state between two iterations includes the network and how far it has learned."""
 
     name: ClassVar[str] = "dc"
     Config: ClassVar[type[BaselineConfig]] = DCConfig
     preset: ClassVar[Mapping[str, Any]] = {"lr_img": 0.1}
+    presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = {"published": _run_settings("dc")}
     evaluation: ClassVar[Mapping[str, Any]] = {"augment": "none"}
 
     def __init__(
@@ -150,7 +160,7 @@ class DC(Baseline):
         """One update of the images; see :class:`Baseline`.
 
         Raises:
-            EmptyClassError: a class without a usable real sample.
+            EmptyClassError, NotEnoughSamplesError: see :func:`tad_plugin.distill.loop.check_batch`.
             NonFiniteError: the matching loss is NaN or infinite.
         """
         images, ipc = self.synthetic.images, self.config.ipc
@@ -175,6 +185,7 @@ class DC(Baseline):
                 labels=self.synthetic.labels,
                 kind="gradient",
                 fresh_network=self.fresh_network,
+                distance=self.distance,
             )
         # By images alone: backward() would also work out the gradient in the network, which nobody reads.
         images.grad = torch.autograd.grad(total, images)[0] if keep else gradient
@@ -205,9 +216,8 @@ class DC(Baseline):
 
     def _draw(self, c: int, n: int) -> Tensor:
         indices = draw_class(self.hook, self.data, c, n, self.generator)
-        if not len(indices):
-            got, do = "none", "Remove the class, or use data that has it"
-            raise EmptyClassError(explain(f"a real sample of class {c}", got, do))
+        # Statistics of a batch norm are content with fewer.
+        check_batch(self.config, c, len(indices), n if n == self.config.batch_real else 1)
         return indices
 
     def _siamese(self, count: int) -> Callable[[Tensor], Tensor]:
@@ -277,4 +287,5 @@ class DSA(DC):
 
     name: ClassVar[str] = "dsa"
     Config: ClassVar[type[BaselineConfig]] = DSAConfig
+    presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = {"published": _run_settings("dsa")}
     evaluation: ClassVar[Mapping[str, Any]] = {}

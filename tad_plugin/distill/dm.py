@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.loop import Baseline, BaselineConfig, check_loss, draw_class
+from tad_plugin.distill.classmeans import MeanMatching
+from tad_plugin.distill.loop import BaselineConfig
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.hook import Hook
-from tad_plugin.nn.augment import Augmentation
+from tad_plugin.nn.augment import Draw
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData, chunk_size
+from tad_plugin.scorer import RealData
 from tad_plugin.synthetic import SyntheticSet
 
-__all__ = ["DM", "DMConfig", "distribution_loss"]
+__all__ = ["DM", "DMConfig", "distribution_losses"]
 
 
 @dataclass
@@ -42,18 +43,17 @@ class DMConfig(BaselineConfig):
             raise ConfigError(explain("batch_real of at least 1", str(self.batch_real), "Correct the setting"))
 
 
-def distribution_loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
-    """sum over classes of || mean of real embeddings - mean of synthetic embeddings ||^2.
+def distribution_losses(real: Tensor, synthetic: Tensor) -> Tensor:
+    """|| mean of real embeddings - mean of synthetic embeddings ||^2 of each class, [k].
 
     Args:
-        real: for each class, (weighted) embeddings [B_c,D].
-        synthetic: for each class, embeddings [M_c,D].
+        real: (weighted) mean embedding of each class [k,D].
+        synthetic: embeddings of its synthetic images [k,M,D].
     """
-    losses = [(r.mean(0) - s.mean(0)).square().sum() for r, s in zip(real, synthetic, strict=True)]
-    return torch.stack(losses).sum()
+    return (real - synthetic.mean(1)).square().sum(1)
 
 
-class DM(Baseline):
+class DM(MeanMatching):
     """Distribution matching. All classes of an iteration go through the network together."""
 
     name: ClassVar[str] = "dm"
@@ -63,49 +63,21 @@ class DM(Baseline):
         self, config: DMConfig, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
     ) -> None:
         super().__init__(config, data, hook, synthetic, generator)
-        synthetic.images.requires_grad_(True)
         self.optimizer = torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum)
-        self.augmentation = Augmentation.configured(config.augment, data.dataset)
         # One module whose parameters are redrawn is cheaper than a new one per iteration, and has the same bits.
-        self.network = self.fresh_network(torch.Generator().manual_seed(0)).train()
-        for parameter in self.network.parameters():
-            parameter.requires_grad_(False)
+        self.network = self.fresh_network(torch.Generator().manual_seed(0)).train().requires_grad_(False)
 
     def step(self, iteration: int) -> Mapping[str, Any]:
-        """See :class:`Baseline`."""
-        config, images = self.config, self.synthetic.images
+        """See :class:`Baseline`; errors as :meth:`MeanMatching.match`."""
         reinitialise(self.network, self.generator)
-        real, fake, drawn = [], [], []
-        for c in range(self.data.num_classes):
-            indices = draw_class(self.hook, self.data, c, config.batch_real, self.generator)
-            batch, own = self.data.images[indices], images[c * config.ipc : (c + 1) * config.ipc]
-            if self.augmentation.strategies:
-                size = (batch.shape[-2], batch.shape[-1])
-                draw = self.augmentation.draw(
-                    len(batch), size, generator=self.generator, siamese=True, device=batch.device
-                )
-                batch, own = self.augmentation.apply(batch, draw), self.augmentation.apply(own, draw)
-            drawn.append(indices)
-            real.append(batch)
-            fake.append(own)
-        with torch.no_grad():
-            # Chunks that fit the cache: on a CPU twice as fast as one pass over all classes, with the same rows.
-            chunk = chunk_size(images.device)
-            embedded = torch.cat([self.network.embed(b) for part in real for b in part.split(chunk)])  # type: ignore[operator]
-        if self.hook is not None:
-            embedded = self.hook.reweight(embedded, torch.cat(drawn))
-        rows = list(embedded.split([len(i) for i in drawn]))
-        own_rows = list(self.network.embed(torch.cat(fake)).split([len(f) for f in fake]))  # type: ignore[operator]
-        loss = distribution_loss(rows, own_rows)
-        check_loss(loss.detach(), iteration)
-        if self.hook is not None:
-            self.hook.before_update(
-                loss, images, self.network, labels=self.synthetic.labels, fresh_network=self.fresh_network
-            )
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.match(self.network, iteration, self._class_losses, fresh_network=self.fresh_network)
         self.optimizer.step()
-        return {"loss": float(loss.detach())}
+        return {"loss": loss}
+
+    def _class_losses(self, own: Tensor, means: Tensor, draws: list[Draw | None], first: int) -> Tensor:
+        shown = torch.cat([self.augmented(x, draw) for x, draw in zip(own, draws, strict=True)])
+        rows = self.network.embed(shown)  # type: ignore[operator]
+        return distribution_losses(means, rows.unflatten(0, (len(own), -1)))
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Baseline`."""

@@ -5,20 +5,41 @@ A baseline is one file: a settings dataclass and a class with ``step(iteration)`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.errors import ConfigError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
+from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.errors import (
+    ConfigError,
+    EmptyClassError,
+    NonFiniteError,
+    NotEnoughSamplesError,
+    explain,
+    unknown_name,
+)
 from tad_plugin.hook import Hook
 from tad_plugin.nn.networks import make_network
 from tad_plugin.scorer import RealData
 from tad_plugin.synthetic import SyntheticSet
 
-__all__ = ["BASELINES", "Baseline", "BaselineConfig", "baseline_class", "class_pool", "draw_class", "initial_images"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BaselineConfig",
+    "Place",
+    "baseline_class",
+    "check_batch",
+    "check_loss",
+    "class_pool",
+    "draw_class",
+    "fresh_network",
+    "initial_images",
+]
 
 
 @dataclass
@@ -34,6 +55,7 @@ class BaselineConfig:
         depth: its blocks; 0 takes 3 (2 for images under 16 pixels).
         norm: its normalisation.
         augment: DSA strategy; "auto" is the dataset's own, "none" switches it off.
+        full_batches: a class with fewer usable real samples than its batch is an error; by default it gives all it has.
     """
 
     ipc: int = 10
@@ -44,13 +66,38 @@ class BaselineConfig:
     depth: int = 0
     norm: str = "instance"
     augment: str = "auto"
+    full_batches: bool = False
+
+    #: what ``init`` may be
+    inits: ClassVar[tuple[str, ...]] = ("real", "noise")
 
     def __post_init__(self) -> None:
         for name, low in (("ipc", 1), ("iterations", 0), ("width", 1), ("depth", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(explain(f"{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
-        if self.init not in ("real", "noise"):
-            raise ConfigError(explain('init "real" or "noise"', repr(self.init), "Correct the setting"))
+        if self.init not in self.inits:
+            raise ConfigError(explain(f"init out of {', '.join(self.inits)}", repr(self.init), "Correct the setting"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run does the work that comes before the synthetic set (:meth:`Baseline.prepare`).
+
+    Attributes:
+        folder: the run folder.
+        seed: of that work.
+        preprocessing: of the real images.
+        every: seconds between its checkpoints.
+        progress: show progress bars.
+        log: receives log records.
+    """
+
+    folder: Path
+    seed: int = 0
+    preprocessing: Preprocessing | None = None
+    every: float = 20.0
+    progress: bool = False
+    log: Callable[[dict[str, Any]], None] | None = None
 
 
 class Baseline:
@@ -72,6 +119,8 @@ class Baseline:
     preset: ClassVar[Mapping[str, Any]] = {}
     #: settings of the evaluation that its protocol fixes (fields of EvaluateConfig)
     evaluation: ClassVar[Mapping[str, Any]] = {}
+    #: published settings by name and IPC, fields of RunConfig; the loop's setting "preset" names one
+    presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = {}
 
     def __init__(
         self, config: Any, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
@@ -81,6 +130,45 @@ class Baseline:
         self.hook = hook
         self.synthetic = synthetic
         self.generator = generator
+
+    @classmethod
+    def published(cls, name: str, ipc: int) -> Mapping[str, Any]:
+        """The preset ``name`` for an IPC. Raises UnknownNameError, or ConfigError for an IPC that it does not have."""
+        if name not in cls.presets:
+            raise unknown_name("preset", name, list(cls.presets))
+        if ipc not in cls.presets[name]:
+            known = ", ".join(map(str, cls.presets[name]))
+            do = "Leave the preset out, or take one of these with --ipc"
+            raise ConfigError(explain(f"an IPC out of {known} for the preset {name!r}", str(ipc), do))
+        return cls.presets[name][ipc]
+
+    @classmethod
+    def check_images(cls, config: Any, images: Tensor) -> None:
+        """Raises ConfigError where the settings cannot serve real images [N,C,H,W] of this size; before any work."""
+
+    @classmethod
+    def prepare(cls, config: Any, data: RealData, hook: Hook | None, place: Place) -> Any:
+        """Work that comes before the synthetic set and can be resumed; what it returns goes to the constructor.
+
+        None where there is none. Called on resume as well.
+        """
+        return None
+
+    @classmethod
+    def discard(cls, folder: Path) -> None:
+        """Removes from a run folder what :meth:`prepare` left there, for a run that starts over."""
+
+    @classmethod
+    def initial_images(
+        cls, config: Any, data: RealData, hook: Hook | None, generator: torch.Generator, prepared: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Starting images and labels; see :func:`initial_images`. ``prepared`` comes from :meth:`prepare`."""
+        return initial_images(config, data, hook, generator)
+
+    @property
+    def expert_seconds(self) -> float:
+        """Seconds spent in training networks before the distillation (:meth:`prepare`), so far as is known."""
+        return 0.0
 
     def step(self, iteration: int) -> Mapping[str, Any]:
         """One update of the synthetic set; returns what is worth logging (at least ``loss``)."""
@@ -94,18 +182,7 @@ class Baseline:
 
     def fresh_network(self, generator: torch.Generator) -> nn.Module:
         """A newly drawn network of the kind that is matched on."""
-        c, h, w = (int(v) for v in self.data.images.shape[1:])
-        return make_network(
-            "convnet",
-            in_channels=c,
-            num_classes=self.data.num_classes,
-            image_size=(h, w),
-            width=self.config.width,
-            depth=self.config.depth or (3 if min(h, w) >= 16 else 2),
-            norm=self.config.norm,
-            generator=generator,
-            device=self.data.images.device,
-        )
+        return fresh_network(self.config, self.data, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Synthetic tensors, optimiser and generator."""
@@ -127,6 +204,9 @@ BASELINES: dict[str, str] = {
     "dm": "tad_plugin.distill.dm:DM",
     "dc": "tad_plugin.distill.dc:DC",
     "dsa": "tad_plugin.distill.dc:DSA",
+    "idm": "tad_plugin.distill.idm:IDM",
+    "mtt": "tad_plugin.distill.mtt:MTT",
+    "datm": "tad_plugin.distill.datm:DATM",
 }
 """Bundled baselines: name -> "module:class", imported when asked for."""
 
@@ -142,6 +222,22 @@ def baseline_class(name: str) -> type[Baseline]:
     return found
 
 
+def fresh_network(config: BaselineConfig, data: RealData, generator: torch.Generator) -> nn.Module:
+    """A newly drawn network of the kind that a loop with these settings matches on."""
+    c, h, w = (int(v) for v in data.images.shape[1:])
+    return make_network(
+        "convnet",
+        in_channels=c,
+        num_classes=data.num_classes,
+        image_size=(h, w),
+        width=config.width,
+        depth=config.depth or (3 if min(h, w) >= 16 else 2),
+        norm=config.norm,
+        generator=generator,
+        device=data.images.device,
+    )
+
+
 def class_pool(hook: Hook | None, data: RealData, c: int) -> Tensor:
     """Usable indices of class c: the hook's pool, or every sample with that label."""
     return hook.pool(c) if hook is not None else (data.labels == c).nonzero().flatten()
@@ -153,6 +249,21 @@ def draw_class(hook: Hook | None, data: RealData, c: int, n: int, generator: tor
         return hook.sample(c, n, generator)
     pool = class_pool(None, data, c)
     return pool[torch.randperm(len(pool), generator=generator)[:n].to(pool.device)]
+
+
+def check_batch(config: BaselineConfig, c: int, found: int, wanted: int) -> None:
+    """Whether the ``found`` usable real samples of class c make a batch of ``wanted``.
+
+    Raises:
+        EmptyClassError: there is none.
+        NotEnoughSamplesError: there are fewer than wanted, and the settings ask for full batches.
+    """
+    if not found:
+        do = "Remove the class, or use data that has it"
+        raise EmptyClassError(explain(f"a real sample of class {c}", "none", do))
+    if config.full_batches and found < wanted:
+        do = "Lower batch_real, or leave full_batches off: such a class then gives all it has"
+        raise NotEnoughSamplesError(explain(f"{wanted} usable samples of class {c} for a batch", str(found), do))
 
 
 def initial_images(

@@ -40,6 +40,7 @@ def attach(
     noise: NoiseSpec | str | None = None,
     trains_on_real: bool = False,
     state: str | Path | None = None,
+    device: torch.device | str | None = None,
     observers: Sequence[Observer] = (),
     log: Callable[[dict[str, Any]], None] | None = None,
     args: argparse.Namespace | None = None,
@@ -64,6 +65,8 @@ def attach(
         trains_on_real: the loop trains networks on the real data through ``hook.loader``/``hook.criterion``/
             ``hook.epoch_end``, so no scorer of the plugin's own is trained.
         state: state file: loaded if it exists (nothing is then scored anew), and written by ``hook.finish()``.
+        device: where the networks are, if the images are elsewhere: what a method works with is copied there. By
+            default everything stays where the images are.
         observers: read-only watchers.
         log: receives each log record (a dict).
         args: a namespace with the flags of :func:`add_arguments`; explicit arguments win over it.
@@ -101,6 +104,8 @@ def attach(
             noise_rate = spec.rate
     settings = _read_config(config)
     callbacks = make_callbacks(method, settings, seed=seed)
+    if device is not None and images is not None and callbacks:
+        images = images.to(device)
     sample_state = SampleState(observed, num_classes, device=images.device if images is not None else None)
     # Images [N,0] stand for "labels only": what else is known still reaches the methods.
     shown = images if images is not None else torch.zeros(len(observed), 0, device=sample_state.device)

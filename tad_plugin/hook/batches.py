@@ -70,6 +70,11 @@ class BatchHandles:
         if self.enabled:
             self._noted.append(indices)
 
+    def kept(self, rows: Tensor | Sequence[int]) -> None:
+        """Notes that the script goes on with these rows (positions or a bool mask) of its latest draw only."""
+        if self.enabled and self._noted:
+            self._noted[-1] = torch.as_tensor(self._noted[-1], device=self.state.device)[rows]
+
     def _indices(self, count: int, indices: Tensor | Sequence[int] | None) -> Tensor:
         """The given indices, or the latest noted ones that make up ``count`` rows; int64 on the state's device."""
         if indices is not None:

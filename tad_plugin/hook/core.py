@@ -7,6 +7,7 @@ With no method every handle is an identity that draws no random number.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -18,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from tad_plugin.bars import bar
 from tad_plugin.callback import Callback, CallbackList, Match, Observer, Segment
-from tad_plugin.errors import ConfigError, StateMismatchError, explain
+from tad_plugin.errors import ConfigError, StateMismatchError, TadPluginWarning, explain
+from tad_plugin.events import Learning
 from tad_plugin.hook.batches import BatchHandles
+from tad_plugin.hook.segments import SegmentHandles
 from tad_plugin.scorer import RealData, Scorer, ScorerConfig
 from tad_plugin.state import SampleState
 from tad_plugin.wrappers import BatchIndex, IndexedLoader, TrustedCriterion
@@ -29,7 +32,7 @@ __all__ = ["Hook"]
 C = TypeVar("C")
 
 
-class Hook(BatchHandles):
+class Hook(BatchHandles, SegmentHandles):
     """The seam between a loop and the methods. Made by :func:`tad_plugin.attach`.
 
     Attributes:
@@ -81,6 +84,9 @@ class Hook(BatchHandles):
         # Labels that attach() corrupted must reach a training loop with and without a method.
         self._wraps = self.enabled or corrupted
         self._index = BatchIndex()
+        self._expert = -1
+        self._student: nn.Module | None = None
+        self._segment: Segment | None = None
         self._offset: Tensor | None = None
         self._drawn: list[Tensor] = []
         self._noted: list[Any] = []
@@ -195,19 +201,45 @@ class Hook(BatchHandles):
         if not self._wraps:
             return criterion
         labels = self._known.true_labels if self._corrupted else None
-        return TrustedCriterion(criterion, self.state, self._index, self.events, labels)
+        # Where a file has decided already, its weights and targets are all that enters.
+        events = CallbackList() if self._decided else self.events
+        return TrustedCriterion(criterion, self.state, self._index, events, labels)
+
+    def begin_expert(self) -> None:
+        """Call it before each of several networks that the loop trains on the real data in turn (MTT's experts).
+
+        What methods learned of the one before begins anew, what they decided stands until they decide again, and the
+        state so far is written where attach() got a path, so that a run that is stopped leaves it.
+        """
+        if self.enabled and not self._decided:
+            if self._expert >= 0 and self.state_path is not None:
+                self.save_state(self.state_path)
+            self._expert += 1
+            self.events.position(expert=self._expert)
+            self.events.scorer_start(self.state)
 
     def epoch_end(self, network: nn.Module) -> None:
         """Call it after each epoch of a network that the loop trains on the real data.
 
-        Where the state came from a file the methods have decided already, and it does nothing.
+        Where the methods have decided already (see :attr:`decided`) it does nothing.
         """
         if self.enabled and not self._decided:
             if self.data is None:
                 raise ConfigError(explain("`data` to score with this network", "none", "Pass data=images to attach()"))
+            if isinstance(network, nn.DataParallel):
+                network = network.module
             began = perf_counter()
             self.events.scorer_epoch(self.state, network, self.data)
             self.scoring_seconds += perf_counter() - began
+
+    @property
+    def decided(self) -> bool:
+        """Whether the methods that score have decided for good: the state came from a file, or :meth:`settle`."""
+        return self._decided
+
+    def settle(self) -> None:
+        """Call it when the loop's training on the real data is over: from then on :meth:`epoch_end` does nothing."""
+        self._decided = True
 
     # -- before the synthetic set is updated ---------------------------------------------------------
     def before_update(
@@ -219,6 +251,10 @@ class Hook(BatchHandles):
         labels: Tensor | None = None,
         kind: str = "distribution",
         fresh_network: Callable[[torch.Generator], nn.Module] | None = None,
+        expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        last: bool = True,
+        distance: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None,
+        learning: Learning | None = None,
     ) -> None:
         """Call it after the matching loss is built and before ``backward``; fires on_match and refreshes the scorer.
 
@@ -229,6 +265,11 @@ class Hook(BatchHandles):
             labels: labels of the synthetic images, int64 [M] or soft [M,K].
             kind: "distribution" or "gradient".
             fresh_network: generator -> another network of this kind.
+            expand: (images, labels) -> those that the network sees, where the loop expands its images (IDM).
+            last: False where further updates of the same iteration follow (a loop that goes class by class).
+            distance: of the kind "gradient": (synthetic gradients, real gradients) of all parameters -> scalar. IWD's
+                mode "all" needs it there.
+            learning: how the loop trains its networks on the real data, where it does.
         """
         if not self.enabled:
             return
@@ -239,38 +280,40 @@ class Hook(BatchHandles):
         empty = torch.zeros(0, dtype=torch.int64, device=self.state.device)
         indices = torch.cat(self._drawn) if self._drawn else empty
         offset = self._offset if self._offset is not None else torch.zeros(len(self.state), device=self.state.device)
-        match = Match(loss, offset, indices, tensors, labels, network, self.iteration, kind, fresh_network, self.data)
+        context = (self.iteration, kind, fresh_network, self.data, expand, last, distance, learning)
+        match = Match(loss, offset, indices, tensors, labels, network, *context)
         began = perf_counter()
         self.events.match(self.state, match)
         self.scoring_seconds += perf_counter() - began
-        self._next_iteration()
-
-    def before_segment_update(self, segment: Segment) -> None:
-        """As :meth:`before_update`, for trajectory matching; the segment's ``iteration`` and ``data`` are set here."""
-        if self.enabled:
-            segment.iteration, segment.data = self.iteration, self.data
-            self.events.position(iteration=self.iteration)
-            began = perf_counter()
-            self.events.segment(self.state, segment)
-            self.scoring_seconds += perf_counter() - began
+        if last:
             self._next_iteration()
+        else:
+            self._forget_batch()
 
-    def wants_graph(self) -> bool:
-        """Whether this iteration's weights (or segment target) carry a graph for a method."""
-        return self.enabled and self.events.wants_graph(self.iteration)
-
-    def _next_iteration(self) -> None:
+    def _forget_batch(self) -> None:
         self._offset = None
         self._drawn, self._noted = [], []
-        self.iteration += 1
+
+    def _next_iteration(self) -> None:
+        self._forget_batch()
+        super()._next_iteration()
         every = self.scorer_config.refresh_every
         if self.scorer is not None and every and self.iteration % every == 0:
             self._scorer_epoch(self.scorer)
 
     def finish(self) -> None:
-        """Fires on_end and, if attach() got a state path, writes the state there."""
+        """Fires on_end and, if attach() got a state path, writes the state there.
+
+        Warns (TadPluginWarning) where the loop's networks were to divide the data and none was trained long enough.
+        """
         if self.enabled:
             self.events.end(self.state)
+            state, scorers = self.state, [c.name for c in self.callbacks if c.needs_scorer]
+            untouched = state.trusted & (state.weight == 1) & (state.target == state.observed)
+            if scorers and self.trains_on_real and not self._decided and bool(untouched.all()):
+                do = "Train each network for more epochs than the method's warm-up takes, or lower that"
+                got = "none: every sample is trusted with its label and weight 1"
+                warnings.warn(explain(f"decisions of {', '.join(scorers)}", got, do), TadPluginWarning, stacklevel=2)
         if self.state_path is not None:
             self.save_state(self.state_path)
 
@@ -284,6 +327,7 @@ class Hook(BatchHandles):
         return {
             "state": self.state.state_dict(),
             "callbacks": self.events.state_dict(),
+            "position": dict(self.events.fields),
             "scorer": self.scorer.state_dict() if self.scorer is not None else None,
             "generator": self.generator.get_state(),
             "iteration": self.iteration,
@@ -300,6 +344,7 @@ class Hook(BatchHandles):
         """
         self.state.load_state_dict(state["state"])
         self.events.load_state_dict(state["callbacks"])
+        self.events.position(**state["position"])
         if state["scorer"] is not None:
             self.scorer = self._make_scorer()
             self.scorer.load_state_dict(state["scorer"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -14,10 +12,10 @@ from torch import Tensor, nn
 
 from tad_plugin.callback import Callback, Match, Segment
 from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
+from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
 from tad_plugin.iwd.influence import explicit_influence
-from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
-from tad_plugin.iwd.refresh import TARGETS, held_out_folds, score_on_network, target_gradient
-from tad_plugin.iwd.segment import segment_influence
+from tad_plugin.iwd.refresh import held_out_folds, score_on_network, target_gradient
+from tad_plugin.iwd.segment import add_term, segment_influence, synthetic_gradient
 from tad_plugin.iwd.targets import Fold
 from tad_plugin.iwd.weighting import RunningScore, fit_temperature, saturate, softmax_weights, standardise
 from tad_plugin.nn.networks import reinitialise
@@ -25,84 +23,6 @@ from tad_plugin.scorer import RealData, chunk_size
 from tad_plugin.state import SampleState
 
 __all__ = ["DEFAULT_EVERY", "IWD", "IWDConfig"]
-
-DEFAULT_EVERY = {"all": 500, "batch": 1}
-"""Iterations between refreshes by mode, where the settings say 0."""
-
-
-@dataclass
-class IWDConfig:
-    """Settings of IWD. All defaults are ours, chosen by the experiments in this folder's README.
-
-    Attributes:
-        mode: "all" scores every sample at each refresh on fresh networks; "batch" only the samples of the batch, on
-            the network and the loss of the iteration.
-        explicit: whether the path through the matched statistic counts (DM, IDM, DC).
-        implicit: whether the path through networks trained on real data counts (MTT, DATM).
-        target: "validation" (held-out loss after learning from S) or "matching" (the unweighted matching loss).
-        held_out: size of V: a share of the usable samples in (0, 0.5], or a whole number per class.
-        ess: effective sample size that is left of each class, as a share of all its samples in (0, 1]. What a method
-            before this one set aside counts: after TAD has trusted 95%, 0.9 means 0.95 of those. 1 never weights.
-        saturate: share of each class's best-scored samples that all get the same weight, in [0, 1), at most ``ess``;
-            0 is a plain softmax over all.
-        every: iterations between refreshes; 0 takes 500 in mode "all" and 1 in mode "batch".
-        early: mode "all" also refreshes at iterations early, 2 early, 4 early, ... below ``every``; 0 does not.
-        networks: fresh networks per refresh of mode "all".
-        warmup: refreshes before the first weights; until then every weight is exactly 1.
-        alpha: inner step size of the target "validation".
-        steps: its inner steps.
-        decay: share of the old score that stays at each new one, in (0, 1); 0 keeps the plain mean of all.
-        sign: 1, or -1 for the reversed control, which weights the harmful samples up.
-        chunk_size: images per forward pass of a refresh; 0 takes what suits the device.
-        memory_budget: bytes for one chunk of per-sample derivatives (implicit path).
-    """
-
-    mode: str = "all"
-    explicit: bool = True
-    implicit: bool = True
-    target: str = "validation"
-    held_out: float = 0.1
-    ess: float = 0.9
-    saturate: float = 0.0
-    every: int = 0
-    early: int = 10
-    networks: int = 2
-    warmup: int = 1
-    alpha: float = 0.01
-    steps: int = 1
-    decay: float = 0.0
-    sign: int = 1
-    chunk_size: int = 0
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
-
-    def __post_init__(self) -> None:
-        share = self.held_out
-        checks = [
-            (self.mode in ("all", "batch"), 'mode "all" or "batch"', self.mode),
-            (self.explicit or self.implicit, "explicit or implicit (or both) switched on", "neither"),
-            (self.target in TARGETS, f"target out of {TARGETS}", self.target),
-            (
-                0 < share <= 0.5 or (share >= 1 and float(share).is_integer()),
-                "held_out as a share in (0, 0.5] or a whole number per class",
-                share,
-            ),
-            (0 < self.ess <= 1, "ess in (0, 1]", self.ess),
-            (0 <= self.saturate < 1, "saturate in [0, 1)", self.saturate),
-            (self.saturate <= self.ess, f"saturate of at most ess ({self.ess})", self.saturate),
-            (self.every >= 0, "every of at least 0", self.every),
-            (self.early >= 0, "early of at least 0", self.early),
-            (self.networks >= 1, "networks of at least 1", self.networks),
-            (self.warmup >= 0, "warmup of at least 0", self.warmup),
-            (self.alpha > 0 and math.isfinite(self.alpha), "alpha above 0", self.alpha),
-            (self.steps >= 1, "steps of at least 1", self.steps),
-            (0 <= self.decay < 1, "decay in [0, 1)", self.decay),
-            (self.sign in (1, -1), "sign 1 or -1", self.sign),
-            (self.chunk_size >= 0, "chunk_size of at least 0", self.chunk_size),
-            (self.memory_budget >= 1, "memory_budget of at least 1", self.memory_budget),
-        ]
-        for good, expected, got in checks:
-            if not good:
-                raise ConfigError(explain(f"iwd.{expected}", repr(got), "Correct the setting"))
 
 
 class IWD(Callback):
@@ -132,6 +52,9 @@ class IWD(Callback):
         self._running: RunningScore | None = None
         self._scored_as: Tensor | None = None
         self._seen_match = False
+        self._spent = 0.0
+        # What on_segment_term and on_segment of one iteration share: who is held out, and the gradient in S.
+        self._terms: tuple[Fold, Tensor] | None = None
 
     # -- when --------------------------------------------------------------------------------------
     def due(self, iteration: int) -> bool:
@@ -168,24 +91,41 @@ class IWD(Callback):
         """
         self._seen_match = True
         config = self.config
-        if not config.explicit:
+        if not (config.explicit or (config.learned and config.mode == "all" and match.learning is not None)):
             raise ConfigError(
                 explain(
                     "iwd.explicit=True in a loop that matches real samples directly",
-                    "False, and such a loop trains no network on the real data, so the implicit influence is zero",
-                    "Switch explicit on, or use a trajectory-matching loop",
+                    "False, and nothing else: such a loop has no implicit influence, or IWD is not to take it",
+                    'Switch explicit on; in a loop that trains networks on real data (IDM), learned in mode "all"',
                 )
             )
-        if not self.due(match.iteration):
+        if not self.due(match.iteration) or (config.mode == "all" and not match.last):
             return
         data, labels = self._data(match.data), match.synthetic_labels
         if labels is None:
             raise ConfigError(
                 explain("labels of the synthetic images", "none", "Pass labels=... to hook.before_update()")
             )
-        began = perf_counter()
+        began = perf_counter() - self._spent
         values = (self._all if config.mode == "all" else self._batch)(state, match, data, labels)
+        self._spent = 0.0 if match.last else perf_counter() - began
+        if not match.last:
+            return  # the other classes of this iteration follow
         self._finish(state, began, sum(values) / len(values))
+
+    def on_segment_term(
+        self, *, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor
+    ) -> None:
+        """Sums the direction of the target "validation" over the terms; for "matching" the loss itself is enough."""
+        config = self.config
+        if not (config.implicit and config.target == "validation" and self.due(segment.iteration)):
+            return
+        if self._terms is None:
+            fold, data = self._folds(state)[0], self._data(segment.data)
+            held_out = (data.images[fold.held_out], state.target[fold.held_out])
+            gradient = synthetic_gradient(segment, held_out, alpha=config.alpha, steps=config.steps)
+            self._terms = (fold, gradient)
+        add_term(segment, term, images, self._terms[1][indices])
 
     def on_segment(self, *, state: SampleState, segment: Segment) -> None:
         """The same for trajectory matching: all usable samples by the implicit path.
@@ -206,7 +146,8 @@ class IWD(Callback):
             return
         data = self._data(segment.data)
         began = perf_counter()
-        fold = self._folds(state)[0]
+        fold = self._folds(state)[0] if self._terms is None else self._terms[0]
+        self._terms = None
         found = segment_influence(
             segment,
             data.images[fold.scored],
@@ -224,19 +165,20 @@ class IWD(Callback):
     # -- scoring -----------------------------------------------------------------------------------
     def _all(self, state: SampleState, match: Match, data: RealData, labels: Tensor) -> list[float]:
         config = self.config
-        if match.kind != "distribution":
+        if match.kind != "distribution" and match.distance is None:
             raise ConfigError(
                 explain(
-                    'a loop that matches class means (kind "distribution") for iwd.mode="all"',
-                    f"kind {match.kind!r}",
-                    'Set iwd.mode="batch", which serves every loop',
+                    'a loop that matches class means, or tells the distance of its gradients, for iwd.mode="all"',
+                    f"kind {match.kind!r} without a distance",
+                    'Pass distance=... to hook.before_update(), or set iwd.mode="batch", which serves every loop',
                 )
             )
         folds = self._folds(state)
+        learning = match.learning if config.learned else None
         values = []
         for number in range(config.networks):
             found = score_on_network(
-                self._fresh(match),
+                self._fresh(match) if learning is None else learning.network(self.generator),
                 data.images,
                 state.target,
                 folds[number % len(folds)],
@@ -248,6 +190,10 @@ class IWD(Callback):
                 alpha=config.alpha,
                 steps=config.steps,
                 chunk_size=config.chunk_size or chunk_size(data.images.device),
+                expand=match.expand,
+                distance=match.distance,
+                explicit=config.explicit,
+                learning=learning,
             )
             self._add(state, found.indices, found.standardised)
             values.append(found.target)
@@ -277,6 +223,7 @@ class IWD(Callback):
             alpha=config.alpha,
             steps=config.steps,
             chunk_size=config.chunk_size or chunk_size(data.images.device),
+            expand=match.expand,
         )
         found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
         drawn = match.indices.unique()

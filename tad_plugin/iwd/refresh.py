@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
+from tad_plugin.events import Learning
+from tad_plugin.iwd.gradient_influence import GradientDistance, gradient_influence
 from tad_plugin.iwd.influence import dm_influence
+from tad_plugin.iwd.learned import learned_influence
 from tad_plugin.iwd.targets import Fold, cross_fit, matching_target, validation_gradient
 from tad_plugin.iwd.vectors import require_finite
 from tad_plugin.iwd.weighting import standardise
@@ -23,6 +26,7 @@ from tad_plugin.scorer import features_and_logits
 __all__ = ["TARGETS", "embedding_of", "held_out_folds", "score_on_network", "target_gradient"]
 
 TARGETS = ("validation", "matching")
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def embedding_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -91,6 +95,7 @@ def target_gradient(
     alpha: float = 0.01,
     steps: int = 1,
     chunk_size: int = 1024,
+    expand: Expand | None = None,
 ) -> tuple[float, Tensor]:
     """Value and gradient of the target M with respect to S, the mean over ``networks``.
 
@@ -105,6 +110,7 @@ def target_gradient(
         alpha: inner step size of "validation".
         steps: inner steps of "validation".
         chunk_size: held-out images per pass of "validation".
+        expand: what becomes of S before a network sees it, see :class:`tad_plugin.callback.Match`; None for nothing.
 
     Returns:
         (M(S), grad_S M in the shape of S).
@@ -118,6 +124,24 @@ def target_gradient(
         raise InvalidInputError(
             explain(f"a target out of {TARGETS} and a network", f"{target!r}, {len(networks)} networks", "Correct them")
         )
+    if expand is not None:
+        # M of the expanded set, and its gradient pulled back to S.
+        leaf = synthetic.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            shown, shown_labels = expand(leaf, synthetic_labels)
+        level, slope = target_gradient(
+            target,
+            networks,
+            shown.detach(),
+            shown_labels,
+            images,
+            labels,
+            num_classes,
+            alpha=alpha,
+            steps=steps,
+            chunk_size=chunk_size,
+        )
+        return level, torch.autograd.grad(shown, leaf, slope)[0]
     if target == "validation":
         found = [
             validation_gradient(
@@ -171,8 +195,12 @@ def score_on_network(
     alpha: float = 0.01,
     steps: int = 1,
     chunk_size: int = 1024,
+    expand: Expand | None = None,
+    distance: GradientDistance | None = None,
+    explicit: bool = True,
+    learning: Learning | None = None,
 ) -> NetworkScores:
-    """Explicit influence of all samples of ``fold.scored`` through a matching of class means (DM, IDM) on one network.
+    """Influence of all samples of ``fold.scored`` through a match of class means or gradients, on one network.
 
     Args:
         network: the network on which both the statistic and M are taken.
@@ -187,6 +215,10 @@ def score_on_network(
         alpha: inner step size of "validation".
         steps: inner steps of "validation".
         chunk_size: images per forward pass.
+        expand: what becomes of S before the network sees it; linear in the images, as are partition and enlargement.
+        distance: between class gradients (DC, DSA); None for class means of embeddings (DM, IDM).
+        explicit: whether the path through the matched statistic counts.
+        learning: adds the path through the training of this network (class means only); None leaves it out.
 
     Raises:
         NonFiniteError: an image, a gradient or an influence is NaN or infinite.
@@ -202,17 +234,22 @@ def score_on_network(
         alpha=alpha,
         steps=steps,
         chunk_size=chunk_size,
+        expand=expand,
     )
+    if expand is not None:
+        # The descent step is one of S; a linear map moves its images the way it moves the set itself.
+        slope, _ = expand(slope, synthetic_labels)
+        synthetic, synthetic_labels = expand(synthetic.detach(), synthetic_labels)
     own = targets[fold.scored]
-    found = dm_influence(
-        embedding_of(network),
-        images[fold.scored],
-        own,
-        synthetic.detach(),
-        hard_labels(synthetic_labels),
-        slope,
-        num_classes,
-        weights=None if weights is None else weights[fold.scored],
-        chunk_size=chunk_size,
-    )
+    matched = (images[fold.scored], own, synthetic.detach(), hard_labels(synthetic_labels), slope, num_classes)
+    current = None if weights is None else weights[fold.scored]
+    embed = embedding_of(network)
+    if distance is not None:
+        found = gradient_influence(network, *matched, distance, weights=current, chunk_size=chunk_size)
+    elif explicit:
+        found = dm_influence(embed, *matched, weights=current, chunk_size=chunk_size)
+    else:
+        found = torch.zeros(len(own), dtype=images.dtype, device=images.device)
+    if learning is not None:
+        found = found + learned_influence(network, embed, *matched, learning, weights=current, chunk_size=chunk_size)
     return NetworkScores(fold.scored, found, standardise(found, own, num_classes), value)

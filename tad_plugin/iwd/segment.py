@@ -17,7 +17,7 @@ from tad_plugin.iwd.influence import target_direction
 from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
 from tad_plugin.iwd.refresh import target_gradient
 
-__all__ = ["segment_influence"]
+__all__ = ["add_term", "segment_influence", "synthetic_gradient"]
 
 
 def segment_influence(
@@ -38,6 +38,7 @@ def segment_influence(
     ``matching``: M is the segment's own loss, so u = dL/dtheta_target and no held-out sample is needed.
     Every epoch of the segment counts as one step at its starting parameters with the expert's learning rate;
     curvature along it is neglected.
+    A ``segment.direction`` that :func:`add_term` summed is taken as it is for ``validation``.
 
     Args:
         segment: with ``target`` as a leaf that requires a gradient and, for segments of several epochs,
@@ -79,16 +80,11 @@ def segment_influence(
                 )
             )
         direction = slope
+    elif target == "validation" and segment.direction is not None:
+        direction = segment.direction
     elif target == "validation":
-        synthetic, soft = segment.synthetic[0], segment.synthetic_labels
-        if soft is None:
-            raise ConfigError(
-                explain("segment.synthetic_labels for the target 'validation'", "none", "Pass the labels of S")
-            )
-        student = _at(segment.network, segment.start)
-        _, gradient = target_gradient(
-            "validation", [student], synthetic, soft, *held_out, num_classes=0, alpha=alpha, steps=steps
-        )
+        synthetic = segment.synthetic[0]
+        gradient = synthetic_gradient(segment, held_out, alpha=alpha, steps=steps)
         (direction,) = target_direction(segment.loss, segment.target, synthetic, gradient)
     else:
         raise ConfigError(explain("target 'validation' or 'matching'", repr(target), "Correct iwd.target"))
@@ -98,6 +94,45 @@ def segment_influence(
     return unrolled_influence(
         segment.network, along, images, labels, direction, weights=weights, memory_budget=memory_budget
     ).detach()
+
+
+def synthetic_gradient(
+    segment: Segment, held_out: tuple[Tensor, Tensor], *, alpha: float = 0.01, steps: int = 1
+) -> Tensor:
+    """Gradient of the target "validation" in the synthetic images [M, C, H, W], on the student at the segment's start.
+
+    Arguments and errors as for :func:`segment_influence`.
+    """
+    synthetic, labels = segment.synthetic[0], segment.synthetic_labels
+    if labels is None:
+        raise ConfigError(
+            explain("segment.synthetic_labels for the target 'validation'", "none", "Pass the labels of S")
+        )
+    student = _at(segment.network, segment.start)
+    _, gradient = target_gradient(
+        "validation", [student], synthetic, labels, *held_out, num_classes=0, alpha=alpha, steps=steps
+    )
+    return gradient
+
+
+def add_term(segment: Segment, term: Tensor, images: Tensor, gradient: Tensor) -> None:
+    """Adds one term of the loss to ``segment.direction``, for loops that keep no graph of the whole loss (TESLA).
+
+    The direction of the target "validation" is linear in the loss's gradient in S, so the terms that make up that
+    gradient give it one by one; :func:`segment_influence` then takes the sum.
+
+    Args:
+        segment: with ``target`` as a leaf that requires a gradient.
+        term: a scalar with its graph, whose gradient in ``images`` is part of the loss's.
+        images: rows of the synthetic images [B, C, H, W].
+        gradient: the same rows of :func:`synthetic_gradient`.
+
+    Raises:
+        DisconnectedGraphError: the term's gradient does not depend on the target parameters.
+        NonFiniteError: a gradient is NaN or infinite.
+    """
+    (found,) = target_direction(term, segment.target, images, gradient)
+    segment.direction = found if segment.direction is None else segment.direction + found
 
 
 def _at(network: nn.Module, flat: Tensor) -> nn.Module:

@@ -88,6 +88,7 @@ class TAD(Callback):
         self.round = 0
         self.history: list[Tensor] = []
         self.ensemble: TemporalEnsemble | None = None
+        self._mean: Tensor | None = None
         #: the last division's mixture, for pictures
         self.mixture: ClassMixture | None = None
 
@@ -103,11 +104,22 @@ class TAD(Callback):
             return loss
         if self.ensemble is None:
             self.ensemble = self._make_ensemble(len(state), state.num_classes, state.device)
-        mean = self.ensemble.ensemble(indices)
-        term = consistency_loss(logits, mean)
+        self._mean = self.ensemble.ensemble(indices)
+        loss = self._consistent(logits, loss, self._mean)
         self.ensemble.update(indices, logits.detach().softmax(1))
+        return loss
+
+    def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """The same term against the same running means, which this prediction does not enter."""
+        return loss if self._mean is None else self._consistent(logits, loss, self._mean)
+
+    def _consistent(self, logits: Tensor, loss: Tensor, mean: Tensor) -> Tensor:
         weight = ramp_up(self.round, self.config.consistency_rounds, self.config.consistency)
-        return loss + weight * term
+        return loss + weight * consistency_loss(logits, mean)
+
+    def on_scorer_start(self, *, state: SampleState) -> None:
+        """Another expert: warm-up, loss history and running means begin anew; the division so far stands meanwhile."""
+        self.round, self.history, self.ensemble, self._mean = 0, [], None, None
 
     def on_scorer_epoch(self, *, state: SampleState, network: nn.Module, data: RealData) -> None:
         """One round: outer loop, then inner loop.

@@ -1,16 +1,18 @@
-"""What the tests of the baselines share: a small gradient-matching loop."""
+"""What the tests of the baselines share: a small gradient-matching loop, weights that are not 1, a hook."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tad_plugin.callback import Callback
 from tad_plugin.distill.dc import DC, DSA, DCConfig, DSAConfig
 from tad_plugin.distill.loop import initial_images
 from tad_plugin.hook import Hook
 from tad_plugin.scorer import RealData
+from tad_plugin.state import SampleState
 from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN
 
@@ -35,3 +37,18 @@ def dc_loop(
     loop = cls(config, data, hook, start, generator)
     loop.network.to(dtype)
     return loop
+
+
+class Scales(Callback):
+    """Weights that are not 1, set once."""
+
+    name: ClassVar[str] = "scales"
+
+    def on_start(self, *, state: SampleState, data: RealData) -> None:
+        generator = torch.Generator().manual_seed(5)
+        state.set_weights(self.name, torch.rand(len(state), generator=generator) + 0.5)
+
+
+def hook_with(images: Tensor, labels: Tensor, *callbacks: Callback) -> Hook:
+    hook = Hook(SampleState(labels, 3), RealData(images, labels, 3), callbacks, method="test")
+    return hook.start()

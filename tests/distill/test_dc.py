@@ -23,7 +23,7 @@ from tad_plugin.iwd.influence import explicit_influence
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.scorer import RealData
 from tad_plugin.state import SampleState
-from tests.distill.problems import dc_loop
+from tests.distill.problems import Scales, dc_loop, hook_with
 from tests.problems import blobs, distilled, flip
 
 # -- what a step computes ----------------------------------------------------------------------------
@@ -121,16 +121,6 @@ def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
 # -- with a hook -------------------------------------------------------------------------------------
 
 
-class Scales(Callback):
-    """Weights that are not 1, set once."""
-
-    name: ClassVar[str] = "scales"
-
-    def on_start(self, *, state: SampleState, data: RealData) -> None:
-        generator = torch.Generator().manual_seed(5)
-        state.set_weights(self.name, torch.rand(len(state), generator=generator) + 0.5)
-
-
 class Recorder(Callback):
     """The explicit influence of each batch on a fixed linear target, as a method would ask for it."""
 
@@ -148,11 +138,6 @@ class Recorder(Callback):
             self.slope = torch.randn(match.synthetic[0].shape, generator=generator).to(match.synthetic[0].dtype)
         assert match.kind == "gradient" and match.fresh_network is not None
         self.found.append(explicit_influence(match.loss, match.weights, match.synthetic[0], self.slope))
-
-
-def hook_with(images: Tensor, labels: Tensor, *callbacks: Callback) -> Hook:
-    hook = Hook(SampleState(labels, 3), RealData(images, labels, 3), callbacks, method="test")
-    return hook.start()
 
 
 @pytest.mark.parametrize("cls", [DC, DSA])
@@ -303,6 +288,8 @@ def test_published_settings_are_the_defaults() -> None:
         for ipc, preset in PRESETS[name].items():
             published = config(**preset)
             assert published.loops == LOOPS[ipc] and published.iterations == 1000 * published.outer
+            named = RunConfig(baseline=name, ipc=ipc, loop={"preset": "published"}, device="cpu").resolved()
+            assert check_config(named, "clean") == published
             default = config(ipc=ipc, iterations=published.iterations)
             assert dataclasses.replace(default, outer=default.loops[0], inner=default.loops[1]) == published
     assert (DCConfig().init, DCConfig().augment, DSAConfig().init, DSAConfig().augment) == (

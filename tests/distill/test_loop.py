@@ -86,6 +86,22 @@ def test_a_class_without_a_step_is_named() -> None:
         Baseline(BaselineConfig(), data(), None, start, torch.Generator()).step(0)
 
 
+@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "idm"])
+def test_a_class_with_fewer_samples_than_the_batch_gives_all_it_has_or_is_named(name: str) -> None:
+    """All it has is what the public code does too, and what a method that sets samples aside needs."""
+    real, cls = data(), baseline_class(name)
+    for full in (False, True):
+        settings = {"ipc": 1, "lr_img": 0.1, "width": 4, "batch_real": 21, "init": "real", "augment": "none"}
+        config, generator = cls.Config(**settings, full_batches=full), torch.Generator().manual_seed(0)
+        start = SyntheticSet(*cls.initial_images(config, real, None, generator), 3, PLAIN)
+        loop = cls(config, real, None, start, generator)
+        if full:
+            with pytest.raises(NotEnoughSamplesError, match="21 usable samples of class 0 for a batch, but got 20"):
+                loop.step(0)
+        else:
+            assert loop.step(0)["loss"] > 0
+
+
 @pytest.mark.parametrize("given", [{"ipc": 0}, {"iterations": -1}, {"width": 0}, {"depth": -1}, {"init": "zeros"}])
 def test_bad_settings_are_named(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(given))} .*but got"):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tad_plugin.distill.classmeans as means_module
 import tad_plugin.distill.dc as dc_module
-import tad_plugin.distill.dm as dm_module
 from tad_plugin.distill.dc import DC, DSA, LOOPS, DCConfig, DSAConfig
 from tad_plugin.distill.dm import DM, DMConfig
 from tad_plugin.distill.loop import Baseline, BaselineConfig
@@ -110,7 +110,7 @@ class Theirs:
         ipc = self.loop.config.ipc
         for c in range(CLASSES):
             pair = [self.loop.data.images[self.indices[c]], self.images[c * ipc : (c + 1) * ipc]]
-            if self.strategy:
+            if self.loop.augmentation.strategies:  # type: ignore[attr-defined]
                 with torch.random.fork_rng(devices=[]):
                     param = self.utils.ParamDiffAug()
                     pair = [self.utils.DiffAugment(x, self.strategy, seed=self.seeds[c], param=param) for x in pair]
@@ -151,7 +151,7 @@ def agree(loop: Baseline, logged: float, theirs: Theirs, loss: Tensor) -> None:
 def test_dm(strategy: str) -> None:
     loop = loop_of(DM, DMConfig(**SMALL, augment=strategy))
     start = loop.synthetic.images.detach().clone()
-    with recorded_draws(dm_module) as indices:
+    with recorded_draws(means_module) as indices:
         logged = loop.step(0)["loss"]
     theirs = Theirs(loop, indices, start)
     agree(loop, logged, theirs, theirs.distribution_matching(their_network(loop.network)))  # type: ignore[attr-defined]

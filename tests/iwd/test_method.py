@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tad_plugin.callback import CallbackList, Match
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.diagnostics import area_under_roc
-from tad_plugin.distill.dm import DM, DMConfig
+from tad_plugin.distill.dc import DC
+from tad_plugin.distill.dm import DM
 from tad_plugin.distill.loop import initial_images
 from tad_plugin.errors import (
     ConfigError,
@@ -46,8 +47,15 @@ def noisy_digits(n: int = 400, rate: float = 0.4) -> tuple[Tensor, Tensor, Tenso
 X, OBSERVED, TRUE = noisy_digits()
 
 
-def make(method: str | None, settings: dict[str, Any] | None = None, *, batch: int = 32, images: Tensor = X) -> Made:
-    """A DM loop on noisy digits with a method, or (None) without any hook."""
+def make(
+    method: str | None,
+    settings: dict[str, Any] | None = None,
+    *,
+    batch: int = 32,
+    images: Tensor = X,
+    kind: type[Any] = DM,
+) -> Made:
+    """A DM (or other) loop on noisy digits with a method, or (None) without any hook."""
     records: list[dict[str, Any]] = []
     hook = None
     if method is not None:
@@ -57,11 +65,11 @@ def make(method: str | None, settings: dict[str, Any] | None = None, *, batch: i
             dataset="digits", ipc=1, log=records.append,
         )  # fmt: skip
     data = RealData(images, OBSERVED, 10, TRUE, "digits", ipc=1)
-    config = DMConfig(ipc=1, width=8, batch_real=batch, lr_img=1.0)
+    config = kind.Config(ipc=1, width=8, batch_real=batch, lr_img=1.0)
     generator = torch.Generator().manual_seed(1)
     start, labels = initial_images(config, data, hook, generator)
     synthetic = SyntheticSet(start, labels, 10, Preprocessing((0.0,), (1.0,)), "digits")
-    return DM(config, data, hook, synthetic, generator), hook, records
+    return kind(config, data, hook, synthetic, generator), hook, records
 
 
 def run(loop: DM, first: int, last: int) -> Tensor:
@@ -162,6 +170,30 @@ def test_batch_scores_equal_all_scores_through_the_hook() -> None:
     assert torch.equal(hook.state["influence_count"][fold.scored], torch.ones_like(fold.scored))
     assert int(hook.state["influence_count"][fold.held_out].sum()) == 0
     assert torch.allclose(2 * hook.state["influence"][fold.scored].double(), oracle.standardised, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["all", "batch"])
+def test_a_loop_that_goes_class_by_class_has_one_refresh_for_all_of_them(mode: str) -> None:
+    loop, hook, records = make("iwd", {"mode": mode, "warmup": 9, "networks": 1, "every": 1})
+    assert hook is not None
+    iwd, network, s, labels = callback_of(hook), loop.network, loop.synthetic.images, loop.synthetic.labels
+    kept = iwd.generator.get_state()
+    for c in range(10):
+        indices = hook.pool(c)
+        hook.drawn(indices)
+        rows = hook.reweight(network.embed(X[indices]).detach())
+        loss = (rows.mean(0) - network.embed(s[labels == c]).mean(0)).square().sum()
+        iwd.generator.set_state(kept)  # the same samples are held out for every class
+        hook.before_update(loss, s, network, labels=labels, last=c == 9)
+        assert hook.iteration == (c == 9) and iwd.refreshes == (c == 9)
+    iwd.generator.set_state(kept)
+    fold = iwd._folds(hook.state)[0]
+    network = network if mode == "batch" else loop.fresh_network(iwd.generator)
+    oracle = score_on_network(network, X, OBSERVED, fold, s.detach(), labels, 10)
+    assert torch.equal(hook.state["influence_count"][fold.scored], torch.ones_like(fold.scored))
+    assert torch.allclose(2 * hook.state["influence"][fold.scored].double(), oracle.standardised, atol=1e-3)
+    (record,) = [r for r in records if r["event"] == "influence"]
+    assert 0 < record["seconds"] <= hook.scoring_seconds
 
 
 @pytest.mark.parametrize("target", ["validation", "matching"])
@@ -340,7 +372,18 @@ def test_paths_that_a_loop_does_not_have() -> None:
         loop.step(0)
 
 
-def test_a_gradient_matching_loop_needs_the_batch_mode() -> None:
+def test_a_gradient_matching_loop_is_scored_on_all_samples_too() -> None:
+    loop, hook, records = make("iwd", {"networks": 1, "every": 2}, kind=DC)
+    run(loop, 0, 3)
+    assert hook is not None and [r["refresh"] for r in records if r["event"] == "influence"] == [1, 2]
+    seen = hook.state["influence_count"] > 0
+    assert float(seen.float().mean()) > 0.9
+    # Two random networks and a third of the digits: well above chance.
+    assert area_under_roc(hook.state["influence"][seen], (OBSERVED != TRUE)[seen]) > 0.7
+    assert float(hook.state.weight.std()) > 0.01
+
+
+def test_a_gradient_matching_loop_that_tells_no_distance_needs_the_batch_mode() -> None:
     loop, hook, _ = make("iwd")
     assert hook is not None
     s = loop.synthetic.images

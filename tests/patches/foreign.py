@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from tad_plugin.compatibility import Script, needed_switches, run_script
+from tad_plugin.patching import apply, load_patch, reverse, status
 from tests.upstream import upstream
 
 
@@ -52,3 +56,50 @@ def run(root: Path, script: str, arguments: Sequence[str], *, seed: int = 0) -> 
     """Runs a script of a checkout repeatably, with the switches that it needs."""
     found = Script.find(root, script)
     assert run_script(found, arguments, switches=needed_switches(found), seed=seed) == 0
+
+
+Experts = list[list[list[Tensor]]]
+"""For each expert, for each epoch (0 is the start) its parameters."""
+
+
+def same(a: Experts, b: Experts) -> bool:
+    """Whether every parameter of every epoch of every expert has the same bits."""
+    flat = [[p for expert in found for epoch in expert for p in epoch] for found in (a, b)]
+    return len(flat[0]) == len(flat[1]) and all(torch.equal(p, q) for p, q in zip(*flat, strict=True))
+
+
+def flags(folder: Path, method: str, settings: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Flags for a method on 40% wrong labels, with a state file in ``folder``."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({name: settings[name] for name in method.split("+") if name in settings}))
+    state = ["--tad_state", str(folder / "state.safetensors")]
+    return ["--tad_method", method, "--tad_config", str(config), *state, "--tad_noise", "symmetric:0.4"]
+
+
+def check_bytes(name: str, folder: Path, changed: dict[str, bool]) -> None:
+    """Applies and reverses a patch; ``changed`` are the files that it touches and whether their lines end in CRLF."""
+    root, patch = copied(name, folder), load_patch(name)
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert status(patch, root).condition == "clean"
+    apply(patch, root)
+    found = {p.relative_to(root).as_posix() for p, content in before.items() if p.read_bytes() != content}
+    assert found == set(changed) and status(patch, root).condition == "patched"
+    for file, crlf in changed.items():
+        content = (root / file).read_bytes()
+        assert content.count(b"\r\n") == (content.count(b"\n") if crlf else 0)
+    reverse(patch, root)
+    assert before == {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def nearest(images: Tensor, data: Path) -> list[int]:
+    """For each normalised image its position among the training images of ``data``, of which it must be one."""
+    from torchvision import datasets, transforms
+
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    real = datasets.CIFAR10(str(data), train=True, transform=steps)
+    rows = torch.stack([real[i][0] for i in range(len(real))])
+    distance = torch.cdist(images.flatten(1), rows.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(distance.amin(1).max()) < 1e-4
+    found: list[int] = distance.argmin(1).tolist()
+    return found

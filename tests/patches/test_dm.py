@@ -120,7 +120,9 @@ def noisy(patched: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("method", ["tad", "iwd", "tad+iwd"])
-@pytest.mark.parametrize(("script", "mode"), [(DM, "all"), (DC, "batch"), (DSA, "batch")], ids=["dm", "dc", "dsa"])
+@pytest.mark.parametrize(
+    ("script", "mode"), [(DM, "all"), (DC, "batch"), (DC, "all"), (DSA, "all")], ids=["dm", "dc-batch", "dc", "dsa"]
+)
 def test_on_it_divides_and_weights(
     script: list[str], mode: str, method: str, patched: Path, data: Path, tmp_path: Path, noisy: Any
 ) -> None:

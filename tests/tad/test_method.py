@@ -138,7 +138,7 @@ def test_a_recalled_sample_that_fails_returns_to_its_observed_label_and_the_othe
     assert fixed.round()["recalled"] > 0
     state = fixed.state
     moved = ((state["recall_score"] > 0) & (state.target != fixed.observed)).nonzero().flatten()
-    assert len(moved) > 10 and torch.equal(state.target[moved], fixed.true[moved])
+    assert len(moved) > 5 and torch.equal(state.target[moved], fixed.true[moved])
     before = state.target.clone()
     # nothing changed: they stand
     assert fixed.round()["returned"] == 0 and torch.equal(state.target[moved], before[moved])

@@ -1,0 +1,257 @@
+"""The patched public DM script beside the bundled loop: noisy labels without a method, and with TAD.
+
+Run ``bash reproduce/patched_dm.sh`` (or this file with ``--help``). The checkout is copied, never changed. Each run is
+written when it is finished, and a second start goes on with what is missing. All arms read the same files: the first
+images of each class of the given image folder, written in torchvision's CIFAR-10 format, which is what the public
+script reads. A seed fixes the wrong labels, the same for all arms; the public script's other draws follow the seeded
+mode of ``tad-plugin run``, the bundled loop's its own seed. Each side evaluates as it always does. 200 iterations move
+the initial images little, so a run's accuracy hangs on which ones were drawn and how many of them are mislabelled:
+the bundled loop also runs from the very images and the division that the script had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import pickle
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from tad_plugin.compare import compare
+from tad_plugin.compatibility import Script, needed_switches, run_script
+from tad_plugin.data.datasets import load_dataset
+from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.data.sources import RawSplits, read_source
+from tad_plugin.diagnostics import split_quality
+from tad_plugin.distill.dm import DM, DMConfig
+from tad_plugin.environment import versions
+from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.evaluate import EvaluateConfig, evaluate
+from tad_plugin.experiment import RunConfig
+from tad_plugin.files import atomic_write
+from tad_plugin.hook import attach
+from tad_plugin.patching import apply, load_patch
+from tad_plugin.report import Row, markdown_table, noise_label, summarise
+from tad_plugin.runconfig import generator_of
+from tad_plugin.standins import any_checksum
+from tad_plugin.state import SampleState
+from tad_plugin.synthetic import SyntheticSet
+
+NOISE = "symmetric:0.4"
+ARMS = {"noisy": "none", "tad": "tad"}
+SETTING = {
+    "per_class": 1000, "ipc": 10, "iterations": 200, "batch_real": 64, "width": 32, "eval_epochs": 300, "eval_runs": 2,
+}  # fmt: skip
+SCRIPT, BUNDLED, SAME_START = "main_DM.py, patched", "dm", "dm from the script's start"
+COMMAND = "bash reproduce/patched_dm.sh cifar10-jpeg.zip DatasetCondensation"
+
+
+def torchvision_folder(raw: RawSplits, place: Path) -> None:
+    """Writes ``raw`` as torchvision's CIFAR-10 files, in the order given (class after class)."""
+    folder = place / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, rows: Any, labels: list[int]) -> None:
+        atomic_write(folder / name, pickle.dumps({"data": rows.reshape(len(labels), -1), "labels": labels}))
+
+    parts = np.array_split(np.arange(len(raw.train)), 5)
+    for number, part in enumerate(parts, 1):
+        write(f"data_batch_{number}", raw.train[part].numpy(), raw.train_labels[part].tolist())
+    write("test_batch", raw.test.numpy(), raw.test_labels.tolist())
+    atomic_write(folder / "batches.meta", pickle.dumps({"label_names": list(raw.class_names)}))
+
+
+def run_main_dm(checkout: Path, arm: str, seed: int, save: Path, args: argparse.Namespace, **changed: object) -> Path:
+    """Runs the patched script and returns its res_*.pt; ``changed`` are flags that differ from the study's."""
+    flags: dict[str, object] = {
+        "dataset": "CIFAR10", "model": f"ConvNetW{args.width}", "ipc": args.ipc, "num_exp": 1, "eval_mode": "none",
+        "num_eval": args.eval_runs, "epoch_eval_train": args.eval_epochs, "Iteration": args.iterations,
+        "batch_real": args.batch_real, "data_path": args.out / "data", "save_path": save,
+        "tad_method": ARMS[arm], "tad_noise": f"{NOISE}@seed={seed}", "tad_state": state_file(args, arm, seed),
+    }  # fmt: skip
+    found = Script.find(checkout, "main_DM.py")
+    words = [word for name, value in {**flags, **changed}.items() for word in (f"--{name}", str(value))]
+    shutil.rmtree(save, ignore_errors=True)
+    save.mkdir(parents=True)
+    with open(save / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        code = run_script(found, words, switches=needed_switches(found, on=["checksums"]), seed=seed)
+    if code:
+        raise SystemExit(f"main_DM.py ended with status {code}; see {save / 'log.txt'}")
+    (file,) = save.glob("res_*.pt")
+    return file
+
+
+def state_file(args: argparse.Namespace, arm: str, seed: int) -> Path:
+    """Where the script's run leaves its state."""
+    place: Path = args.out / "script" / arm / f"seed{seed}.safetensors"
+    return place
+
+
+def result_of(raw: RawSplits, side: str, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What results.json holds of a run besides its accuracies."""
+    state = SampleState.load(state_file(args, arm, seed))
+    rate = float((state.observed != raw.train_labels).float().mean())
+    split = split_quality(state.observed, state.target, state.trusted, state.trust, raw.train_labels)
+    return {
+        "arm": arm, "baseline": side, "dataset": raw.name, "per_class": args.per_class, "ipc": args.ipc,
+        "iterations": args.iterations, "seed": seed, "split": None if arm == "noisy" else split,
+        "noise": {"kind": "symmetric", "rate": NoiseSpec.parse(NOISE).rate, "seed": seed, "realised_rate": rate},
+        "versions": versions("cpu"),
+    }  # fmt: skip
+
+
+def script_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of the patched script."""
+    state_file(args, arm, seed).unlink(missing_ok=True)
+    file = run_main_dm(checkout, arm, seed, args.out / "script" / arm / f"seed{seed}", args)
+    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]):
+        (values,) = torch.load(file, weights_only=True)["accs_all_exps"].values()
+    return {**result_of(raw, SCRIPT, arm, seed, args), "accuracy": {"last": [100 * float(v) for v in values]}}
+
+
+def same_start_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The bundled loop from the script's initial images and division: what is left are the draws of the loop itself."""
+    state, save = state_file(args, arm, seed), args.out / "start" / arm / f"seed{seed}"
+    # One step of size 0, with the division taken from the file: the images that the script starts with.
+    start = torch.load(run_main_dm(checkout, arm, seed, save, args, Iteration=0, num_eval=0, lr_img=0))["data"][0]
+    with any_checksum():
+        splits = load_dataset("cifar10", args.out / "data", holdout=0.0, download=False)
+    observed = SampleState.load(state).observed
+    hook = attach(
+        ARMS[arm],
+        labels=observed,
+        data=splits.train_images,
+        num_classes=10,
+        dataset="cifar10",
+        ipc=args.ipc,
+        state=state,
+    )
+    first = SyntheticSet(start[0], start[1], 10, splits.preprocessing, "cifar10", splits.class_names)
+    config = DMConfig(ipc=args.ipc, iterations=args.iterations, width=args.width, batch_real=args.batch_real)
+    assert hook.data is not None
+    loop = DM(config, hook.data, hook, first, generator_of(seed, "loop"))
+    for iteration in range(args.iterations):
+        loop.step(iteration)
+    found = evaluate(
+        loop.result(), (splits.test_images, splits.test_labels),
+        EvaluateConfig(width=args.width, runs=args.eval_runs, epochs=args.eval_epochs),
+        preprocessing=splits.preprocessing, generator=generator_of(seed, "evaluation"),
+    )  # fmt: skip
+    return {**result_of(raw, SAME_START, arm, seed, args), "accuracy": {"last": list(found.accuracies)}}
+
+
+def bundled_run(raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The bundled loop at the same setting."""
+    config = RunConfig(
+        baseline="dm", dataset="cifar10", root=str(args.out / "data"), holdout=0.0, candidates=1, noise=NOISE,
+        ipc=args.ipc, iterations=args.iterations, width=args.width, loop={"batch_real": args.batch_real},
+        eval_epochs=args.eval_epochs, eval_runs=args.eval_runs, device="cpu",
+    )  # fmt: skip
+    with any_checksum():
+        (result,) = compare(config, arms=[arm], seeds=[seed], ipcs=[args.ipc], out=args.out / "bundled", progress=False)
+    return {**result, "dataset": raw.name, "per_class": args.per_class}
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """The tables, and what TAD wins on either side, seed by seed."""
+    rows = {(row.baseline, row.arm): row for row in summarise(results)}
+
+    def each(baseline: str, arm: str) -> list[float]:
+        row: Row | None = rows.get((baseline, arm))
+        return list(row.last.per_seed) if row is not None and row.last is not None else []
+
+    lines = [markdown_table(list(rows.values())), ""]
+    names = {SCRIPT: SCRIPT, BUNDLED: "bundled loop", SAME_START: "bundled loop from the script's start"}
+    for baseline, name in names.items():
+        noisy, tad = each(baseline, "noisy"), each(baseline, "tad")
+        if noisy and len(noisy) == len(tad):
+            gains = [t - n for n, t in zip(noisy, tad, strict=True)]
+            shown = ", ".join(f"{n:.1f} -> {t:.1f}" for n, t in zip(noisy, tad, strict=True))
+            lines.append(f"- {name}: TAD {statistics.mean(gains):+.1f} points (seed by seed {shown})")
+    for arm in ARMS:
+        for baseline in (SAME_START, BUNDLED):
+            script, bundled = each(SCRIPT, arm), each(baseline, arm)
+            if script and len(script) == len(bundled):
+                gap = [s - b for s, b in zip(script, bundled, strict=True)]
+                shown = ", ".join(f"{value:+.1f}" for value in gap)
+                lines.append(f"- {arm}: script minus {names[baseline]} {statistics.mean(gap):+.1f} points ({shown})")
+    return "\n".join(lines)
+
+
+def page(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """The Markdown file."""
+    v, first = results[0]["versions"], results[0]
+    machine = v["device"].split(" Processor")[0]
+    real = f"{args.iterations} iterations, {args.batch_real} real images per class"
+    evaluation = f"evaluation with {args.eval_runs} networks of {args.eval_epochs} epochs"
+    return f"""# Patched main_DM.py and the bundled DM loop, CIFAR-10 1k, {noise_label(first["noise"])}
+
+    {COMMAND}   # seeds as in the table
+
+The first {args.per_class:,} training images of each class and all test images of {first["dataset"]}, in torchvision's
+format (JPEG copies of the published files, so accuracies are not those of the published ones).
+ConvNet-3 width {args.width}, IPC {args.ipc}, {real}, {evaluation}.
+"noisy" is the patched script with `--tad_noise {NOISE}` and no method: the unmodified algorithm on wrong labels.
+"{SAME_START}" is the bundled loop from the script's initial images and division: {args.iterations}
+iterations move the images little, so a run's accuracy hangs on which ones it starts with.
+CPU: {machine}, one thread, shared with other jobs (times are upper bounds); Python {v["python"]}, torch {v["torch"]}.
+Accuracy in percent: mean over seeds of the mean over networks, +- standard deviation over seeds.
+
+{summary(results)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="image folder of CIFAR-10 or a zip of it: train/<class>/*, test/<class>/*")
+    parser.add_argument("checkout", type=Path, help="checkout of DatasetCondensation, unmodified")
+    parser.add_argument("--out", type=Path, default=Path("runs/patched_dm"))
+    parser.add_argument("--seeds", type=int, default=3)
+    for name, value in SETTING.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    torch.set_num_threads(args.threads)
+    raw = read_source(
+        f"folder:{Path(args.images).resolve()}", None, per_class=args.per_class, image_size=None, download=False
+    )
+    torchvision_folder(raw, args.out / "data")
+    checkout = args.out / "DatasetCondensation"
+    if not checkout.exists():
+        skip = shutil.ignore_patterns("__pycache__", ".git", "result", "data")
+        shutil.copytree(args.checkout, checkout, ignore=skip)
+        apply(load_patch("dm"), checkout)
+    file = args.out / "results.json"
+    results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    setting = {name: getattr(args, name) for name in SETTING}
+    if any(r["setting"] != setting for r in results):
+        got = f"{results[0]['setting']} in {file}"
+        raise InvalidInputError(explain(f"results of {setting}", got, "Choose another --out"))
+    done = {(r["baseline"], r["arm"], r["seed"]) for r in results}
+    for seed, arm, side in itertools.product(range(args.seeds), ARMS, (SCRIPT, BUNDLED, SAME_START)):
+        if (side, arm, seed) in done:
+            continue
+        began = perf_counter()
+        if side == BUNDLED:
+            found = bundled_run(raw, arm, seed, args)
+        else:
+            found = (script_run if side == SCRIPT else same_start_run)(checkout, raw, arm, seed, args)
+        results.append({**found, "setting": setting, "seconds": perf_counter() - began, "command": COMMAND})
+        print(f"{side}, {arm}, seed {seed}: {found['accuracy']['last']}", file=sys.stderr)
+        atomic_write(file, json.dumps(results, indent=1) + "\n")
+        atomic_write(args.out / "results.md", page(results, args))
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Experts: networks trained on the real data, one after another, and written as a replay buffer (``buffers.py``).
+
+With methods on, all networks share one SampleState. The first ``pilots`` networks are trained for the methods alone:
+what these decide there is known when the first expert takes its first step, for trajectory matching uses its early
+epochs most. Whether the methods go on deciding after the epochs of the experts is the setting ``rounds``.
+
+A process that is killed goes on from its last checkpoint to the same bits. Finished experts are on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tad_plugin.bars import bar
+from tad_plugin.checkpoints import CheckpointSlots
+from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.distill.buffers import (
+    BufferInfo,
+    Trajectory,
+    buffer_path,
+    check_free_disk,
+    predicted_bytes,
+    read_buffer,
+    write_buffer,
+)
+from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.environment import versions
+from tad_plugin.errors import MemoryBudgetError, ResumeError, StateMismatchError, TadPluginWarning, explain
+from tad_plugin.hook import Hook
+from tad_plugin.labels import label_digest
+from tad_plugin.scorer import RealData
+
+__all__ = ["STATE_FILE", "CheckpointStore", "ExpertConfig", "buffer_info", "train_experts"]
+
+STATE_FILE = "state.safetensors"
+"""The SampleState that the methods left after the last expert, beside the buffer."""
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints go: a :class:`tad_plugin.runs.RunFolder`, or the slots in the buffer's own folder."""
+
+    def save_checkpoint(self, tree: Any, step: int) -> None:
+        """Writes one; what was there before stays whole until it is done."""
+
+    def load_checkpoint(self) -> tuple[Any, int] | None:
+        """The newest (tree, step), or None."""
+
+
+class _Slots:
+    """The slots of the buffer's own folder as a :class:`CheckpointStore`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.slots = CheckpointSlots(folder / "checkpoint")
+
+    def save_checkpoint(self, tree: Any, step: int) -> None:
+        self.slots.save(tree, step)
+
+    def load_checkpoint(self) -> tuple[Any, int] | None:
+        found = self.slots.load()
+        return None if found is None else (found.tree, found.step)
+
+
+def buffer_info(
+    config: ExpertConfig, data: RealData, hook: Hook | None = None, preprocessing: Preprocessing | None = None
+) -> BufferInfo:
+    """What the side file of a buffer of these experts says."""
+    c, h, w = (int(v) for v in data.images.shape[1:])
+    enabled = hook is not None and hook.enabled
+    return BufferInfo(
+        architecture=config.network,
+        width=config.width,
+        depth=config.resolved_depth(h, w),
+        norm=config.norm,
+        in_channels=c,
+        image_size=(h, w),
+        num_classes=data.num_classes,
+        dataset=data.dataset,
+        labels=label_digest(data.labels),
+        preprocessing="" if preprocessing is None else preprocessing.fingerprint(),
+        epochs=config.epochs,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        sharpness_aware=config.rho > 0,
+        experts=config.experts,
+        experts_per_file=config.experts_per_file,
+        half=config.half,
+        method=hook.method if hook is not None else "none",
+        state_file=STATE_FILE if enabled else "",
+        versions=versions(data.images.device),
+    )
+
+
+def train_experts(
+    data: RealData,
+    config: ExpertConfig,
+    folder: str | Path,
+    *,
+    hook: Hook | None = None,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+    every: float = 20.0,
+    store: CheckpointStore | None = None,
+    progress: bool = False,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    watch: Callable[[int, nn.Module], Mapping[str, Any]] | None = None,
+) -> BufferInfo:
+    """Trains the experts into ``folder``, or goes on where an earlier process stopped, or returns a finished buffer.
+
+    With a method on, ``hook`` holds afterwards what was decided (also where the buffer was finished before, unless the
+    hook was restored by its owner already), and decides no more: see :meth:`Hook.settle`.
+
+    Args:
+        data: the real data, with the observed labels.
+        config: the settings.
+        folder: of the buffer.
+        hook: the seam to the methods, started or not; None for the plain loop without any.
+        seed: of all experts; expert ``i`` depends on the seed and ``i`` alone, where no method is on.
+        preprocessing: of the images, whose fingerprint is written beside the buffer.
+        every: seconds between checkpoints; one is written after each expert in any case.
+        store: where checkpoints go; by default into ``checkpoint/`` of the folder.
+        progress: show a progress bar over epochs.
+        log: receives a record for each network: its number, seconds, loss, and what ``watch`` says.
+        watch: looks at each finished network; what it returns is logged. It must not draw from global generators.
+
+    Returns:
+        The description of the buffer, which is also in its ``buffer.json``.
+
+    Raises:
+        MemoryBudgetError: the disk has no room for the buffer, or a write failed.
+        ResumeError: the folder holds another buffer, or one that was begun with other settings or labels.
+        FileFormatError: a file of the folder is damaged.
+        NonFiniteError: an expert's loss is NaN or infinite.
+        StateMismatchError: the hook was attached to other labels than the data's.
+    """
+    experts = _Experts(data, config, Path(folder), hook, seed, preprocessing, store)
+    return experts.run(every, progress, log, watch)
+
+
+class _Experts:
+    def __init__(
+        self,
+        data: RealData,
+        config: ExpertConfig,
+        folder: Path,
+        hook: Hook | None,
+        seed: int,
+        preprocessing: Preprocessing | None,
+        store: CheckpointStore | None,
+    ) -> None:
+        self.data, self.config, self.folder, self.seed = data, config, folder, seed
+        self.hook = hook if hook is not None and hook.enabled else None
+        self.info = buffer_info(config, data, hook, preprocessing)
+        if hook is not None and hook.state.digest != self.info.labels:
+            got = f"labels of hash {self.info.labels[:16]} in the data"
+            do = "Pass hook.data, or attach() to the labels of this data"
+            raise StateMismatchError(explain(f"the labels of the hook (hash {hook.state.digest[:16]})", got, do))
+        self.store: CheckpointStore = _Slots(folder) if store is None else store
+        #: methods will decide by these networks
+        self.deciding = self.hook is not None and not self.hook.decided and _any_scores(self.hook)
+        self.number = -config.pilots if self.deciding else 0
+        self.trainer: ExpertTrainer | None = None
+        self.seconds = 0.0
+        self.done = False
+
+    # -- the whole -----------------------------------------------------------------------------------
+    def run(
+        self,
+        every: float,
+        progress: bool,
+        log: Callable[[dict[str, Any]], None] | None,
+        watch: Callable[[int, nn.Module], Mapping[str, Any]] | None,
+    ) -> BufferInfo:
+        fresh = not self._resume()
+        if self.hook is not None:
+            self.hook.start(progress=progress)
+        if not self.done:
+            self._check_disk()
+            if fresh:  # files without a checkpoint are somebody else's, so one must be there before the first file
+                self._save()
+            self.saved_at = perf_counter()
+            total = sum(self._epochs(number) for number in range(self.number, self.config.experts))
+            first = 0 if self.trainer is None else self.trainer.epoch
+            with_bar = iter(bar(range(total - first), "experts", progress, total, first))
+            while self.number < self.config.experts:
+                record = self._train_one(every, with_bar)
+                if log is not None and self.trainer is not None:
+                    seen = {} if watch is None else watch(self.number, self.trainer.network)
+                    log({"event": "expert", "expert": self.number, **record, **seen})
+                self._keep()
+            for _ in with_bar:
+                pass
+            self._finish()
+        return self.info
+
+    def _train_one(self, every: float, steps: Any) -> dict[str, Any]:
+        """Trains network ``number`` to its end."""
+        if self.trainer is None:
+            self.trainer = self._fresh_trainer()
+            if self.hook is not None:
+                self.hook.begin_expert()
+        trainer, loss = self.trainer, float("nan")
+        if self.hook is not None:
+            self.hook.events.position(expert=self.number)
+        while trainer.epoch < self._epochs(self.number):
+            began = perf_counter()
+            loss = trainer.run_epoch()
+            if self.hook is not None:
+                self.hook.events.position(expert_epoch=trainer.epoch)
+                self.hook.epoch_end(trainer.network)
+            self.seconds += perf_counter() - began
+            next(steps, None)
+            if perf_counter() - self.saved_at > every and trainer.epoch < self._epochs(self.number):
+                self._save()
+        return {"loss": loss, "seconds": self.seconds}
+
+    def _epochs(self, number: int) -> int:
+        return (number < 0 and self.config.pilot_epochs) or self.config.epochs
+
+    def _fresh_trainer(self) -> ExpertTrainer:
+        return ExpertTrainer(self.config, self.data, self.hook, expert_generator(self.seed, self.number))
+
+    def _changed(self) -> bool:
+        state = self.hook.state if self.hook is not None else None
+        return state is None or not bool((state.trusted & (state.weight == 1) & (state.target == state.observed)).all())
+
+    # -- files ---------------------------------------------------------------------------------------
+    def _keep(self) -> None:
+        """Adds the finished network to the buffer, and moves on to the next."""
+        if self.trainer is not None and self.number >= 0:
+            file, place = divmod(self.number, self.config.experts_per_file)
+            # What a killed process wrote after its last checkpoint is written again.
+            before: list[Trajectory] = read_buffer(buffer_path(self.folder, file))[:place] if place else []
+            write_buffer(self.folder, file, [*before, self.trainer.trajectory], half=self.config.half)
+        self.number, self.trainer = self.number + 1, None
+        if self.hook is not None and self.deciding and self.number == 0 and self.config.rounds == "pilots":
+            self.hook.settle()
+        self._save()
+
+    def _finish(self) -> None:
+        if self.hook is not None:
+            if self.deciding and not self._changed():
+                do = (
+                    "Where labels are wrong, give the pilots more epochs (pilot_epochs) than the method's warm-up takes"
+                )
+                got = f"none in {self._epochs(-1 if self.config.pilots else 0)} epochs a network"
+                warnings.warn(explain(f"decisions of {self.hook.method}", got, do), TadPluginWarning, stacklevel=4)
+            self.hook.settle()
+            self.hook.save_state(self.folder / STATE_FILE)
+        self.done = True
+        self._save()
+        self.info.write(self.folder)
+
+    def _save(self) -> None:
+        tree = {
+            "info": _comparable(self.info, self.config, self.seed),
+            "number": self.number,
+            "done": self.done,
+            "seconds": self.seconds,
+            "trainer": None if self.trainer is None else self.trainer.state_dict(),
+            "hook": None if self.hook is None else self.hook.state_dict(),
+        }
+        try:
+            self.store.save_checkpoint(tree, max(0, self.number) * self.config.epochs)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
+            do = "Make room and run the same command again: it goes on from the checkpoint before"
+            got = f"a write that failed ({error})"
+            raise MemoryBudgetError(explain(f"room for a checkpoint beside {self.folder}", got, do)) from error
+        self.saved_at = perf_counter()
+
+    def _resume(self) -> bool:
+        """Whether there was something to go on with."""
+        found = self.store.load_checkpoint()
+        if found is None:
+            there = sorted(p.name for p in self.folder.glob("replay_buffer_*.pt")) if self.folder.is_dir() else []
+            if there or BufferInfo.read(self.folder) is not None:
+                got = f"{there[0] if there else 'buffer.json'} there, and no checkpoint of its training"
+                do = "Choose another folder: this package does not write over a buffer that it cannot continue"
+                raise ResumeError(explain(f"an empty folder {self.folder}", got, do))
+            return False
+        tree = found[0]
+        mine, theirs = _comparable(self.info, self.config, self.seed), tree["info"]
+        differing = [k for k in mine if theirs.get(k) != mine[k]]
+        if differing:
+            got = "; ".join(f"{k}: there {theirs.get(k)!r}, now {mine[k]!r}" for k in differing)
+            do = "Choose another folder, or repeat the settings that it was begun with"
+            raise ResumeError(explain(f"the settings that the experts in {self.folder} were begun with", got, do))
+        self.number, self.done, self.seconds = int(tree["number"]), bool(tree["done"]), float(tree["seconds"])
+        # Where the owner restored a later moment (a distillation under way), that one counts.
+        if self.hook is not None and not (self.done and self.hook.decided):
+            self.hook.load_state_dict(tree["hook"])
+        if tree["trainer"] is not None:
+            self.trainer = self._fresh_trainer()
+            self.trainer.load_state_dict(tree["trainer"])
+        if self.done:
+            self.info.write(self.folder)  # the kill may have come between the last checkpoint and this
+        return True
+
+    def _check_disk(self) -> None:
+        config, network = self.config, expert_network(self.config, self.data, torch.Generator())
+        left = config.experts - max(0, self.number)
+        # A file is written anew beside the old one, and so is a checkpoint with the trajectory under way.
+        spare = min(config.experts, config.experts_per_file) - 1
+        needed = predicted_bytes(network, config.epochs, left + max(0, spare), config.half)
+        check_free_disk(self.folder, needed + predicted_bytes(network, config.epochs, 2))
+
+
+def _any_scores(hook: Hook) -> bool:
+    return any(c.needs_scorer for c in hook.callbacks)
+
+
+def _comparable(info: BufferInfo, config: ExpertConfig, seed: int) -> dict[str, Any]:
+    """What must be the same on resume, as plain values."""
+    described = {k: v for k, v in dataclasses.asdict(info).items() if k not in ("versions", "image_size")}
+    return {**described, **dataclasses.asdict(config), "image_size": list(info.image_size), "seed": seed}

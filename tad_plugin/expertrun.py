@@ -1,0 +1,144 @@
+"""One run of experts: dataset, noise, an arm, and a replay buffer; resumable, in a run folder.
+
+The folder is the buffer: ``replay_buffer_*.pt``, ``buffer.json`` and ``state.safetensors`` stand beside the run's
+``config.yaml``, ``log.jsonl`` and ``results.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tad_plugin.arms import parse_arm
+from tad_plugin.diagnostics import split_quality
+from tad_plugin.distill.buffers import clear_buffer
+from tad_plugin.distill.experts import STATE_FILE, ExpertConfig, train_experts
+from tad_plugin.environment import command_line, peak_memory_bytes, reset_peak_memory, versions
+from tad_plugin.errors import ConfigError, explain
+from tad_plugin.hook import attach
+from tad_plugin.runconfig import RunConfig, check_config, derived_seed, load_noisy, settings_of
+from tad_plugin.runs import RunFolder
+from tad_plugin.scorer import RealData, score_all
+
+__all__ = ["NOT_FOR_EXPERTS", "run_experts"]
+
+NOT_FOR_EXPERTS = {"baseline", "iterations", "lr_img", "loop", "candidates"} | {
+    f.name for f in dataclasses.fields(RunConfig) if f.name.startswith("eval_")
+}
+"""Settings of :class:`RunConfig` that only a distillation reads."""
+
+
+def run_experts(
+    config: RunConfig,
+    experts: ExpertConfig,
+    arm: str,
+    folder: str | Path,
+    *,
+    progress: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Trains (or goes on with, or returns) the experts of one arm and seed in one folder.
+
+    Args:
+        config: data, noise, methods and seed; ``NOT_FOR_EXPERTS`` are not read, ``width`` is the experts'.
+        experts: the experts' own settings.
+        arm: a name of ``ARMS`` or a method.
+        folder: run folder, and the buffer.
+        progress: show a progress bar.
+        overwrite: start over, removing what an earlier run left there, its buffer included.
+
+    Returns:
+        What results.json says: each expert's test accuracy in percent, seconds, and the quality of the division.
+
+    Raises:
+        UnknownNameError, ConfigError: a wrong setting; the folder is not touched then.
+        ResumeError: the folder holds a run with other settings.
+        MemoryBudgetError: the disk has no room.
+        NonFiniteError: an expert diverged.
+    """
+    # As the expert phase of a distillation, where a preset made for the plugin's own scorer is not taken.
+    config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
+    check_config(config, arm)
+    experts, chosen = dataclasses.replace(experts, width=config.width), parse_arm(arm)
+    place = RunFolder(folder, overwrite=overwrite)
+    if overwrite:
+        clear_buffer(place.path)
+        (place.path / STATE_FILE).unlink(missing_ok=True)
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_FOR_EXPERTS}
+    written = {"arm": arm, **kept, "expert": dataclasses.asdict(experts)}
+
+    def write_config() -> None:
+        place.write_config(written, ignore=("device", "checkpoint_seconds", "root", "labels"))
+
+    if place.config_path.exists():
+        write_config()
+    if place.is_done():
+        return place.results()
+    reset_peak_memory(config.device)
+    splits, noisy, _ = load_noisy(config)
+    write_config()
+    rate = noisy.spec.rate if noisy.spec.kind not in ("none", "human", "matrix") else None
+    hook = attach(
+        chosen.method,
+        labels=splits.train_labels if chosen.true_labels else noisy.labels,
+        data=splits.train_images,
+        num_classes=splits.num_classes,
+        seed=derived_seed(config.seed, "hook") % 2**31,
+        config=settings_of(config.methods, chosen.method),
+        true_labels=splits.train_labels,
+        dataset=splits.name,
+        ipc=config.ipc,
+        noise_rate=rate,
+        trains_on_real=True,
+        log=place.log,
+        start=False,
+    )
+    if hook.data is None:
+        raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
+    test = RealData(splits.test_images, splits.test_labels, splits.num_classes)
+
+    def accuracy(_number: int, network: nn.Module) -> Mapping[str, Any]:
+        right = score_all(network, test).logits.argmax(1) == test.labels
+        return {"accuracy": 100.0 * float(right.float().mean())}
+
+    info = train_experts(
+        hook.data,
+        experts,
+        place.path,
+        hook=hook,
+        seed=derived_seed(config.seed, "experts"),
+        preprocessing=splits.preprocessing,
+        every=config.checkpoint_seconds,
+        store=place,
+        progress=progress,
+        log=place.log,
+        watch=accuracy,
+    )
+    records = [r for r in place.records() if r.get("event") == "expert" and r["expert"] >= 0]
+    s = hook.state
+    place.write_results(
+        {
+            "arm": arm,
+            "dataset": splits.name,
+            "per_class": config.per_class,
+            "noise": {"text": config.noise, "realised_rate": noisy.realised_rate},
+            "seed": config.seed,
+            "accuracy": {"experts": [r["accuracy"] for r in records]},
+            "experts": info.experts,
+            "epochs": info.epochs,
+            "seconds": records[-1]["seconds"] if records else 0.0,
+            "scoring_seconds": hook.scoring_seconds,
+            "peak_memory_bytes": peak_memory_bytes(config.device),
+            "split": split_quality(s.observed, s.target, s.trusted, s.trust, splits.train_labels)
+            if hook.enabled
+            else None,
+            "state": s.summary(),
+            "versions": versions(config.device),
+            "command": command_line(),
+        }
+    )
+    return place.results()

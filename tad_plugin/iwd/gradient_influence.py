@@ -1,0 +1,125 @@
+"""Explicit influence of every real sample through a matching of class gradients (DC, DSA). [ours: METHODS.md 2.1]
+
+For L = sum_c D(G_c(S), g_c) with g_c = sum w_i grad l_i / sum w_i over the real samples of class c,
+
+    I_i = -eta < u_c, grad l_i - g_c > / sum w_i,    u_c = d/dg_c < grad M, grad_S D(G_c(S), g_c) >.
+
+u_c has the shape of the parameters and costs one derivative of third order in the few synthetic images; then one
+forward-mode pass along it gives < u_c, grad l_i > for every real sample of the class. No per-sample gradient is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.iwd.per_sample import per_sample_directional
+from tad_plugin.iwd.vectors import require_finite
+from tad_plugin.state import check_labels
+
+__all__ = ["GradientDistance", "gradient_influence"]
+
+GradientDistance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""(gradients of synthetic images, of real ones), a tensor for each parameter -> scalar, differentiable in both."""
+
+
+def gradient_influence(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    target_gradient: Tensor,
+    num_classes: int,
+    distance: GradientDistance,
+    *,
+    weights: Tensor | None = None,
+    eta: float = 1.0,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """dM/dw of every real sample for a loss of class gradients. It equals ``explicit_influence`` on the same loss.
+
+    Args:
+        network: logits [B, K]; must treat samples independently. Its parameters are not changed.
+        images: real images [N, C, H, W].
+        labels: their classes in the loss, int64 [N] in [0, num_classes).
+        synthetic: images [M, C, H, W].
+        synthetic_labels: int64 [M]. A real sample of a class without synthetic images has influence 0.
+        target_gradient: grad_S M, same shape as ``synthetic``.
+        num_classes: K.
+        distance: D; it gets the gradients of all parameters and may ignore some.
+        weights: current weights [N] >= 0, with a positive sum in each class; None for 1.
+        eta: step size of S > 0.
+        chunk_size: real images per pass.
+
+    Returns:
+        [N], detached. Negative = helpful.
+
+    Raises:
+        InvalidLabelsError: labels out of range or of another length.
+        InvalidInputError: shapes or weights do not fit, or the network's samples depend on each other.
+        NonFiniteError: an influence is NaN or infinite.
+    """
+    labels = check_labels(labels, num_classes, len(images)).to(images.device)
+    w = torch.ones(len(images), device=images.device) if weights is None else weights.detach().to(images.device)
+    total = torch.zeros(num_classes, dtype=w.dtype, device=w.device).index_add_(0, labels, w) if w.ndim == 1 else w
+    if w.shape != labels.shape or bool((w < 0).any()) or not bool((total[labels] > 0).all()):
+        expected = f"weights >= 0 of shape [{len(labels)}] with a positive sum in each class"
+        raise InvalidInputError(explain(expected, f"shape {list(w.shape)}", "Pass one weight for each real image"))
+    if target_gradient.shape != synthetic.shape or len(synthetic_labels) != len(synthetic) or not eta > 0:
+        got = f"{list(target_gradient.shape)} for {list(synthetic.shape)}, {len(synthetic_labels)} labels, eta {eta}"
+        raise InvalidInputError(
+            explain("a gradient in the shape of S, a label for each and eta > 0", got, "Check them")
+        )
+    influence = torch.zeros(len(images), dtype=images.dtype, device=images.device)
+    values = {n: p.detach().requires_grad_() for n, p in network.named_parameters()}
+    for c in labels.unique().tolist():
+        rows, own = (labels == c).nonzero().flatten(), (synthetic_labels == c).nonzero().flatten()
+        if not len(own):
+            continue
+        share = w[rows] / w[rows].sum()
+        real = _mean_gradient(network, values, images[rows], labels[rows], share, chunk_size)
+        direction = _direction(
+            network, values, synthetic[own], synthetic_labels[own], target_gradient[own], real, distance
+        )
+        parts = zip(images[rows].split(chunk_size), labels[rows].split(chunk_size), strict=True)
+        along = torch.cat([per_sample_directional(network, x, y, direction, parameters=values) for x, y in parts])
+        influence[rows] = -eta * (along - (share * along).sum()) / w[rows].sum()
+    return require_finite(influence, "influences", "Check the images, the weights and the network")
+
+
+def _mean_gradient(
+    network: nn.Module, values: dict[str, Tensor], images: Tensor, labels: Tensor, share: Tensor, chunk_size: int
+) -> list[Tensor]:
+    """sum_i share_i grad l_i, one tensor for each parameter."""
+    sums = [torch.zeros_like(v) for v in values.values()]
+    for start in range(0, len(images), chunk_size):
+        part = slice(start, start + chunk_size)
+        with torch.enable_grad():
+            logits = torch.func.functional_call(network, values, (images[part],))
+            loss = (share[part] * F.cross_entropy(logits, labels[part], reduction="none")).sum()
+        sums = [s + g for s, g in zip(sums, torch.autograd.grad(loss, list(values.values())), strict=True)]
+    return [s.detach() for s in sums]
+
+
+def _direction(
+    network: nn.Module,
+    values: dict[str, Tensor],
+    synthetic: Tensor,
+    labels: Tensor,
+    target_gradient: Tensor,
+    real: list[Tensor],
+    distance: GradientDistance,
+) -> dict[str, Tensor]:
+    """u_c by parameter name; 0 for those that the distance ignores."""
+    leaf, held = synthetic.detach().requires_grad_(), [g.requires_grad_() for g in real]
+    with torch.enable_grad():
+        loss = F.cross_entropy(torch.func.functional_call(network, values, (leaf,)), labels)
+        fake = torch.autograd.grad(loss, list(values.values()), create_graph=True)
+        (slope,) = torch.autograd.grad(distance(fake, held), leaf, create_graph=True)
+        found = torch.autograd.grad((slope * target_gradient).sum(), held, allow_unused=True)
+    return {n: torch.zeros_like(v) if u is None else u for (n, v), u in zip(values.items(), found, strict=True)}

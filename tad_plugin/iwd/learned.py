@@ -1,0 +1,95 @@
+"""Implicit influence in a loop that matches class means on networks that learn from the real data (IDM).
+
+[ours: METHODS.md 2.1]. A real sample enters the means of L = sum_c |mu_c - nu_c(S)|^2 (the explicit path,
+``influence.dm_influence``), and it shaped the network theta on which they are taken. With g = grad_S M held fixed,
+v_c = J_c g, and one epoch of the network's training as a single step at its present parameters,
+
+    u = dM/dtheta = -d/dtheta < g, grad_S L > = 2 d/dtheta sum_c < v_c, mu_c - nu_c >,   I_i = -rate/B < u, grad l_i >.
+
+u is summed over passes: first the synthetic images with their tangents, class by class, then the real ones. Forward
+mode along u gives every sample. Curvature along the training and a loss on S without real samples are neglected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tad_plugin.events import Learning
+from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
+from tad_plugin.iwd.influence import Embed
+from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
+from tad_plugin.iwd.vectors import pushed_forward
+
+__all__ = ["learned_influence"]
+
+
+def learned_influence(
+    network: nn.Module,
+    embed: Embed,
+    images: Tensor,
+    labels: Tensor,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    target_gradient: Tensor,
+    num_classes: int,
+    learning: Learning,
+    *,
+    weights: Tensor | None = None,
+    chunk_size: int = 1024,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    """dM/dw of every real sample per epoch of the network's training and unit step of S, by way of the network.
+
+    Args:
+        network: logits [B, K]; its parameters require a gradient and are not changed.
+        embed: images [B, C, H, W] -> features [B, D] of this network.
+        images: real images [N, C, H, W].
+        labels: the labels that it learns and the classes in L, int64 [N] in [0, num_classes).
+        synthetic: images [M, C, H, W] as the network sees them.
+        synthetic_labels: int64 [M].
+        target_gradient: what a step of S along grad M makes of them, same shape as ``synthetic``.
+        num_classes: K.
+        learning: of the network's training.
+        weights: current weights [N] >= 0, with a positive sum in each class; None for 1.
+        chunk_size: real images per pass.
+        memory_budget: see ``per_sample``.
+
+    Returns:
+        [N], detached. Negative = helpful.
+
+    Raises:
+        InvalidInputError, MemoryBudgetError, NonFiniteError: see :func:`unrolled_influence`.
+    """
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    total = [torch.zeros_like(p) for p in parameters.values()]
+
+    def add(term: Tensor) -> None:
+        found = torch.autograd.grad(term, list(parameters.values()), allow_unused=True)
+        for sum_, part in zip(total, found, strict=True):
+            if part is not None:
+                sum_ += part
+
+    with torch.no_grad():
+        rows = torch.cat([embed(part) for part in images.split(chunk_size)])
+        w = torch.ones_like(rows[:, 0]) if weights is None else weights.detach().to(rows)
+        share = w / torch.zeros(num_classes, dtype=w.dtype, device=w.device).index_add(0, labels, w)[labels]
+        means = torch.zeros(num_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        means.index_add_(0, labels, share[:, None] * rows)
+    along = torch.zeros_like(means)
+    with torch.enable_grad():
+        for c in range(num_classes):
+            inside = synthetic_labels == c
+            if bool(inside.any()):
+                x, slope = synthetic[inside].detach(), target_gradient[inside].detach()
+                v = pushed_forward(embed, (x,), (slope,)).mean(0)
+                add(2 * (v * (means[c] - embed(x).mean(0))).sum())
+                along[c] = v.detach()
+        for x, y, s in zip(images.split(chunk_size), labels.split(chunk_size), share.split(chunk_size), strict=True):
+            add(2 * (s * (embed(x) * along[y]).sum(1)).sum())
+    step = SegmentStep(
+        {name: p.detach() for name, p in network.named_parameters()}, learning.rate, divisor=float(learning.batch)
+    )
+    direction = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    direction |= dict(zip(parameters, total, strict=True))
+    return unrolled_influence(network, [step], images, labels, direction, memory_budget=memory_budget)

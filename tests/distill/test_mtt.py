@@ -1,0 +1,382 @@
+"""MTT: its updates, the order of experts, methods in it, the guards, resume, and whole runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tad_plugin import attach
+from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.distill.buffers import BufferInfo, buffer_files, read_buffer, write_buffer
+from tad_plugin.distill.expertcycle import ExpertCycle, Experts
+from tad_plugin.distill.expertphase import PHASES, expert_config, expert_phase
+from tad_plugin.distill.experts import train_experts
+from tad_plugin.distill.loop import Place
+from tad_plugin.distill.mtt import MTT, PRESETS, MTTConfig
+from tad_plugin.distill.trajectory import StudentStep, flat_parameters, matching_loss
+from tad_plugin.errors import (
+    ConfigError,
+    FileFormatError,
+    InvalidInputError,
+    NonFiniteError,
+    PreprocessingMismatchError,
+    StateMismatchError,
+    UnknownNameError,
+)
+from tad_plugin.experiment import RunConfig
+from tad_plugin.experiment import run as run_experiment
+from tad_plugin.hook import Hook
+from tad_plugin.runs import RunFolder
+from tad_plugin.scorer import RealData
+from tad_plugin.synthetic import SyntheticSet
+from tests.distill.expert_problems import loop_of, run, same, trained
+from tests.distill.killed_trajectories import CONFIG, PLAN
+from tests.problems import blobs, flip
+
+pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOON = {"every": 2, "early": 0, "warmup": 0, "ess": 0.5, "held_out": 2}
+
+
+def real(images: Tensor, labels: Tensor) -> RealData:
+    return RealData(images, labels, 3)
+
+
+# -- the loop ----------------------------------------------------------------------------------------
+
+
+def test_updates_are_momentum_sgd_on_the_matching_loss(global_rng_untouched: None) -> None:
+    """Images and rate, two iterations on a single expert, with the start epochs that the loop drew."""
+    images, labels = blobs()
+    experts = Experts([trained(real(images, labels), count=1)])
+    loop = loop_of(images, labels, 3, None, experts, augment="none", batch_syn=0, syn_steps=2, lr_lr=1e-3)
+    parameters = [loop.synthetic.images.detach().clone(), loop.rate.detach().clone()]
+    velocities = [torch.zeros_like(p) for p in parameters]
+    steps = [StudentStep(torch.arange(6))] * 2
+    for iteration in range(2):
+        logged = loop.step(iteration)
+        ends = [flat_parameters(experts.read(0)[0][logged["start_epoch"] + e]) for e in (0, 1)]
+        leaves = [p.clone().requires_grad_() for p in parameters]
+        loss = matching_loss(loop.student, *ends, leaves[0], loop.synthetic.labels, leaves[1], steps, form="plain")
+        assert logged["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        for i, (gradient, lr) in enumerate(zip(torch.autograd.grad(loss, leaves), (1.0, 1e-3), strict=True)):
+            velocities[i] = gradient + 0.5 * velocities[i]
+            parameters[i] = parameters[i] - lr * velocities[i]
+    torch.testing.assert_close(loop.result().images, parameters[0], atol=1e-5, rtol=1e-4)
+    assert loop.result().learning_rate == pytest.approx(float(parameters[1]), rel=1e-5)
+
+
+def test_the_matching_loss_falls() -> None:
+    images, labels = blobs()
+    loop = loop_of(images, labels, 3, None, init="noise", augment="none", lr_img=20.0, syn_steps=5, batch_syn=0)
+    losses = [loop.step(i)["loss"] for i in range(30)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_both_forms_distil_the_same_set() -> None:
+    images, labels = blobs()
+    found = [run(loop_of(images, labels, 3, None, form=form), 3) for form in ("constant", "plain")]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_method_the_hook_changes_no_bit() -> None:
+    images, labels = blobs()
+    alone = run(loop_of(images, labels, 3, None), 4)
+    hook = attach("none", labels=labels, data=images)
+    assert same(run(loop_of(images, labels, 3, hook), 4), alone)
+
+
+def test_a_loop_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    images, labels = blobs()
+    write_buffer(tmp_path, 0, trained(real(images, labels)))
+    write_buffer(tmp_path, 1, trained(real(images, labels), first=2, count=1))
+    whole, half = (loop_of(images, labels, 3, None, Experts.of(tmp_path)) for _ in range(2))
+    expected = run(whole, 8)
+    for first, stop in ((0, 1), (1, 3), (3, 4)):  # in the middle of a file, and between two
+        run(half, stop - first, first)
+        again = loop_of(images, labels, 3, None, Experts.of(tmp_path), seed=8)
+        again.load_state_dict(copy.deepcopy(half.state_dict()))
+        assert same(run(again, 8 - stop, stop), expected)
+
+
+# -- the order of experts ----------------------------------------------------------------------------
+
+
+def test_each_expert_of_a_file_comes_once_before_the_next_file() -> None:
+    files = [[[[torch.tensor([10.0 * f + e])]] for e in range(3)] for f in range(4)]
+    cycle = ExpertCycle(Experts(files))
+    generator = torch.Generator().manual_seed(0)
+    seen = [cycle.next(generator) for _ in range(24)]
+    assert all(int(t[0][0]) == 10 * (n // 3) + n % 3 for n, t in seen)
+    for start in (0, 12):
+        order = [n for n, _ in seen[start : start + 12]]
+        assert sorted(order) == list(range(12))
+        assert all(len({n // 3 for n in order[i : i + 3]}) == 1 for i in range(0, 12, 3))
+    assert [n for n, _ in seen[:12]] != [n for n, _ in seen[12:]]
+    few = ExpertCycle(Experts(files), max_files=2, max_experts=1)
+    assert {few.next(generator)[0] for _ in range(8)} == {0, 3}
+
+
+# -- methods -----------------------------------------------------------------------------------------
+
+
+def test_initial_images_are_trusted_ones() -> None:
+    images, true = blobs()
+    hook = attach("oracle", labels=flip(true, 3, 0.4), data=images, true_labels=true)
+    config = MTTConfig(ipc=5)
+    found, labels = MTT.initial_images(config, real(images, hook.state.observed), hook, torch.Generator(), None)
+    for image, label in zip(found, labels, strict=True):
+        place = (images == image).flatten(1).all(1).nonzero()
+        assert bool(hook.state.trusted[place]) and int(true[place]) == int(label)
+
+
+def iwd_loop(again: bool = True, **settings: Any) -> tuple[Any, Hook, list[int]]:
+    images, true = blobs()
+    hook = attach("iwd", labels=flip(true, 3, 0.4), data=images, config={"iwd": SOON}, trains_on_real=True)
+    data = real(images, hook.state.observed)
+    calls: list[int] = []
+
+    def renew() -> Experts:
+        calls.append(1)
+        return Experts([trained(data, hook)], seconds=2.0)
+
+    experts = Experts([trained(data, hook)], again=renew if again else None, seconds=1.0)
+    return loop_of(images, hook.state.observed, 3, hook, experts, **settings), hook, calls
+
+
+def test_influence_is_the_same_in_both_forms() -> None:
+    found = []
+    for form in ("constant", "plain"):
+        loop, hook, _ = iwd_loop(form=form, second_phase=1.0)
+        run(loop, 3)
+        assert int(hook.state["influence_count"].sum()) > 0 and float(hook.state["influence_weight"].std()) > 0
+        found.append(hook.state["influence"].clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+
+
+def test_experts_are_trained_anew_once_under_the_new_weights() -> None:
+    loop, _, calls = iwd_loop()
+    run(loop, 4)
+    assert not calls and loop.expert_seconds == 1.0
+    first = loop._experts()
+    loop.step(4)  # half of 8 iterations
+    assert len(calls) == 1 and loop.second and loop._experts() is not first and loop.expert_seconds == 3.0
+    assert not torch.equal(first.read(0)[0][1][0], loop._experts().read(0)[0][1][0])
+    assert torch.equal(first.read(0)[0][0][0], loop._experts().read(0)[0][0][0])  # the same start
+    run(loop, 3, 5)
+    assert len(calls) == 1
+    saved = loop.state_dict()
+    resumed, *_ = iwd_loop()
+    resumed.load_state_dict(saved)
+    assert resumed.second and resumed.expert_seconds == 3.0
+    for settings in ({"second_phase": 1.0}, {"again": False}):
+        other, _, calls = iwd_loop(**settings)
+        run(other, 6)
+        assert not calls
+
+
+def test_a_method_that_decided_before_has_no_second_phase() -> None:
+    images, true = blobs()
+    hook = attach("oracle", labels=flip(true, 3, 0.4), data=images, true_labels=true)
+    data = real(images, hook.state.observed)
+    experts = Experts([trained(data, hook)], again=lambda: pytest.fail("nothing has changed"))
+    run(loop_of(images, data.labels, 3, hook, experts), 6)
+
+
+# -- guards ------------------------------------------------------------------------------------------
+
+
+def test_a_synthetic_learning_rate_out_of_range_stops_the_run() -> None:
+    images, labels = blobs()
+    for lr_lr, text in ((1e6, "unlearns|runs away"), (-0.0, "")):
+        loop = loop_of(images, labels, 3, None, lr_lr=lr_lr)
+        if text:
+            with pytest.raises(NonFiniteError, match=rf"learning rate in \(0, 5\].*({text}).*Lower lr_lr .* intact"):
+                run(loop, 8)
+        else:
+            run(loop, 2)
+            assert float(loop.rate.detach()) == pytest.approx(0.05)
+
+
+def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run() -> None:
+    images, labels = blobs()
+    loop = loop_of(images, labels, 3, None)
+    with torch.no_grad():
+        loop.synthetic.images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="finite matching loss, but got nan at iteration 0"):
+        run(loop, 2)
+    loop = loop_of(images, labels, 3, None, lr_img=1e30)
+    with pytest.raises(NonFiniteError):
+        run(loop, 3)
+
+
+def test_no_step_without_experts() -> None:
+    images, labels = blobs()
+    loop = loop_of(images, labels, 3, None)
+    alone = type(loop)(loop.config, loop.data, None, loop.synthetic, loop.generator)
+    assert alone.result().learning_rate is None and alone.state_dict()["cycle"] is None
+    with pytest.raises(ConfigError, match="experts to match, but got none"):
+        alone.step(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"syn_steps": 0}, "syn_steps of at least 1"),
+        ({"lr_teacher": 0.0}, "lr_teacher above 0"),
+        ({"momentum": 1.0}, "momentum in"),
+        ({"form": "tesla"}, "form out of constant, plain"),
+        ({"rate_limit": 1.0}, "rate_limit above 1"),
+        ({"second_phase": 0.0}, "second_phase in"),
+        ({"experts": [1]}, "a mapping of settings as experts"),
+        ({"experts": {"width": 3}}, "experts of the network that is matched on, but got own width"),
+        ({"experts": {"epochs": 4}}, r"experts of max_start_epoch \+ expert_epochs = 28 epochs, but got 4"),
+        ({"experts": {"speed": 4}}, "settings of the experts out of .* but got speed"),
+        ({"init": "correct"}, "init out of real, noise"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        MTTConfig(**settings)
+
+
+# -- buffers -----------------------------------------------------------------------------------------
+
+
+def small(**settings: Any) -> MTTConfig:
+    return MTTConfig(**{"ipc": 1, "width": 4, "expert_epochs": 1, "max_start_epoch": 2, "augment": "none", **settings})
+
+
+def buffer(folder: Path, *, method: str = "none", preprocessing: Preprocessing | None = None) -> tuple[RealData, Hook]:
+    """A buffer on disk with the data and the hook that it was made with."""
+    images, true = blobs()
+    settings = {"tad": {"warmup": 0, "history": 1}} if method == "tad" else None
+    hook = attach(method, labels=flip(true, 3, 0.3), data=images, trains_on_real=True, config=settings)
+    data = real(images, hook.state.observed)
+    config = dataclasses.replace(expert_config(small()), experts=2, lr=0.1, batch_train=16)
+    train_experts(data, config, folder, hook=hook, preprocessing=preprocessing)
+    return data, hook
+
+
+def test_a_given_buffer_is_checked(tmp_path: Path) -> None:
+    data, _ = buffer(tmp_path / "b", preprocessing=Preprocessing((0.0,), (2.0,)))
+    place = Place(tmp_path / "run")
+    config = small(buffer=str(tmp_path / "b"))
+    experts = expert_phase(config, data, None, place)
+    assert experts.info is not None and experts.info.experts == 2 and not (tmp_path / "run").exists()
+    with pytest.raises(PreprocessingMismatchError):
+        loop_of(data.images, data.labels, 3, None, experts)
+    experts.info.preprocessing = ""
+    assert run(loop_of(data.images, data.labels, 3, None, experts), 1)
+    with pytest.raises(StateMismatchError, match="the labels of this run"):
+        loop_of(data.images, data.labels.flip(0), 3, None, experts)
+    with pytest.raises(StateMismatchError, match="experts of the network that is matched on"):
+        loop_of(data.images, data.labels, 3, None, experts, width=5)
+    with pytest.raises(InvalidInputError, match=r"max_start_epoch \+ expert_epochs = 5 epochs"):
+        loop_of(data.images, data.labels, 3, None, experts, max_start_epoch=4)
+    with pytest.raises(FileFormatError, match="replay_buffer_0"):
+        expert_phase(small(buffer=str(tmp_path / "nothing")), data, None, place)
+    with pytest.raises(InvalidInputError, match="at least one file"):
+        loop_of(data.images, data.labels, 3, None, Experts([]))
+
+
+def test_a_foreign_buffer_is_checked_by_its_shapes(tmp_path: Path) -> None:
+    data, _ = buffer(tmp_path)
+    (tmp_path / "buffer.json").unlink()
+    experts = expert_phase(small(buffer=str(tmp_path)), data, None, Place(tmp_path))
+    assert experts.info is None and run(loop_of(data.images, data.labels, 3, None, experts), 1)
+    with pytest.raises(StateMismatchError):
+        loop_of(data.images, data.labels, 3, None, experts, width=5)
+    path = buffer_files(tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(FileFormatError, match="damaged"):
+        loop_of(data.images, data.labels, 3, None, experts)
+
+
+def test_the_state_comes_with_the_buffer(tmp_path: Path) -> None:
+    data, before = buffer(tmp_path / "tad", method="tad")
+    settings = {"tad": {"warmup": 0, "history": 1}}
+    hook = attach("tad", labels=data.labels, data=data.images, trains_on_real=True, config=settings)
+    expert_phase(small(buffer=str(tmp_path / "tad")), data, hook, Place(tmp_path))
+    assert hook.decided and torch.equal(hook.state.trusted, before.state.trusted) and not bool(hook.state.trusted.all())
+    data, _ = buffer(tmp_path / "none")
+    hook = attach("tad", labels=data.labels, data=data.images, trains_on_real=True, config=settings)
+    with pytest.raises(ConfigError, match=r"the state that tad decided on.*tad-plugin experts --arm tad"):
+        expert_phase(small(buffer=str(tmp_path / "none")), data, hook, Place(tmp_path))
+    hook = attach("iwd", labels=data.labels, data=data.images, trains_on_real=True)
+    assert expert_phase(small(buffer=str(tmp_path / "none")), data, hook, Place(tmp_path)).again is not None
+
+
+# -- whole runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_its_experts_first(tmp_path: Path) -> None:
+    results = run_experiment(CONFIG, "tad", tmp_path)
+    assert results["expert_seconds"] > 0 and results["split"]["recall"] < 1 and results["iterations"] == 8
+    info = BufferInfo.read(tmp_path / PHASES[0])
+    assert info is not None and info.method == "tad" and info.epochs == 4 and not (tmp_path / PHASES[1]).exists()
+    assert len(read_buffer(buffer_files(tmp_path / PHASES[0])[0])) == 2
+    synthetic = SyntheticSet.load(tmp_path / "synthetic.safetensors")
+    assert synthetic.learning_rate is not None and synthetic.learning_rate != 0.02
+    again = run_experiment(dataclasses.replace(CONFIG, seed=1), "tad", tmp_path, overwrite=True)
+    assert again["seed"] == 1  # its experts are others, so those of the first run are gone
+    random = run_experiment(CONFIG, "random", tmp_path / "random")
+    assert random["expert_seconds"] == 0 and not (tmp_path / "random" / PHASES[0]).exists()
+
+
+def test_a_published_preset_fills_what_is_not_said() -> None:
+    config = RunConfig(baseline="mtt", dataset="cifar10", ipc=10, loop={"preset": "cifar10", "syn_steps": 7}).resolved()
+    assert config.zca and config.iterations == 5000 and config.lr_img == 1e3 and config.width == 128
+    assert config.loop == {**PRESETS["cifar10"][10]["loop"], "syn_steps": 7}
+    with pytest.raises(UnknownNameError, match="preset"):
+        RunConfig(baseline="mtt", loop={"preset": "mnist"}).resolved()
+    with pytest.raises(ConfigError, match="an IPC out of 1, 10, 50"):
+        RunConfig(baseline="mtt", ipc=3, loop={"preset": "cifar10"}).resolved()
+    for name, by_ipc in PRESETS.items():
+        for ipc in by_ipc:
+            found = RunConfig(baseline="mtt", dataset=name, ipc=ipc, loop={"preset": name}).resolved()
+            MTTConfig(ipc=ipc, **found.loop)
+
+
+def test_settings_that_suit_the_plugins_own_scorer_are_not_taken() -> None:
+    digits = RunConfig(baseline="mtt", dataset="digits").resolved()
+    assert set(digits.methods) == {"scorer"} and "batch_real" not in digits.loop and digits.lr_img == 1000
+    assert RunConfig(baseline="mtt", methods={"tad": {"warmup": 5}}).resolved().methods["tad"] == {"warmup": 5}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    if not hasattr(os, "fork"):
+        pytest.skip("attempts are forks")
+    folder = tmp_path_factory.mktemp("killed")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.distill.killed_trajectories", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, {r.pop("arm"): r for r in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("arm", ["mtt/tad+iwd", "datm/iwd"])
+def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(arm: str, killed: Any) -> None:
+    folder, found = killed
+    statuses = dict(found[arm])
+    assert statuses.pop("last") == 0
+    assert set(statuses) == set(PLAN) and set(statuses.values()) == {-signal.SIGKILL}
+    whole, broken = RunFolder(folder / arm / "whole"), RunFolder(folder / arm / "killed")
+    assert (whole.path / PHASES[1]).exists()
+    a, b = (SyntheticSet.load(f.path / "synthetic.safetensors") for f in (whole, broken))
+    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.learning_rate == b.learning_rate
+    compared = ("accuracy", "best_iteration", "state")
+    assert {k: whole.results()[k] for k in compared} == {k: broken.results()[k] for k in compared}

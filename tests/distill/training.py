@@ -1,0 +1,70 @@
+"""What the tests of experts share: a small problem, settings, and methods that say little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tad_plugin.callback import Callback
+from tad_plugin.distill.buffers import buffer_files, read_buffer
+from tad_plugin.distill.experttrainer import ExpertConfig
+from tad_plugin.hook import Hook
+from tad_plugin.scorer import RealData
+from tad_plugin.state import SampleState
+from tests.problems import blobs, flip
+
+SMALL: dict[str, Any] = {
+    "experts": 3, "epochs": 3, "width": 4, "batch_train": 16, "lr": 0.1, "augment": "crop_rotate", "pilots": 1,
+    "experts_per_file": 2,
+}  # fmt: skip
+
+
+def config(**changes: Any) -> ExpertConfig:
+    return ExpertConfig(**{**SMALL, **changes})
+
+
+def data() -> RealData:
+    images, labels = blobs()
+    return RealData(images, flip(labels, 3, 0.3), 3, labels)
+
+
+def all_of(folder: Path) -> list[Any]:
+    return [expert for path in buffer_files(folder) for expert in read_buffer(path)]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Even(Callback):
+    """Says nothing: every sample counts as it did."""
+
+    name: ClassVar[str] = "even"
+
+
+class Term(Callback):
+    """Adds the mean squared logit over the samples it is shown, and notes them."""
+
+    name: ClassVar[str] = "term"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.again: list[Tensor] = []
+
+    def on_scorer_batch(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        self.seen.append(indices)
+        return loss + 0.1 * logits.square().sum(1).mean()
+
+    def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        self.again.append(indices)
+        return loss + 0.1 * logits.square().sum(1).mean()
+
+
+def hook_of(real: RealData, *callbacks: Callback) -> Hook:
+    return Hook(SampleState(real.labels, 3), real, callbacks, method="test", trains_on_real=True).start()
