@@ -26,7 +26,7 @@ import torch
 from tad_plugin import standins
 from tad_plugin.errors import InvalidInputError, PatchError, explain, unknown_name
 
-__all__ = ["SWITCHES", "Script", "Switch", "needed_switches", "run_script", "seeded_run"]
+__all__ = ["SWITCHES", "Script", "Switch", "forget_modules", "needed_switches", "run_script", "seeded_run"]
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,7 @@ def run_script(
         try:
             sys.argv, sys.path[:] = [str(script.path), *arguments], [str(script.path.parent), *path]
             os.chdir(script.path.parent)
+            forget_modules(script.root)
             runpy.run_path(str(script.path), run_name="__main__")
         except SystemExit as stop:
             if stop.code is None or isinstance(stop.code, int):
@@ -353,12 +354,16 @@ def run_script(
         finally:
             sys.argv, sys.path[:] = argv, path
             os.chdir(folder)
-            _forget(script.root)
+            forget_modules(script.root)
     return 0
 
 
-def _forget(root: Path) -> None:
-    """Codebases share the names of their modules (utils, networks): the next script must import its own."""
+def forget_modules(root: Path) -> None:
+    """Codebases share the names of their modules (utils, networks): the next script must import its own.
+
+    Args:
+        root: folder whose modules are forgotten, absolute.
+    """
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         # A folder without __init__.py has no file, but places.

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from tad_plugin.compatibility import forget_modules
 from tad_plugin.nn.augment import Augmentation, Draw
 
 _counter = 0
@@ -53,10 +54,8 @@ def isolated_imports(*folders: Path) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = path
-        for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if isinstance(file, str) and any(Path(file).is_relative_to(folder) for folder in folders):
-                del sys.modules[name]
+        for folder in folders:
+            forget_modules(folder)
         sys.modules.update(hidden)
 
 
