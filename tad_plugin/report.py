@@ -318,6 +318,7 @@ def _title(group: tuple[str, ...]) -> str:
 
 def _table(rows: Sequence[Row]) -> list[list[str]]:
     """The header and one line per row, without the columns for which no row has a figure."""
+
     def show(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
 
