@@ -122,7 +122,8 @@ def same_start_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: ar
     """The bundled loop from the script's initial images and division: what is left are the draws of the loop itself."""
     state, save = state_file(args, arm, seed), args.out / "start" / arm / f"seed{seed}"
     # One step of size 0, with the division taken from the file: the images that the script starts with.
-    start = torch.load(run_main_dm(checkout, arm, seed, save, args, Iteration=0, num_eval=0, lr_img=0))["data"][0]
+    file = run_main_dm(checkout, arm, seed, save, args, Iteration=0, num_eval=0, lr_img=0)
+    start = torch.load(file, weights_only=True)["data"][0]
     with any_checksum():
         splits = load_dataset("cifar10", args.out / "data", holdout=0.0, download=False)
     observed = SampleState.load(state).observed

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.iwd.per_sample import per_sample_directional
+from tad_plugin.nn.gradients import mean_gradient
 
 __all__ = ["mean_gradient", "pass_size", "weighted_gradient", "weighted_gradient_graph"]
 
@@ -42,41 +43,6 @@ def pass_size(images: Tensor, width: int) -> int:
     if images.device.type != "cpu":
         return 2048
     return max(1, _CACHE_BYTES // (4 * width * images.shape[-2] * images.shape[-1]))
-
-
-def mean_gradient(
-    network: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    images: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    *,
-    chunk_size: int = 2048,
-) -> list[Tensor]:
-    """Gradient of the (weighted) mean cross-entropy of a batch, without a graph, in passes of ``chunk_size`` images.
-
-    Args:
-        network: logits [B,K]; treats samples independently (a batch norm in eval mode).
-        parameters: in which the gradient is taken.
-        images: float [B,C,H,W].
-        targets: int64 [B].
-        weights: float [B], mean 1; None for a plain mean.
-        chunk_size: images per pass; it changes speed and memory, and the values only by rounding.
-
-    Returns:
-        One detached tensor for each of ``parameters``.
-    """
-    total: list[Tensor] = []
-    for start in range(0, len(images), chunk_size):
-        part = slice(start, start + chunk_size)
-        logits = network(images[part])
-        if weights is None:
-            loss = F.cross_entropy(logits, targets[part], reduction="sum")
-        else:
-            loss = (weights[part].detach() * F.cross_entropy(logits, targets[part], reduction="none")).sum()
-        found = torch.autograd.grad(loss / len(images), parameters)
-        total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
-    return total
 
 
 def weighted_gradient(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.iwd.per_sample import per_sample_directional
 from tad_plugin.iwd.vectors import require_finite
+from tad_plugin.nn.gradients import mean_gradient
 from tad_plugin.state import check_labels
 
 __all__ = ["GradientDistance", "gradient_influence"]
@@ -77,12 +78,19 @@ def gradient_influence(
         )
     influence = torch.zeros(len(images), dtype=images.dtype, device=images.device)
     values = {n: p.detach().requires_grad_() for n, p in network.named_parameters()}
+    parameters = list(values.values())
+
+    def forward(x: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(network, values, (x,))
+        return logits
+
     for c in labels.unique().tolist():
         rows, own = (labels == c).nonzero().flatten(), (synthetic_labels == c).nonzero().flatten()
         if not len(own):
             continue
         share = w[rows] / w[rows].sum()
-        real = _mean_gradient(network, values, images[rows], labels[rows], share, chunk_size)
+        own_weights = share * len(rows)
+        real = mean_gradient(forward, parameters, images[rows], labels[rows], own_weights, chunk_size=chunk_size)
         direction = _direction(
             network, values, synthetic[own], synthetic_labels[own], target_gradient[own], real, distance
         )
@@ -90,20 +98,6 @@ def gradient_influence(
         along = torch.cat([per_sample_directional(network, x, y, direction, parameters=values) for x, y in parts])
         influence[rows] = -eta * (along - (share * along).sum()) / w[rows].sum()
     return require_finite(influence, "influences", "Check the images, the weights and the network")
-
-
-def _mean_gradient(
-    network: nn.Module, values: dict[str, Tensor], images: Tensor, labels: Tensor, share: Tensor, chunk_size: int
-) -> list[Tensor]:
-    """sum_i share_i grad l_i, one tensor for each parameter."""
-    sums = [torch.zeros_like(v) for v in values.values()]
-    for start in range(0, len(images), chunk_size):
-        part = slice(start, start + chunk_size)
-        with torch.enable_grad():
-            logits = torch.func.functional_call(network, values, (images[part],))
-            loss = (share[part] * F.cross_entropy(logits, labels[part], reduction="none")).sum()
-        sums = [s + g for s, g in zip(sums, torch.autograd.grad(loss, list(values.values())), strict=True)]
-    return [s.detach() for s in sums]
 
 
 def _direction(

@@ -16,7 +16,7 @@ from tad_plugin.tad.reliability import (
     principal_axes,
     propose,
     reliability,
-    whitened_cosine,
+    whitened_measures,
 )
 from tad_plugin.tad.threshold import Division, divide, renormalise
 
@@ -40,5 +40,5 @@ __all__ = [
     "ramp_up",
     "reliability",
     "renormalise",
-    "whitened_cosine",
+    "whitened_measures",
 ]

@@ -20,7 +20,7 @@ from tad_plugin.tad.geometry import (
     ledoit_wolf,
     mahalanobis,
     principal_axes,
-    whitened_cosine,
+    whitened_measures,
 )
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "propose",
     "reliability",
     "reliability_score",
-    "whitened_cosine",
+    "whitened_measures",
 ]
 
 # One sample is its own anchor: its distance says nothing about the class.
@@ -89,7 +89,7 @@ class FeatureModel:
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Distance [N, K] (inf without an anchor) and cosine [N, K] (-1 without), float32.
 
-        The cosine is :func:`~tad_plugin.tad.geometry.whitened_cosine`.
+        The cosine is that of :func:`~tad_plugin.tad.geometry.whitened_measures`.
         """
         shape = (len(features), len(self.counts))
         far = torch.full(shape, torch.inf, dtype=torch.float32, device=features.device)
@@ -97,8 +97,8 @@ class FeatureModel:
         if self.cholesky is not None:
             use = self.available
             rows, anchors = _project(features, self.axes), _project(self.anchors[use], self.axes)
-            far[:, use] = mahalanobis(rows, anchors, self.cholesky).float()
-            close[:, use] = whitened_cosine(rows, anchors, self.cholesky).float()
+            distance, similar = whitened_measures(rows, anchors, self.cholesky)
+            far[:, use], close[:, use] = distance.float(), similar.float()
         return far, close
 
 

@@ -64,7 +64,7 @@ def test_equals_finite_differences_of_the_step() -> None:
 
     def after(w: Tensor) -> float:
         s = p.synthetic.clone().requires_grad_()
-        return float(((s - eta * torch.autograd.grad(loss(w, s), s)[0]) * direction).sum())
+        return float(((s.detach() - eta * torch.autograd.grad(loss(w, s), s)[0].detach()) * direction).sum())
 
     steps = h * torch.eye(24, dtype=torch.float64)
     oracle = torch.tensor([(after(1 + step) - after(1 - step)) / (2 * h) for step in steps], dtype=torch.float64)

@@ -6,11 +6,36 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tad_plugin import compatibility, standins
+from tad_plugin.patching import apply, load_patch
+from tests.patches.foreign import any_checksum, copied, tiny_cifar10
+
+__all__ = ["any_checksum"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small CIFAR-10."""
+    return tiny_cifar10(tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="module")
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout that the module's CHECKOUT names."""
+    return copied(request.module.CHECKOUT, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, patched."""
+    root = copied(request.module.CHECKOUT, tmp_path_factory.mktemp("patched"))
+    apply(load_patch(request.module.CHECKOUT), root)
+    return root
 
 
 @pytest.fixture

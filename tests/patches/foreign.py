@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tad_plugin import standins
 from tad_plugin.compatibility import Script, needed_switches, run_script
 from tad_plugin.patching import apply, load_patch, reverse, status
 from tests.upstream import upstream
@@ -47,9 +48,17 @@ def tiny_cifar10(folder: Path, *, per_class: int = 40, seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def any_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_checksum() -> Iterator[None]:
     """torchvision takes files that are not the published ones."""
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_args, **_more: True)
+    with standins.any_checksum():
+        yield
+
+
+#: what every test that runs a public script needs
+MARKS = [
+    pytest.mark.usefixtures("any_checksum"),
+    pytest.mark.filterwarnings("ignore::Warning"),  # what old code makes a current stack say
+]
 
 
 def run(root: Path, script: str, arguments: Sequence[str], *, seed: int = 0) -> None:
@@ -68,10 +77,13 @@ def same(a: Experts, b: Experts) -> bool:
     return len(flat[0]) == len(flat[1]) and all(torch.equal(p, q) for p, q in zip(*flat, strict=True))
 
 
-def flags(folder: Path, method: str, settings: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Flags for a method on 40% wrong labels, with a state file in ``folder``."""
+def flags(folder: Path, method: str, settings: Mapping[str, Mapping[str, object]], **iwd: object) -> list[str]:
+    """Flags for a method on 40% wrong labels, a state file in ``folder``; ``iwd``: further settings of that method."""
+    used = {name: dict(given) for name, given in settings.items() if name in ("scorer", *method.split("+"))}
+    if "iwd" in used:
+        used["iwd"].update(iwd)
     config = folder / "config.json"
-    config.write_text(json.dumps({name: settings[name] for name in method.split("+") if name in settings}))
+    config.write_text(json.dumps(used))
     state = ["--tad_state", str(folder / "state.safetensors")]
     return ["--tad_method", method, "--tad_config", str(config), *state, "--tad_noise", "symmetric:0.4"]
 
@@ -81,7 +93,7 @@ def check_bytes(name: str, folder: Path, changed: dict[str, bool]) -> None:
     root, patch = copied(name, folder), load_patch(name)
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert status(patch, root).condition == "clean"
-    apply(patch, root)
+    assert sorted(p.name for p in apply(patch, root)) == sorted(Path(file).name for file in changed)
     found = {p.relative_to(root).as_posix() for p, content in before.items() if p.read_bytes() != content}
     assert found == set(changed) and status(patch, root).condition == "patched"
     for file, crlf in changed.items():

@@ -14,18 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.patching import apply, load_patch
 from tad_plugin.state import SampleState
 from tests.patches.foreign import (
+    MARKS,
     Experts,
-    any_checksum,  # noqa: F401 - a fixture
     check_bytes,
-    copied,
     flags,
     nearest,
     run,
     same,
-    tiny_cifar10,
 )
 
 pytest.importorskip("yacs", reason="yacs is not installed, which DATM reads its settings with")
@@ -56,27 +53,8 @@ num_eval: 0
 parall_eva: True
 """
 
-pytestmark = [
-    pytest.mark.usefixtures("any_checksum"),
-    pytest.mark.filterwarnings("ignore::Warning"),  # what old code makes a current stack say
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cifar10(tmp_path_factory.mktemp("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied("datm", tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = copied("datm", tmp_path_factory.mktemp("patched"))
-    apply(load_patch("datm"), root)
-    return root
+CHECKOUT = "datm"
+pytestmark = MARKS
 
 
 def experts(root: Path, data: Path, folder: Path, *more: str) -> Experts:

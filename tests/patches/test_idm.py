@@ -5,7 +5,6 @@ Needs a checkout of the pinned commit, named by TAD_UPSTREAM_IDM; it is copied, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.patching import apply, load_patch, reverse, status
 from tad_plugin.state import SampleState
-from tests.patches.foreign import any_checksum, copied, run, tiny_cifar10  # noqa: F401 - a fixture
+from tests.patches.foreign import MARKS, check_bytes, flags, run
 
 SCRIPTS = ["IDM_cifar10.py", "IDM_cifar100.py", "IDM_tiny.py"]
 TINY = [
@@ -31,27 +29,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "iwd": {"early": 1, "networks": 1, "warmup": 0, "held_out": 4},
 }
 
-pytestmark = [
-    pytest.mark.usefixtures("any_checksum"),
-    pytest.mark.filterwarnings("ignore::Warning"),  # what old code makes a current stack say
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cifar10(tmp_path_factory.mktemp("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied("idm", tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = copied("idm", tmp_path_factory.mktemp("patched"))
-    apply(load_patch("idm"), root)
-    return root
+CHECKOUT = "idm"
+pytestmark = MARKS
 
 
 def distilled(root: Path, script: str, data: Path, out: Path, *more: str) -> Tensor:
@@ -67,28 +46,11 @@ def distilled(root: Path, script: str, data: Path, out: Path, *more: str) -> Ten
 
 def on(folder: Path, method: str, **iwd: object) -> list[str]:
     """Flags for a method on 40% wrong labels; ``iwd`` are settings of that method besides the small ones above."""
-    used = {k: v for k, v in SETTINGS.items() if k == "scorer" or k in method.split("+")}
-    if "iwd" in used:
-        used["iwd"] = {**used["iwd"], **iwd}
-    config = folder / "config.json"
-    config.write_text(json.dumps(used))
-    state = ["--tad_state", str(folder / "state.safetensors")]
-    return ["--tad_method", method, "--tad_config", str(config), "--tad_noise", "symmetric:0.4", *state]
+    return flags(folder, method, SETTINGS, **iwd)
 
 
 def test_apply_and_reverse_leave_every_byte(tmp_path: Path) -> None:
-    root = copied("idm", tmp_path)
-    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    patch = load_patch("idm")
-    assert status(patch, root).condition == "clean"
-    assert sorted(p.name for p in apply(patch, root)) == SCRIPTS
-    changed = {p.name for p, content in before.items() if p.read_bytes() != content}
-    assert changed == set(SCRIPTS) and status(patch, root).condition == "patched"
-    for name in changed:  # each file keeps its own line endings
-        content = (root / name).read_bytes()
-        assert content.count(b"\r\n") == (0 if name == "IDM_tiny.py" else content.count(b"\n"))
-    reverse(patch, root)
-    assert before == {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    check_bytes("idm", tmp_path, {name: name != "IDM_tiny.py" for name in SCRIPTS})
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import StateMismatchError
-from tad_plugin.patching import apply, load_patch
 from tad_plugin.state import SampleState
 from tests.patches.foreign import (
+    MARKS,
     Experts,
-    any_checksum,  # noqa: F401 - a fixture
     check_bytes,
-    copied,
     flags,
     nearest,
     run,
     same,
-    tiny_cifar10,
 )
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -33,27 +30,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 NOISE = ["--tad_noise", "symmetric:0.4"]
 
-pytestmark = [
-    pytest.mark.usefixtures("any_checksum"),
-    pytest.mark.filterwarnings("ignore::Warning"),  # what old code makes a current stack say
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_cifar10(tmp_path_factory.mktemp("cifar10"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied("mtt", tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = copied("mtt", tmp_path_factory.mktemp("patched"))
-    apply(load_patch("mtt"), root)
-    return root
+CHECKOUT = "mtt"
+pytestmark = MARKS
 
 
 def experts(root: Path, data: Path, folder: Path, *more: str, epochs: int = 3, number: int = 2) -> Experts:
