@@ -115,6 +115,8 @@ class Callback:
         needs_images: looks at the real images in ``on_start`` or later, so labels alone are not enough.
         needs_graph: may want ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
         needs_true_labels: cannot run without the true labels (an oracle).
+        decides_late: leaves every sample as it is until the synthetic set is updated, so that what is trained on the
+            real data before (experts) is the same without it.
     """
 
     name: ClassVar[str] = "callback"
@@ -123,6 +125,7 @@ class Callback:
     needs_images: ClassVar[bool] = False
     needs_graph: ClassVar[bool] = False
     needs_true_labels: ClassVar[bool] = False
+    decides_late: ClassVar[bool] = False
 
     def __init__(self, config: Any = None, *, seed: int = 0) -> None:
         if config is None and self.Config is not None:

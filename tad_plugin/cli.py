@@ -67,6 +67,10 @@ def _parser() -> Any:
         "--overwrite", type=bool, default=False, help="start over, removing what an earlier run left in the folder"
     )
 
+    one.add_argument(
+        "--shared", type=str, default="", help="folder of divisions and experts that several runs share (none: its own)"
+    )
+
     from tad_plugin.distill.experts import ExpertConfig
     from tad_plugin.expertrun import NOT_FOR_EXPERTS
 
@@ -102,6 +106,9 @@ def _parser() -> Any:
     many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9; one alone: 7,)")
     many.add_argument("--jobs", type=int, default=1, help="runs side by side")
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
+    many.add_argument(
+        "--shared", type=str, default="", help="folder of divisions and experts that runs share (OUT/shared)"
+    )
     many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
     many.add_argument(
         "--overwrite", type=bool, default=False, help="start over, removing what earlier runs left in the folder"
@@ -138,7 +145,8 @@ def _distill(values: Any) -> None:
     from tad_plugin.experiment import run
     from tad_plugin.report import summarise, text_table
 
-    results = run(_run_config(values), values.arm, values.out, progress=True, overwrite=values.overwrite)
+    options = {"overwrite": values.overwrite, "shared": values.shared or None}
+    results = run(_run_config(values), values.arm, values.out, progress=True, **options)
     print(text_table(summarise([results])))
     print(f"\nsynthetic set: {Path(values.out) / 'synthetic.safetensors'}")
 
@@ -226,6 +234,7 @@ def _compare(values: Any) -> int:
         launcher=values.launcher,
         overwrite=values.overwrite,
         failures=failures,
+        shared=values.shared or None,
     )
     if results:
         rows = report.summarise(results)

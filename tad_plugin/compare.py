@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,10 @@ from tad_plugin.files import atomic_write
 __all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
 
 
+SHARED = "shared"
+"""Folder of what runs share, in that of a comparison."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One run of a comparison."""
@@ -30,6 +35,7 @@ class Task:
     arm: str
     config: RunConfig
     folder: Path
+    shared: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,16 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def tasks_of(
-    config: RunConfig, arms: Iterable[str], seeds: Iterable[int], ipcs: Iterable[int], out: Path
+    config: RunConfig,
+    arms: Iterable[str],
+    seeds: Iterable[int],
+    ipcs: Iterable[int],
+    out: Path,
+    shared: str | Path | None = None,
 ) -> list[Task]:
     """All runs, seeds first, so that a comparison that is cut short holds whole arms of few seeds.
+
+    ``shared`` is the folder of what runs share, by default ``out/shared``.
 
     Raises:
         UnknownNameError, ConfigError: see :func:`tad_plugin.experiment.check_config`; or no arm, or one named twice.
@@ -91,8 +104,9 @@ def tasks_of(
     for arm in arms:
         for ipc in ipcs:
             check_config(dataclasses.replace(config, ipc=ipc).resolved(), arm)
+    common = Path(shared) if shared else out / SHARED
     return [
-        Task(arm, dataclasses.replace(config, ipc=ipc, seed=seed), out / arm / f"ipc{ipc}" / f"seed{seed}")
+        Task(arm, dataclasses.replace(config, ipc=ipc, seed=seed), out / arm / f"ipc{ipc}" / f"seed{seed}", common)
         for seed in seeds
         for ipc in ipcs
         for arm in arms
@@ -103,7 +117,7 @@ def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[
     """One run, or why it failed: the other runs of the comparison go on."""
     torch.set_num_threads(threads)
     try:
-        return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite)
+        return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite, shared=task.shared)
     except Exception as error:
         return _failure(task, error)
 
@@ -126,6 +140,7 @@ def compare(
     overwrite: bool = False,
     progress: bool = True,
     failures: list[Failure] | None = None,
+    shared: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every combination (finished ones are kept) and returns their results, also in ``out/results.json``.
 
@@ -143,15 +158,19 @@ def compare(
         overwrite: start over, removing what earlier runs left.
         progress: show progress bars.
         failures: failed runs are added to it; None raises for them, after the results were written.
+        shared: folder of divisions and experts that runs share (:mod:`tad_plugin.shared`); by default
+            ``out/shared``, which ``overwrite`` removes. Another folder is left as it is.
 
     Raises:
         UnknownNameError, ConfigError: wrong settings, before anything runs.
         TadPluginError: runs failed and ``failures`` is None.
     """
     out = Path(out)
-    tasks = tasks_of(config, arms, seeds, ipcs, out)
+    tasks = tasks_of(config, arms, seeds, ipcs, out, shared)
     if jobs < 1:
         raise ConfigError(explain("--jobs of at least 1", str(jobs), "Correct the flag"))
+    if overwrite and not shared:
+        shutil.rmtree(out / SHARED, ignore_errors=True)
     if launcher == "ray":
         found = _with_ray(tasks, overwrite)
     elif launcher != "local":
@@ -204,7 +223,9 @@ def _with_ray(tasks: list[Task], overwrite: bool) -> list[dict[str, Any] | Failu
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_attempt)
-        absolute = [dataclasses.replace(t, folder=t.folder.resolve()) for t in tasks]
+        absolute = [
+            dataclasses.replace(t, folder=t.folder.resolve(), shared=t.shared and t.shared.resolve()) for t in tasks
+        ]
         waiting = [remote.remote(t, 1, False, overwrite) for t in absolute]
         found: list[dict[str, Any] | Failure] = []
         for task, reference in zip(tasks, waiting, strict=True):

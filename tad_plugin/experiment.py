@@ -9,18 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
+from tad_plugin.armhook import arm_hook, nominal_rate
 from tad_plugin.arms import ARMS, Arm, parse_arm
 from tad_plugin.bars import bar
 from tad_plugin.data.datasets import DataSplits
+from tad_plugin.data.noise import NoisyLabels
 from tad_plugin.diagnostics import influence_quality, split_quality
+from tad_plugin.distill.expertphase import expert_config
+from tad_plugin.distill.experts import STATE_FILE
 from tad_plugin.distill.loop import Baseline, Place, baseline_class
 from tad_plugin.environment import reset_peak_memory
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.evaluate import evaluate
-from tad_plugin.hook import Hook, attach
+from tad_plugin.hook import Hook
 from tad_plugin.progress import Progress
-from tad_plugin.runconfig import PRESETS, RunConfig, check_config, derived_seed, generator_of, load_noisy, settings_of
+from tad_plugin.runconfig import (
+    MAY_DIFFER,
+    PRESETS,
+    RunConfig,
+    check_config,
+    derived_seed,
+    generator_of,
+    load_noisy,
+)
 from tad_plugin.runs import RunFolder, command_line, versions
+from tad_plugin.shared import shared_decisions, shared_experts
 from tad_plugin.synthetic import SyntheticSet
 
 __all__ = ["ARMS", "PRESETS", "Arm", "Run", "RunConfig", "check_config", "load_noisy", "parse_arm", "run"]
@@ -35,6 +48,8 @@ class Run:
         folder: run folder.
         progress: show progress bars.
         overwrite: start over, removing what an earlier run left there.
+        shared: folder in which runs share divisions and experts that they have in common (see
+            :mod:`tad_plugin.shared`); None makes the run's own. Without effect where the settings name a buffer.
 
     Raises:
         UnknownNameError, ConfigError: see :func:`check_config`; the folder is not touched then.
@@ -42,7 +57,14 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, arm: str, folder: str | Path, *, progress: bool = False, overwrite: bool = False
+        self,
+        config: RunConfig,
+        arm: str,
+        folder: str | Path,
+        *,
+        progress: bool = False,
+        overwrite: bool = False,
+        shared: str | Path | None = None,
     ) -> None:
         self.config = config = config.resolved()
         self.arm_name, self.arm = arm, parse_arm(arm)
@@ -52,13 +74,14 @@ class Run:
         if overwrite:
             self.cls.discard(self.folder.path)
         self.progress = progress
+        self.shared = None if getattr(self.loop_config, "buffer", "") else shared
         if self.folder.config_path.exists():
             self._write_config()
 
     def _write_config(self) -> None:
         self.folder.write_config(
             {"arm": self.arm_name, **dataclasses.asdict(self.config)},
-            ignore=("device", "checkpoint_seconds", "root", "labels"),
+            ignore=MAY_DIFFER,
         )
 
     def execute(self) -> dict[str, Any]:
@@ -71,28 +94,13 @@ class Run:
         self.cls.check_images(self.loop_config, splits.train_images)
         # Only now: data that cannot be loaded leave no folder behind that a corrected command would not fit.
         self._write_config()
-        noise_rate = noisy.spec.rate if noisy.spec.kind not in ("none", "human", "matrix") else None
-        true, observed = splits.train_labels, noisy.labels
         holdout = (splits.holdout_images, noisy_holdout.labels if noisy_holdout else splits.holdout_labels)
         if self.arm.true_labels:
-            observed, holdout = true, (splits.holdout_images, splits.holdout_labels)
-        hook = attach(
-            self.arm.method,
-            labels=observed,
-            data=splits.train_images,
-            num_classes=splits.num_classes,
-            seed=derived_seed(config.seed, "hook") % 2**31,
-            config=settings_of(config.methods, self.arm.method),
-            true_labels=true,
-            dataset=splits.name,
-            ipc=config.ipc,
-            noise_rate=noise_rate,
-            trains_on_real=self.cls.trains_on_real,
-            log=self.folder.log,
-            start=False,
-        )
+            holdout = (splits.holdout_images, splits.holdout_labels)
+        learns = self.cls.trains_on_real
+        hook = arm_hook(config, self.arm_name, splits, noisy, trains_on_real=learns, log=self.folder.log)
         progress = Progress(self.folder, hook, device=config.device, every=config.checkpoint_seconds)
-        loop = self._distil(splits, hook, progress)
+        loop = self._distil(splits, noisy, hook, progress)
         accuracy, chosen = self._evaluate(splits, loop, holdout, progress)
         self._keep(splits, hook, loop)
         results = {
@@ -106,7 +114,7 @@ class Run:
                 "kind": noisy.spec.kind,
                 "key": noisy.spec.key,
                 "text": config.noise,
-                "rate": noise_rate,
+                "rate": nominal_rate(noisy),
                 "seed": noisy.spec.seed,
                 "realised_rate": noisy.realised_rate,
             },
@@ -127,16 +135,17 @@ class Run:
         return self.folder.results()
 
     # -- stages --------------------------------------------------------------------------------------
-    def _distil(self, splits: DataSplits, hook: Hook, progress: Progress) -> Baseline:
+    def _distil(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook, progress: Progress) -> Baseline:
         config = self.config
         saved = self.folder.load_checkpoint()
         if saved is not None:
             hook.load_state_dict(saved[0]["hook"])
             progress.load(saved[0]["progress"])
+        shared = self._shared(splits, noisy, hook)
         hook.start(progress=self.progress, checkpoint=progress.maybe_save)
         if hook.data is None:
             raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
-        place = self._place(splits, progress)
+        place = self._place(splits, progress, shared)
         prepared = self.cls.prepare(self.loop_config, hook.data, hook, place) if self.arm.distil else None
         extra = () if prepared is None else (prepared,)
         generator = generator_of(config.seed, "loop")
@@ -169,7 +178,25 @@ class Run:
             progress.save()
         return loop
 
-    def _place(self, splits: DataSplits, progress: Progress) -> Place:
+    def _shared(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook) -> Path | None:
+        """Takes over what other runs have in common with this one; gives the buffer, where it has experts."""
+        if self.shared is None or not self.arm.distil:
+            return None
+        root, experts = Path(self.shared), self.cls.trains_on_real
+        if experts:
+            own = expert_config(self.loop_config)
+            folder: Path | None = shared_experts(self.config, own, self.arm_name, root, progress=self.progress)
+        else:
+            folder = shared_decisions(self.config, self.arm_name, splits, noisy, root, progress=self.progress)
+        if folder is not None and hook.enabled and not hook.decided and (folder / STATE_FILE).exists():
+            found = RunFolder(folder)
+            hook.adopt(folder / STATE_FILE)
+            hook.scoring_seconds += found.results()["scoring_seconds"]
+            for record in found.records():
+                self.folder.log(record)
+        return folder if experts else None
+
+    def _place(self, splits: DataSplits, progress: Progress, experts: Path | None) -> Place:
         config = self.config
 
         def log(record: dict[str, Any]) -> None:
@@ -177,8 +204,8 @@ class Run:
             # A run that is killed goes on with the log as it was at its last checkpoint.
             progress.save()
 
-        seed, every = derived_seed(config.seed, "prepare"), config.checkpoint_seconds
-        return Place(self.folder.path, seed, splits.preprocessing, every, self.progress, log)
+        seed, every = derived_seed(config.seed, "experts"), config.checkpoint_seconds
+        return Place(self.folder.path, seed, splits.preprocessing, every, self.progress, log, experts)
 
     def _candidate_iterations(self) -> list[int]:
         total, parts = self.loop_config.iterations, self.config.candidates
@@ -241,11 +268,9 @@ class Run:
         hook.save_state(self.folder.path / "state.safetensors")
 
 
-def run(
-    config: RunConfig, arm: str, folder: str | Path, *, progress: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
-    """Runs (or resumes, or returns) one arm; see :class:`Run`."""
-    return Run(config, arm, folder, progress=progress, overwrite=overwrite).execute()
+def run(config: RunConfig, arm: str, folder: str | Path, **options: Any) -> dict[str, Any]:
+    """Runs (or resumes, or returns) one arm; ``options`` are those of :class:`Run`."""
+    return Run(config, arm, folder, **options).execute()
 
 
 def _split(hook: Hook) -> dict[str, float] | None:

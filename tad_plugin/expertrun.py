@@ -13,23 +13,30 @@ from typing import Any
 
 from torch import nn
 
-from tad_plugin.arms import parse_arm
+from tad_plugin.armhook import arm_hook
 from tad_plugin.diagnostics import split_quality
 from tad_plugin.distill.buffers import clear_buffer
 from tad_plugin.distill.experts import STATE_FILE, ExpertConfig, train_experts
 from tad_plugin.environment import command_line, peak_memory_bytes, reset_peak_memory, versions
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.hook import attach
-from tad_plugin.runconfig import RunConfig, check_config, derived_seed, load_noisy, settings_of
+from tad_plugin.runconfig import MAY_DIFFER, RunConfig, check_config, derived_seed, load_noisy
 from tad_plugin.runs import RunFolder
 from tad_plugin.scorer import RealData, score_all
 
-__all__ = ["NOT_FOR_EXPERTS", "run_experts"]
+__all__ = ["NOT_FOR_EXPERTS", "experts_settings", "run_experts"]
 
 NOT_FOR_EXPERTS = {"baseline", "iterations", "lr_img", "loop", "candidates"} | {
     f.name for f in dataclasses.fields(RunConfig) if f.name.startswith("eval_")
 }
 """Settings of :class:`RunConfig` that only a distillation reads."""
+
+
+def experts_settings(config: RunConfig, experts: ExpertConfig, arm: str) -> dict[str, Any]:
+    """Everything that the experts of one arm and seed depend on, as plain values: the run's config.yaml."""
+    # As the expert phase of a distillation, where a preset made for the plugin's own scorer is not taken.
+    config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_FOR_EXPERTS}
+    return {"arm": arm, **kept, "expert": dataclasses.asdict(dataclasses.replace(experts, width=config.width))}
 
 
 def run_experts(
@@ -60,19 +67,17 @@ def run_experts(
         MemoryBudgetError: the disk has no room.
         NonFiniteError: an expert diverged.
     """
-    # As the expert phase of a distillation, where a preset made for the plugin's own scorer is not taken.
+    written = experts_settings(config, experts, arm)
     config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
     check_config(config, arm)
-    experts, chosen = dataclasses.replace(experts, width=config.width), parse_arm(arm)
+    experts = dataclasses.replace(experts, width=config.width)
     place = RunFolder(folder, overwrite=overwrite)
     if overwrite:
         clear_buffer(place.path)
         (place.path / STATE_FILE).unlink(missing_ok=True)
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_FOR_EXPERTS}
-    written = {"arm": arm, **kept, "expert": dataclasses.asdict(experts)}
 
     def write_config() -> None:
-        place.write_config(written, ignore=("device", "checkpoint_seconds", "root", "labels"))
+        place.write_config(written, ignore=MAY_DIFFER)
 
     if place.config_path.exists():
         write_config()
@@ -81,22 +86,7 @@ def run_experts(
     reset_peak_memory(config.device)
     splits, noisy, _ = load_noisy(config)
     write_config()
-    rate = noisy.spec.rate if noisy.spec.kind not in ("none", "human", "matrix") else None
-    hook = attach(
-        chosen.method,
-        labels=splits.train_labels if chosen.true_labels else noisy.labels,
-        data=splits.train_images,
-        num_classes=splits.num_classes,
-        seed=derived_seed(config.seed, "hook") % 2**31,
-        config=settings_of(config.methods, chosen.method),
-        true_labels=splits.train_labels,
-        dataset=splits.name,
-        ipc=config.ipc,
-        noise_rate=rate,
-        trains_on_real=True,
-        log=place.log,
-        start=False,
-    )
+    hook = arm_hook(config, arm, splits, noisy, trains_on_real=True, log=place.log)
     if hook.data is None:
         raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
     test = RealData(splits.test_images, splits.test_labels, splits.num_classes)

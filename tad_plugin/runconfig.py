@@ -21,7 +21,16 @@ from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.nn.networks import NETWORKS
 from tad_plugin.registry import available_methods, load_method, make_callbacks
 
-__all__ = ["PRESETS", "RunConfig", "check_config", "derived_seed", "generator_of", "load_noisy", "settings_of"]
+__all__ = [
+    "MAY_DIFFER",
+    "PRESETS",
+    "RunConfig",
+    "check_config",
+    "derived_seed",
+    "generator_of",
+    "load_noisy",
+    "settings_of",
+]
 
 # What suits a dataset where the user says nothing; digits are 8x8 and few, so everything is smaller.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -45,6 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_runs": 5,
     },
 }
+
+
+MAY_DIFFER = ("device", "checkpoint_seconds", "root", "labels")
+"""Settings of :class:`RunConfig` that may change when a run is resumed: they do not change what it computes."""
 
 
 @dataclass

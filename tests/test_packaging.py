@@ -46,7 +46,8 @@ def lines(text: str) -> list[str]:
 
 def test_requirements_have_lower_bounds_and_no_upper_ones(config: configparser.ConfigParser) -> None:
     core = lines(config["options"]["install_requires"])
-    assert {line.split(">=")[0] for line in core} == {"torch", "torchvision", "kornia", "scipy", "numpy", "safetensors"}
+    needed = {"torch", "torchvision", "kornia", "scipy", "numpy", "safetensors", "filelock"}
+    assert {line.split(">=")[0] for line in core} == needed
     extras = config["options.extras_require"]
     assert set(extras) == {"reproduce", "cluster", "test"}
     for line in core + [line for extra in extras.values() for line in lines(extra)]:

@@ -53,7 +53,7 @@ def expert_config(config: Any) -> ExpertConfig:
 
 
 def expert_phase(config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
-    """The experts of a run, trained into its folder (resumed, or found finished) or read from ``config.buffer``.
+    """The experts of a run, trained into its folder (resumed, or found finished), or read from a buffer.
 
     Args:
         config: an :class:`tad_plugin.distill.mtt.MTTConfig`.
@@ -66,7 +66,7 @@ def expert_phase(config: Any, data: RealData, hook: Hook | None, place: Place) -
         StateMismatchError: a buffer of other labels or another network, or a state of other methods.
         InvalidInputError: too few epochs. FileFormatError: a missing or damaged file.
     """
-    if config.buffer:
+    if config.buffer or place.experts is not None:
         return _given(config, data, hook, place)
     return _trained(config, data, hook, place, PHASES[0], expert_config(config))
 
@@ -95,8 +95,9 @@ def _again(config: Any, data: RealData, hook: Hook | None, place: Place) -> Expe
 
 
 def _given(config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
-    folder = Path(config.buffer)
-    found = Experts.of(folder, again=lambda: _again(config, data, hook, place))
+    shared = place.experts
+    folder, seconds = (Path(config.buffer), 0.0) if shared is None else (shared, _seconds(shared))
+    found = Experts.of(folder, again=lambda: _again(config, data, hook, place), seconds=seconds)
     if hook is not None and hook.enabled and not hook.decided:
         _adopt(hook, folder, found.info)
     return found

@@ -90,6 +90,7 @@ class Place:
         every: seconds between its checkpoints.
         progress: show progress bars.
         log: receives log records.
+        experts: a buffer that is there already (trajectory matching); None trains the run's own.
     """
 
     folder: Path
@@ -98,6 +99,7 @@ class Place:
     every: float = 20.0
     progress: bool = False
     log: Callable[[dict[str, Any]], None] | None = None
+    experts: Path | None = None
 
 
 class Baseline:

@@ -43,6 +43,7 @@ class IWD(Callback):
     Config: ClassVar[type] = IWDConfig
     needs_graph: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
+    decides_late: ClassVar[bool] = True
     config: IWDConfig
 
     def __init__(self, config: IWDConfig | None = None, *, seed: int = 0) -> None:
@@ -165,12 +166,13 @@ class IWD(Callback):
     # -- scoring -----------------------------------------------------------------------------------
     def _all(self, state: SampleState, match: Match, data: RealData, labels: Tensor) -> list[float]:
         config = self.config
-        if match.kind != "distribution" and match.distance is None:
+        through_loop = config.statistic == "loop"
+        if through_loop and match.kind != "distribution" and match.distance is None:
             raise ConfigError(
                 explain(
-                    'a loop that matches class means, or tells the distance of its gradients, for iwd.mode="all"',
+                    'a loop that matches class means, or tells the distance of its gradients, for iwd.statistic="loop"',
                     f"kind {match.kind!r} without a distance",
-                    'Pass distance=... to hook.before_update(), or set iwd.mode="batch", which serves every loop',
+                    'Pass distance=... to hook.before_update(), or set iwd.statistic="means"',
                 )
             )
         folds = self._folds(state)
@@ -191,7 +193,7 @@ class IWD(Callback):
                 steps=config.steps,
                 chunk_size=config.chunk_size or chunk_size(data.images.device),
                 expand=match.expand,
-                distance=match.distance,
+                distance=match.distance if through_loop else None,
                 explicit=config.explicit,
                 learning=learning,
             )

@@ -21,6 +21,7 @@ from tad_plugin.errors import (
     StateMismatchError,
 )
 from tad_plugin.hook import Hook, attach
+from tad_plugin.iwd.config import STATISTICS
 from tad_plugin.iwd.influence import explicit_influence
 from tad_plugin.iwd.method import IWD, IWDConfig
 from tad_plugin.iwd.refresh import score_on_network, target_gradient
@@ -372,8 +373,9 @@ def test_paths_that_a_loop_does_not_have() -> None:
         loop.step(0)
 
 
-def test_a_gradient_matching_loop_is_scored_on_all_samples_too() -> None:
-    loop, hook, records = make("iwd", {"networks": 1, "every": 2}, kind=DC)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_a_gradient_matching_loop_is_scored_on_all_samples_too(statistic: str) -> None:
+    loop, hook, records = make("iwd", {"networks": 1, "every": 2, "statistic": statistic}, kind=DC)
     run(loop, 0, 3)
     assert hook is not None and [r["refresh"] for r in records if r["event"] == "influence"] == [1, 2]
     seen = hook.state["influence_count"] > 0
@@ -383,11 +385,23 @@ def test_a_gradient_matching_loop_is_scored_on_all_samples_too() -> None:
     assert float(hook.state.weight.std()) > 0.01
 
 
-def test_a_gradient_matching_loop_that_tells_no_distance_needs_the_batch_mode() -> None:
-    loop, hook, _ = make("iwd")
+def test_class_means_score_a_gradient_matching_loop_as_they_score_one_of_means() -> None:
+    found = []
+    for kind, distance in (("distribution", None), ("gradient", lambda *_: torch.zeros(()))):
+        loop, hook, _ = make("iwd")
+        assert hook is not None
+        s = loop.synthetic.images
+        labels = loop.synthetic.labels
+        hook.before_update(s.square().sum(), s, loop.network, labels=labels, kind=kind, distance=distance)
+        found.append(hook.state["influence"].clone())
+    assert torch.equal(*found)
+
+
+def test_a_gradient_matching_loop_that_tells_no_distance_cannot_be_scored_through_it() -> None:
+    loop, hook, _ = make("iwd", {"statistic": "loop"})
     assert hook is not None
     s = loop.synthetic.images
-    with pytest.raises(ConfigError, match="batch"):
+    with pytest.raises(ConfigError, match=r"Pass distance=.*statistic"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels, kind="gradient")
 
 
