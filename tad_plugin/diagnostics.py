@@ -37,7 +37,7 @@ def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tens
     Returns:
         precision: share of trusted samples whose target is the true label.
         recall: share of correctly labelled samples that are trusted with their true label.
-        auc: of ``trust`` for "the observed label is the true one".
+        auc: of ``trust`` for "the observed label is the true one"; NaN where all samples are trusted alike.
         relabel_accuracy: share of relabelled trusted samples whose new target is true; NaN if there is none.
         relabelled: how many there are.
     """
@@ -51,7 +51,7 @@ def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tens
     return {
         "precision": share(right, trusted),
         "recall": share(trusted & right, clean),
-        "auc": area_under_roc(trust, clean),
+        "auc": area_under_roc(trust, clean) if bool((trust != trust[:1]).any()) else float("nan"),
         "relabel_accuracy": share(right, moved),
         "relabelled": float(moved.sum()),
     }

@@ -12,6 +12,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "DisconnectedGraphError",
+    "DiskSpaceError",
     "EmptyClassError",
     "FileFormatError",
     "InvalidInputError",
@@ -113,6 +114,10 @@ class ConvergenceError(TadPluginError, ArithmeticError):
 
 class MemoryBudgetError(TadPluginError, ValueError):
     """A memory budget is too small for a single sample."""
+
+
+class DiskSpaceError(TadPluginError, OSError):
+    """The disk has no room for what is to be written."""
 
 
 class TadPluginWarning(UserWarning):

@@ -64,7 +64,7 @@ def run_experts(
     Raises:
         UnknownNameError, ConfigError: a wrong setting; the folder is not touched then.
         ResumeError: the folder holds a run with other settings.
-        MemoryBudgetError: the disk has no room.
+        DiskSpaceError: the disk has no room.
         NonFiniteError: an expert diverged.
     """
     written = experts_settings(config, experts, arm)

@@ -56,3 +56,9 @@ def test_the_observer_reports_only_where_the_true_labels_are_known() -> None:
     record = watcher.on_scorer_epoch(state=view, data=RealData(images, y, 2, torch.tensor([0, 1, 1])))
     assert record is not None and record["event"] == "split" and watcher.last is not None
     assert record["precision"] == pytest.approx(2 / 3) == watcher.last["precision"]
+
+
+def test_where_all_are_trusted_alike_trust_ranks_nothing() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    found = split_quality(labels, labels, torch.ones(4, dtype=torch.bool), torch.ones(4), torch.tensor([0, 1, 1, 1]))
+    assert math.isnan(found["auc"]) and found["precision"] == 0.75 and found["recall"] == 1.0

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import (
+    DiskSpaceError,
     FileFormatError,
     InvalidInputError,
-    MemoryBudgetError,
     PreprocessingMismatchError,
     StateMismatchError,
     explain,
@@ -172,7 +172,7 @@ def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory],
 
     Raises:
         InvalidInputError: no trajectory.
-        MemoryBudgetError: the disk is full.
+        DiskSpaceError: the disk is full.
     """
     if not trajectories:
         raise InvalidInputError(explain("at least one trajectory", "none", "Train an expert first"))
@@ -185,7 +185,7 @@ def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory],
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
         got = f"a write that failed ({error})"
         do = "Make room and run the same command again: finished experts are kept"
-        raise MemoryBudgetError(explain(f"room for {path}", got, do)) from error
+        raise DiskSpaceError(explain(f"room for {path}", got, do)) from error
 
 
 def read_buffer(path: str | Path) -> list[Trajectory]:
@@ -292,7 +292,7 @@ def check_free_disk(folder: str | Path, needed: int) -> None:
         needed: bytes, from :func:`predicted_bytes`.
 
     Raises:
-        MemoryBudgetError: less is free.
+        DiskSpaceError: less is free.
     """
     place = Path(folder).absolute()
     while not place.exists():
@@ -301,7 +301,7 @@ def check_free_disk(folder: str | Path, needed: int) -> None:
     if free < needed:
         expected = f"{_megabytes(needed)} free in {folder} for the experts' trajectories"
         do = "Make room, choose another --out, store --half, or train fewer experts or epochs"
-        raise MemoryBudgetError(explain(expected, _megabytes(free), do))
+        raise DiskSpaceError(explain(expected, _megabytes(free), do))
 
 
 def _save(tree: object, path: Path) -> None:

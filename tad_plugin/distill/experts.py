@@ -33,7 +33,7 @@ from tad_plugin.distill.buffers import (
 )
 from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
 from tad_plugin.environment import versions
-from tad_plugin.errors import MemoryBudgetError, ResumeError, StateMismatchError, TadPluginWarning, explain
+from tad_plugin.errors import DiskSpaceError, ResumeError, StateMismatchError, TadPluginWarning, explain
 from tad_plugin.hook import Hook
 from tad_plugin.labels import label_digest
 from tad_plugin.scorer import RealData
@@ -135,7 +135,7 @@ def train_experts(
         The description of the buffer, which is also in its ``buffer.json``.
 
     Raises:
-        MemoryBudgetError: the disk has no room for the buffer, or a write failed.
+        DiskSpaceError: the disk has no room for the buffer, or a write failed.
         ResumeError: the folder holds another buffer, or one that was begun with other settings or labels.
         FileFormatError: a file of the folder is damaged.
         NonFiniteError: an expert's loss is NaN or infinite.
@@ -273,7 +273,7 @@ class _Experts:
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
             do = "Make room and run the same command again: it goes on from the checkpoint before"
             got = f"a write that failed ({error})"
-            raise MemoryBudgetError(explain(f"room for a checkpoint beside {self.folder}", got, do)) from error
+            raise DiskSpaceError(explain(f"room for a checkpoint beside {self.folder}", got, do)) from error
         self.saved_at = perf_counter()
 
     def _resume(self) -> bool:

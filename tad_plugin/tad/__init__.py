@@ -18,7 +18,7 @@ from tad_plugin.tad.reliability import (
     reliability,
     whitened_measures,
 )
-from tad_plugin.tad.threshold import Division, divide, renormalise
+from tad_plugin.tad.threshold import Division, divide
 
 __all__ = [
     "Calibration",
@@ -39,6 +39,5 @@ __all__ = [
     "propose",
     "ramp_up",
     "reliability",
-    "renormalise",
     "whitened_measures",
 ]

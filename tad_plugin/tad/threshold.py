@@ -16,7 +16,7 @@ from tad_plugin.errors import InvalidInputError, UnimodalClassWarning, explain
 from tad_plugin.state import check_labels
 from tad_plugin.tad.mixture import ClassMixture, check_losses
 
-__all__ = ["Division", "divide", "renormalise"]
+__all__ = ["Division", "divide"]
 
 # Classes named in one warning; the rest is counted, so that 1,000 classes do not fill the screen.
 _NAMED = 10
@@ -103,44 +103,6 @@ def divide(
     position = _rank(values, left_out, torch.bincount(left_out, minlength=num_classes + 1))
     trusted = trusted | (position < missing[labels]) & ~trusted
     return Division(trusted, _shares(trusted, labels, counts).float(), replaced)
-
-
-def renormalise(weights: Tensor, labels: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Scales weights to mean 1 over the masked samples of each class; 0 elsewhere [ours].
-
-    A class whose masked weights are all 0 counts evenly (1 each), so that no class is lost from the loss.
-
-    Args:
-        weights: float [N], finite, >= 0.
-        labels: integers [N] in [0, num_classes).
-        mask: bool [N], the samples that take part.
-        num_classes: K.
-
-    Returns:
-        float32 [N].
-
-    Raises:
-        InvalidInputError: a wrong shape or type, or a negative or non-finite weight.
-        InvalidLabelsError: labels out of range, of a wrong type or length.
-    """
-    values = weights.detach().double()
-    if values.ndim != 1 or mask.shape != values.shape or mask.dtype != torch.bool:
-        got = f"shapes {list(weights.shape)} and {list(mask.shape)}, mask of dtype {mask.dtype}"
-        raise InvalidInputError(
-            explain("`weights` and a boolean `mask` of one shape [N]", got, "Pass one value per sample")
-        )
-    bad = ~torch.isfinite(values) | (values < 0)
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        got = f"{float(values[first])} at position {first}"
-        raise InvalidInputError(explain("finite `weights` >= 0", got, "Check the method that computed them"))
-    labels = check_labels(labels, num_classes, len(values)).to(values.device)
-    inside = labels[mask]
-    count = torch.bincount(inside, minlength=num_classes).double()
-    total = torch.zeros_like(count).index_add_(0, inside, values[mask])
-    mean = torch.where(total > 0, total / count.clamp_min(1), 1.0)[labels]
-    even = torch.where((total > 0)[labels], values / mean, 1.0)
-    return torch.where(mask, even, 0.0).float()
 
 
 def _rank(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ from tad_plugin.distill.buffers import (
     write_buffer,
 )
 from tad_plugin.errors import (
+    DiskSpaceError,
     FileFormatError,
     InvalidInputError,
-    MemoryBudgetError,
     PreprocessingMismatchError,
     StateMismatchError,
 )
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(buffers.torch, "save", full)
-    with pytest.raises(MemoryBudgetError, match=r"room for .*replay_buffer_0.pt.*No space left.*Make room"):
+    with pytest.raises(DiskSpaceError, match=r"room for .*replay_buffer_0.pt.*No space left.*Make room"):
         write_buffer(tmp_path, 0, [trajectory(seed=1)])
     assert_same(read_buffer(path), before)
     assert [p.name for p in tmp_path.iterdir()] == ["replay_buffer_0.pt"]
@@ -211,7 +211,7 @@ def test_too_little_room_is_named_before_anything_is_written(tmp_path: Path, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**6))
     check_free_disk(tmp_path / "not" / "there" / "yet", 10**6)
-    with pytest.raises(MemoryBudgetError, match=r"1\.5 MB free .*got 1\.0 MB.*--half"):
+    with pytest.raises(DiskSpaceError, match=r"1\.5 MB free .*got 1\.0 MB.*--half"):
         check_free_disk(tmp_path / "not" / "there" / "yet", 1_500_000)
 
 

@@ -24,7 +24,7 @@ from tad_plugin.distill.buffers import BufferInfo, buffer_files, check_buffer, r
 from tad_plugin.distill.experts import STATE_FILE, train_experts
 from tad_plugin.distill.experttrainer import ExpertTrainer, expert_generator, expert_network
 from tad_plugin.errors import (
-    MemoryBudgetError,
+    DiskSpaceError,
     ResumeError,
     StateMismatchError,
     TadPluginWarning,
@@ -298,7 +298,7 @@ def test_too_small_a_disk_is_named_before_training(tmp_path: Path, monkeypatch: 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 1000))
     monkeypatch.setattr(ExpertTrainer, "run_epoch", lambda _: pytest.fail("trained"))
-    with pytest.raises(MemoryBudgetError, match="free in .* for the experts' trajectories"):
+    with pytest.raises(DiskSpaceError, match="free in .* for the experts' trajectories"):
         train_experts(data(), config(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, monkeypatch: pytest.
     failed = False
     try:
         train_experts(data(), config(), tmp_path / "cut", every=0.0)
-    except MemoryBudgetError as error:
+    except DiskSpaceError as error:
         failed = True
         assert "Make room" in str(error) and "file write failed" in str(error)
     assert failed == (fails_at <= count[0])

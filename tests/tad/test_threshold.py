@@ -11,7 +11,7 @@ import torch
 
 from tad_plugin.errors import InvalidInputError, InvalidLabelsError, NonFiniteError, UnimodalClassWarning
 from tad_plugin.tad.mixture import fit_class_mixture
-from tad_plugin.tad.threshold import divide, renormalise
+from tad_plugin.tad.threshold import divide
 
 
 def noisy(sizes, seed=0, shares=None):
@@ -142,26 +142,3 @@ def test_bad_data():
     losses[2] = math.nan
     with pytest.raises(NonFiniteError, match="position 2"):
         divide(losses, labels, mixture, 2)
-
-
-def test_renormalise():
-    weights = torch.tensor([1.0, 3.0, 9.0, 0.0, 0.0, 0.3, 0.3])
-    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    mask = torch.tensor([True, True, False, True, True, True, True])
-    result = renormalise(weights, labels, mask, 4)
-    assert result.dtype == torch.float32
-    assert result.tolist() == [0.5, 1.5, 0.0, 1.0, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("weights", "mask"),
-    [
-        (torch.tensor([1.0, -1.0]), torch.tensor([True, True])),
-        (torch.tensor([1.0, math.nan]), torch.tensor([True, True])),
-        (torch.tensor([1.0, 1.0]), torch.tensor([True])),
-        (torch.tensor([1.0, 1.0]), torch.tensor([1, 1])),
-    ],
-)
-def test_renormalise_bad_input(weights, mask):
-    with pytest.raises(InvalidInputError, match="Expected"):
-        renormalise(weights, torch.tensor([0, 0]), mask, 1)
