@@ -152,7 +152,7 @@ def states(folder: Path) -> list[str]:
 
 def test_loops_without_experts_share_the_division(tmp_path: Path) -> None:
     arms = ["clean", "noisy", "iwd", "tad", "tad+iwd", "loss-prune", "oracle"]
-    results = compare(PLAIN, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "dm", jobs=2, progress=False)
+    results = compare(PLAIN, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "dm", progress=False)
     common = tmp_path / "dm" / "shared"
     assert states(common) == ["state-loss-prune-seed0", "state-oracle-seed0", "state-tad-seed0"]
     found = {(r["arm"], r["ipc"]): r for r in results}
