@@ -168,23 +168,15 @@ def _experts(values: Any) -> None:
 def _evaluate(values: Any) -> None:
     import torch
 
-    from tad_plugin.data.datasets import load_dataset
     from tad_plugin.evaluate import evaluate
     from tad_plugin.files import atomic_write
+    from tad_plugin.runconfig import load_splits
     from tad_plugin.synthetic import SyntheticSet
 
     config = _run_config(values).resolved()
     synthetic = SyntheticSet.load(values.synthetic, device=config.device)
     _check_dataset(config.dataset, synthetic.dataset, values.synthetic)
-    splits = load_dataset(
-        config.dataset,
-        config.root,
-        per_class=config.per_class or None,
-        holdout=config.holdout,
-        seed=config.seed,
-        device=config.device,
-        preprocessing=synthetic.preprocessing,
-    )
+    splits = load_splits(config, synthetic.preprocessing)
     found = {}
     for network in config.networks():
         generator = torch.Generator().manual_seed(config.seed)

@@ -14,6 +14,7 @@ from tad_plugin.arms import parse_arm
 from tad_plugin.callback import build_config
 from tad_plugin.data.datasets import DataSplits, load_dataset
 from tad_plugin.data.noise import NoiseSpec, NoisyLabels
+from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.loop import BaselineConfig, baseline_class
 from tad_plugin.errors import ConfigError, explain, unknown_name
@@ -29,6 +30,7 @@ __all__ = [
     "derived_seed",
     "generator_of",
     "load_noisy",
+    "load_splits",
     "settings_of",
 ]
 
@@ -170,20 +172,26 @@ def generator_of(*parts: Any) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
-def load_noisy(config: RunConfig) -> tuple[DataSplits, NoisyLabels, NoisyLabels | None]:
-    """The dataset, and the noisy labels of its training part and of its held-out part (None where that is empty).
-
-    The held-out labels are as noisy as the rest: a user has no others to choose the best iterate with.
-    """
-    splits = load_dataset(
+def load_splits(config: RunConfig, preprocessing: Preprocessing | None = None) -> DataSplits:
+    """The dataset of these settings, under ``preprocessing`` instead of its own where that is given."""
+    return load_dataset(
         config.dataset,
         config.root,
         per_class=config.per_class or None,
         holdout=config.holdout,
         seed=config.seed,
         device=config.device,
-        zca=config.zca,
+        zca=config.zca and preprocessing is None,
+        preprocessing=preprocessing,
     )
+
+
+def load_noisy(config: RunConfig) -> tuple[DataSplits, NoisyLabels, NoisyLabels | None]:
+    """The dataset, and the noisy labels of its training part and of its held-out part (None where that is empty).
+
+    The held-out labels are as noisy as the rest: a user has no others to choose the best iterate with.
+    """
+    splits = load_splits(config)
     return splits, *splits.apply_noise(config.noise_spec())
 
 

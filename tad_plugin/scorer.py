@@ -6,9 +6,8 @@ nothing on real data (DM, DC) the hook trains this small one before distillation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from tad_plugin.callback import CallbackList
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.state import SampleState, check_labels
 
 __all__ = [
@@ -195,7 +195,7 @@ class ScorerConfig:
             raise ConfigError(explain("scorer.lr above 0", str(self.lr), "Correct the setting"))
 
 
-class Scorer:
+class Scorer(EpochTrainer):
     """Trains a network on the real data with the state's targets and weights, firing the scorer events.
 
     Args:
@@ -273,22 +273,6 @@ class Scorer:
         events.position(scorer_epoch=self.epoch)
         events.scorer_epoch(state, self.network, self.data)
         return total / n
-
-    def state_dict(self) -> dict[str, Any]:
-        """Network, optimiser, generator and epoch."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "epoch": self.epoch,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        self.epoch = int(state["epoch"])
 
 
 def _strategy(name: str, data: RealData) -> str:

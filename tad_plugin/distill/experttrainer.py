@@ -23,6 +23,7 @@ from tad_plugin.errors import ConfigError, NonFiniteError, explain
 from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.scorer import RealData
 from tad_plugin.state import SampleState
 
@@ -124,7 +125,7 @@ def expert_network(config: ExpertConfig, data: RealData, generator: torch.Genera
     )
 
 
-class ExpertTrainer:
+class ExpertTrainer(EpochTrainer):
     """One expert in training: ``run_epoch()`` until ``epoch`` is ``config.epochs``.
 
     Args:
@@ -247,21 +248,12 @@ class ExpertTrainer:
         self.trajectory.append([p.detach().to("cpu", copy=True) for p in self.parameters])
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimiser, generator and the trajectory so far."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "epoch": self.epoch,
-            "trajectory": self.trajectory,
-        }
+        """See :class:`EpochTrainer`; with the trajectory so far."""
+        return {**super().state_dict(), "trajectory": self.trajectory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        self.epoch = int(state["epoch"])
+        super().load_state_dict(state)
         self.trajectory = [[p.cpu() for p in entry] for entry in state["trajectory"]]
 
 

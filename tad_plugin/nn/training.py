@@ -1,0 +1,43 @@
+"""The state of a network in training, as everything that trains one over epochs saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["EpochTrainer"]
+
+
+class EpochTrainer:
+    """What goes on from epoch to epoch, and comes back from a checkpoint to the same bits.
+
+    Attributes:
+        network: the network.
+        optimizer: of its parameters.
+        generator: CPU generator of every draw.
+        epoch: epochs done.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    epoch: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Network, optimiser, generator and epoch."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.epoch = int(state["epoch"])
