@@ -124,6 +124,7 @@ class Run:
             "seconds_per_iteration": progress.seconds / max(1, self.loop_config.iterations),
             "scoring_seconds": hook.scoring_seconds,
             "expert_seconds": loop.expert_seconds,
+            "total_seconds": (progress.before or 0.0) + progress.seconds,
             "peak_memory_bytes": progress.peak_memory(),
             "split": _split(hook),
             "influence": _influence(hook),
@@ -146,7 +147,11 @@ class Run:
         if hook.data is None:
             raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
         place = self._place(splits, progress, shared)
+        # What shared experts cost contains what their methods did.
+        before = hook.scoring_seconds if shared is None else 0.0
         prepared = self.cls.prepare(self.loop_config, hook.data, hook, place) if self.arm.distil else None
+        if progress.before is None:
+            progress.before = before + getattr(prepared, "seconds", 0.0)
         extra = () if prepared is None else (prepared,)
         generator = generator_of(config.seed, "loop")
         images, labels = self.cls.initial_images(self.loop_config, hook.data, hook, generator, *extra)

@@ -28,6 +28,8 @@ class Progress:
         loop: the baseline, once it exists.
         iteration: updates done.
         seconds: spent in them.
+        before: seconds spent before the first, in scoring and in training experts; shared work counts whole; None
+            until then.
         finished: the distillation is over and ``hook.finish()`` was called.
         chosen: the iterate that the held-out data chose; None until then.
         candidates: synthetic sets by iteration.
@@ -39,6 +41,7 @@ class Progress:
         self.loop: Baseline | None = None
         self.iteration = 0
         self.seconds = 0.0
+        self.before: float | None = None
         self.finished = False
         self.chosen: int | None = None
         self.candidates: dict[int, SyntheticSet] = {}
@@ -66,6 +69,7 @@ class Progress:
             "progress": {
                 "iteration": self.iteration,
                 "seconds": self.seconds,
+                "before": self.before,
                 "finished": self.finished,
                 "chosen": self.chosen,
                 "peak": self.peak_memory() or 0,
@@ -80,6 +84,7 @@ class Progress:
         """Restores the "progress" of a checkpoint; the candidates wait for :meth:`restore_candidates`."""
         self.iteration = int(saved["iteration"])
         self.seconds = float(saved["seconds"])
+        self.before = saved["before"]
         self.finished = bool(saved["finished"])
         self.chosen = saved["chosen"]
         self.evaluated = dict(saved["evaluated"])

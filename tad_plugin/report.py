@@ -34,7 +34,10 @@ __all__ = [
 KNOWS_TRUTH = ("clean", "oracle")
 #: below this gap between clean and noisy, in points, there is nothing to win back
 MINIMUM_GAP = 0.5
-_NOTE = "* knows the true labels. recovered: share of the gap between the clean and the noisy arm that is won back."
+_NOTE = (
+    "* knows the true labels. recovered: share of the gap between the clean and the noisy arm that is won back. "
+    "cost: time of scoring, experts and distillation, as a multiple of the noisy arm's."
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Row:
         best: accuracy of the one that the held-out split chose; None likewise.
         seconds_per_iteration: mean over seeds, or None.
         scoring_seconds: mean time spent in scoring samples, or None.
+        cost: mean time of scoring, experts and distillation, as a multiple of that of the arm "noisy", or None.
         peak_memory_bytes: the largest over seeds, or None.
         precision: mean share of correct labels among trusted samples, in [0, 1], or None.
         recall: mean share of correctly labelled samples that are trusted, or None.
@@ -86,6 +90,7 @@ class Row:
     best: Accuracy | None
     seconds_per_iteration: float | None
     scoring_seconds: float | None
+    cost: float | None
     peak_memory_bytes: int | None
     precision: float | None
     recall: float | None
@@ -219,7 +224,8 @@ def html_page(
 
 
 _HEADER = (
-    "IPC", "arm", "last", "best", "recovered", "seeds", "s/iter", "scoring s", "memory", "precision", "recall", "AUC",
+    "IPC", "arm", "last", "best", "recovered", "seeds", "s/iter", "scoring s", "cost", "memory", "precision", "recall",
+    "AUC",
 )  # fmt: skip
 
 
@@ -275,8 +281,11 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
         spread = statistics.stdev(store[arm]) if len(store[arm]) > 1 else None
         return Accuracy(mean, spread, tuple(store[arm]), recovered)
 
+    totals = {arm: _mean(result.get("total_seconds") for result in found) for arm, found in arms.items()}
+    base = totals.get("noisy")
     rows = []
     for arm, found in arms.items():
+        total = totals[arm]
         memory = [int(result["peak_memory_bytes"]) for result in found if result.get("peak_memory_bytes")]
         splits = [result.get("split") or {} for result in found]
         rows.append(
@@ -288,6 +297,7 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
                 best=accuracy("best", arm),
                 seconds_per_iteration=_mean(result.get("seconds_per_iteration") for result in found),
                 scoring_seconds=_mean(result.get("scoring_seconds") for result in found),
+                cost=total / base if total is not None and base else None,
                 peak_memory_bytes=max(memory, default=None),
                 precision=_mean(split.get("precision") for split in splits),
                 recall=_mean(split.get("recall") for split in splits),
@@ -341,6 +351,7 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
                 str(row.seeds),
                 show(row.seconds_per_iteration, ".3g"),
                 show(row.scoring_seconds, ".1f"),
+                "-" if row.cost is None else f"{row.cost:.2f}x",
                 "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB",
                 show(row.precision),
                 show(row.recall),

@@ -68,6 +68,17 @@ def test_recovered_is_the_share_of_the_gap() -> None:
     assert shares["tad"] == pytest.approx(100 * (89.5 - 72) / (92.5 - 72))
 
 
+def test_cost_is_a_multiple_of_the_noisy_arms_time() -> None:
+    spent = {"clean": [10.0, 10.0], "noisy": [8.0, 12.0], "tad": [20.0, 25.0]}
+    results = [{**r, "total_seconds": spent[r["arm"]][r["seed"]]} for r in RESULTS]
+    rows = summarise(results)
+    assert {row.arm: row.cost for row in rows} == {"clean": 1.0, "noisy": 1.0, "tad": 2.25}
+    assert "2.25x" in text_table(rows) and "cost" in markdown_table(rows)
+    # without the noisy arm, or in results of before it was counted, there is no such column
+    assert "2.25x" not in text_table(summarise([r for r in results if r["arm"] != "noisy"]))
+    assert {row.cost for row in summarise(RESULTS)} == {None}
+
+
 @pytest.mark.parametrize(
     "results",
     [

@@ -64,6 +64,10 @@ def test_a_comparison_trains_what_its_runs_have_in_common_once(tmp_path: Path) -
     assert found["noisy", 1]["expert_seconds"] == found["noisy", 2]["expert_seconds"] > 0
     assert found["iwd", 1]["expert_seconds"] > found["noisy", 1]["expert_seconds"]  # its second phase
     assert found["tad", 1]["scoring_seconds"] > 0
+    before = {k: r["total_seconds"] - r["iterations"] * r["seconds_per_iteration"] for k, r in found.items()}
+    assert before["noisy", 1] == pytest.approx(before["iwd", 2]) == pytest.approx(found["noisy", 1]["expert_seconds"])
+    assert before["tad", 1] == pytest.approx(before["tad+iwd", 2])
+    assert before["tad", 1] > before["noisy", 1]  # the pilot and its rounds
     assert len({json.dumps(found[a, i]["split"]) for a, i in (("tad", 1), ("tad", 2), ("tad+iwd", 1))}) == 1
     # DATM finds them too, where it is told the folder and its segments need experts as long.
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "mtt" / "shared").glob("*/replay_buffer_0.pt")}
@@ -158,6 +162,8 @@ def test_loops_without_experts_share_the_division(tmp_path: Path) -> None:
     found = {(r["arm"], r["ipc"]): r for r in results}
     assert found["tad", 1]["scoring_seconds"] == pytest.approx(found["tad", 2]["scoring_seconds"], abs=0.01)
     assert found["tad+iwd", 1]["scoring_seconds"] > found["tad", 1]["scoring_seconds"]
+    spent = found["tad", 1]["iterations"] * found["tad", 1]["seconds_per_iteration"]
+    assert found["tad", 1]["total_seconds"] == pytest.approx(spent + found["tad", 1]["scoring_seconds"], abs=0.01)
     # Another loop finds it as well, and each run's log tells how the division came about.
     other = dataclasses.replace(PLAIN, baseline="dc", loop={"outer": 2, "inner": 1})
     compare(other, arms=["tad"], seeds=[0], ipcs=[1], out=tmp_path / "dc", progress=False, shared=common)

@@ -181,7 +181,9 @@ class _Experts:
     ) -> BufferInfo:
         fresh = not self._resume()
         if self.hook is not None:
+            began = perf_counter()
             self.hook.start(progress=progress)
+            self.seconds += perf_counter() - began
         if not self.done:
             self._check_disk()
             if fresh:  # files without a checkpoint are somebody else's, so one must be there before the first file
