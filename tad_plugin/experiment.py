@@ -16,7 +16,7 @@ from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise import NoisyLabels
 from tad_plugin.diagnostics import influence_quality, split_quality
 from tad_plugin.distill.expertphase import expert_config
-from tad_plugin.distill.experts import STATE_FILE
+from tad_plugin.distill.experts import STATE_FILE, ExpertConfig
 from tad_plugin.distill.loop import Baseline, Place, baseline_class
 from tad_plugin.environment import reset_peak_memory
 from tad_plugin.errors import ConfigError, explain
@@ -97,8 +97,16 @@ class Run:
         holdout = (splits.holdout_images, noisy_holdout.labels if noisy_holdout else splits.holdout_labels)
         if self.arm.true_labels:
             holdout = (splits.holdout_images, splits.holdout_labels)
-        learns = self.cls.trains_on_real
-        hook = arm_hook(config, self.arm_name, splits, noisy, trains_on_real=learns, log=self.folder.log)
+        hook = arm_hook(
+            config,
+            self.arm_name,
+            splits,
+            noisy,
+            experts=self._own_experts(),
+            buffer=getattr(self.loop_config, "buffer", ""),
+            trains_on_real=self.cls.trains_on_real,
+            log=self.folder.log,
+        )
         progress = Progress(self.folder, hook, device=config.device, every=config.checkpoint_seconds)
         loop = self._distil(splits, noisy, hook, progress)
         accuracy, chosen = self._evaluate(splits, loop, holdout, progress)
@@ -183,13 +191,16 @@ class Run:
             progress.save()
         return loop
 
+    def _own_experts(self) -> ExpertConfig | None:
+        """Settings of the experts, in trajectory matching."""
+        return expert_config(self.loop_config) if self.cls.trains_on_real else None
+
     def _shared(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook) -> Path | None:
         """Takes over what other runs have in common with this one; gives the buffer, where it has experts."""
         if self.shared is None or not self.arm.distil:
             return None
-        root, experts = Path(self.shared), self.cls.trains_on_real
-        if experts:
-            own = expert_config(self.loop_config)
+        root, own = Path(self.shared), self._own_experts()
+        if own is not None:
             folder: Path | None = shared_experts(self.config, own, self.arm_name, root, progress=self.progress)
         else:
             folder = shared_decisions(self.config, self.arm_name, splits, noisy, root, progress=self.progress)
@@ -199,7 +210,7 @@ class Run:
             hook.scoring_seconds += found.results()["scoring_seconds"]
             for record in found.records():
                 self.folder.log(record)
-        return folder if experts else None
+        return folder if own is not None else None
 
     def _place(self, splits: DataSplits, progress: Progress, experts: Path | None) -> Place:
         config = self.config

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from tad_plugin.armhook import arm_hook
+from tad_plugin.armhook import arm_hook, pilot_settings
+from tad_plugin.arms import parse_arm
 from tad_plugin.diagnostics import split_quality
 from tad_plugin.distill.buffers import clear_buffer
 from tad_plugin.distill.experts import STATE_FILE, ExpertConfig, train_experts
@@ -35,6 +36,7 @@ def experts_settings(config: RunConfig, experts: ExpertConfig, arm: str) -> dict
     """Everything that the experts of one arm and seed depend on, as plain values: the run's config.yaml."""
     # As the expert phase of a distillation, where a preset made for the plugin's own scorer is not taken.
     config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
+    config = dataclasses.replace(config, methods=pilot_settings(config.methods, parse_arm(arm).method, experts))
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_FOR_EXPERTS}
     return {"arm": arm, **kept, "expert": dataclasses.asdict(dataclasses.replace(experts, width=config.width))}
 
@@ -86,7 +88,7 @@ def run_experts(
     reset_peak_memory(config.device)
     splits, noisy, _ = load_noisy(config)
     write_config()
-    hook = arm_hook(config, arm, splits, noisy, trains_on_real=True, log=place.log)
+    hook = arm_hook(config, arm, splits, noisy, experts=experts, trains_on_real=True, log=place.log)
     if hook.data is None:
         raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
     test = RealData(splits.test_images, splits.test_labels, splits.num_classes)
