@@ -13,7 +13,7 @@ from tad_plugin.data.noise import NoisyLabels
 from tad_plugin.distill.buffers import BufferInfo
 from tad_plugin.distill.experttrainer import ExpertConfig
 from tad_plugin.hook import Hook, attach
-from tad_plugin.registry import load_method
+from tad_plugin.registry import load_method, method_names
 from tad_plugin.runconfig import RunConfig, derived_seed, settings_of
 from tad_plugin.state import SampleState
 
@@ -41,7 +41,7 @@ def pilot_settings(methods: Mapping[str, Any], method: str, experts: ExpertConfi
     """
     found = dict(methods)
     rounds = experts.pilot_epochs or experts.epochs
-    for name in _names(method) if experts.pilots else ():
+    for name in method_names(method) if experts.pilots else ():
         cls = load_method(name)
         if cls.needs_scorer and cls.Config is not None and "warmup" in {f.name for f in dataclasses.fields(cls.Config)}:
             found[name] = {"warmup": max(1, rounds - PILOT_ROUNDS), **found.get(name, {})}
@@ -58,11 +58,7 @@ def buffer_settings(methods: Mapping[str, Any], method: str, folder: str | Path)
     if info is None or not info.state_file:
         return dict(methods)
     theirs = SampleState.read_header(Path(folder) / info.state_file)["configs"]
-    return {**methods, **{n: {**theirs[n], **methods.get(n, {})} for n in _names(method) if n in theirs}}
-
-
-def _names(method: str) -> list[str]:
-    return [] if method in ("none", "") else [n.strip() for n in method.split("+")]
+    return {**methods, **{n: {**theirs[n], **methods.get(n, {})} for n in method_names(method) if n in theirs}}
 
 
 def arm_hook(

@@ -13,7 +13,7 @@ from typing import Any
 from tad_plugin.callback import Callback
 from tad_plugin.errors import ConfigError, MissingExtraError, explain, unknown_name
 
-__all__ = ["GROUP", "available_methods", "load_method", "make_callbacks"]
+__all__ = ["GROUP", "available_methods", "load_method", "make_callbacks", "method_names"]
 
 GROUP = "tad_plugin.methods"
 
@@ -68,6 +68,11 @@ def load_method(name: str) -> type[Callback]:
     return cls
 
 
+def method_names(method: str) -> list[str]:
+    """ "tad+iwd" -> ["tad", "iwd"]; "none" or "" -> []. The names are not checked."""
+    return [] if method in ("none", "") else [n.strip() for n in method.split("+")]
+
+
 def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0) -> list[Callback]:
     """The callbacks of "none", "tad", "tad+iwd"..., in the order given.
 
@@ -80,7 +85,7 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
         UnknownNameError: an unknown method.
         ConfigError: unknown settings, or a method named twice.
     """
-    names = [] if method in ("none", "") else [n.strip() for n in method.split("+")]
+    names = method_names(method)
     if "none" in names:
         raise ConfigError(explain('"none" alone', repr(method), "Leave it out, or remove the other methods"))
     if len(set(names)) != len(names):

@@ -24,7 +24,7 @@ from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise import NoisyLabels
 from tad_plugin.distill.experts import STATE_FILE, ExpertConfig
 from tad_plugin.expertrun import NOT_FOR_EXPERTS, experts_settings, run_experts
-from tad_plugin.registry import load_method
+from tad_plugin.registry import load_method, method_names
 from tad_plugin.runconfig import MAY_DIFFER, RunConfig, settings_of
 from tad_plugin.runs import RunFolder
 
@@ -40,7 +40,7 @@ def deciding_arm(arm: str) -> str:
     "tad+iwd" -> "tad"; "iwd" -> "noisy"; "clean" -> "clean". Raises UnknownNameError.
     """
     chosen = parse_arm(arm)
-    names = [] if chosen.method in ("none", "") else [n.strip() for n in chosen.method.split("+")]
+    names = method_names(chosen.method)
     kept = list(names)
     while kept and load_method(kept[-1]).decides_late:
         kept.pop()
