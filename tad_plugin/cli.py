@@ -83,6 +83,7 @@ def _parser() -> Any:
     teach.add_class_arguments(ExpertConfig, as_group=False, skip={"width"})
     teach.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
     teach.add_argument("--out", type=str, required=True, help="run folder, which is the replay buffer")
+    teach.add_argument("--jobs", type=int, default=1, help="experts trained side by side")
     teach.add_argument(
         "--overwrite", type=bool, default=False, help="start over, removing the buffer that is in the folder"
     )
@@ -159,7 +160,8 @@ def _experts(values: Any) -> None:
 
     given, names = values.as_dict(), {f.name for f in dataclasses.fields(ExpertConfig)} - {"width"}
     config = ExpertConfig(**{k: v for k, v in given.items() if k in names})
-    found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, overwrite=values.overwrite)
+    options = {"overwrite": values.overwrite, "jobs": values.jobs}
+    found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, **options)
     shown = ", ".join(f"{accuracy:.1f}" for accuracy in found["accuracy"]["experts"])
     print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; test accuracy, %: {shown}")
     print(f"replay buffer: {values.out}")

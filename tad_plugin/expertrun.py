@@ -49,6 +49,7 @@ def run_experts(
     *,
     progress: bool = False,
     overwrite: bool = False,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Trains (or goes on with, or returns) the experts of one arm and seed in one folder.
 
@@ -59,12 +60,13 @@ def run_experts(
         folder: run folder, and the buffer.
         progress: show a progress bar.
         overwrite: start over, removing what an earlier run left there, its buffer included.
+        jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train_experts`.
 
     Returns:
         What results.json says: each expert's test accuracy in percent, seconds, and the quality of the division.
 
     Raises:
-        UnknownNameError, ConfigError: a wrong setting; the folder is not touched then.
+        UnknownNameError, ConfigError: a wrong setting.
         ResumeError: the folder holds a run with other settings.
         DiskSpaceError: the disk has no room.
         NonFiniteError: an expert diverged.
@@ -109,6 +111,7 @@ def run_experts(
         progress=progress,
         log=place.log,
         watch=accuracy,
+        jobs=jobs,
     )
     records = [r for r in place.records() if r.get("event") == "expert" and r["expert"] >= 0]
     s = hook.state

@@ -5,13 +5,15 @@ a table and writes JSON. Without ``--mtt`` only this package's arms run.
 
 Each arm is a process of its own, as a script would be (in one process an arm would live on memory that another has
 freed); they take turns by epochs, so that a busy machine slows all of them. Rates are medians, on one CPU thread of
-processor time, which other programs change little. A first round warms up and is not counted.
+processor time, which other programs change little. A first round warms up and is not counted. With ``--threads 2``
+rates are by the clock on the wall, so the machine must be idle.
 
 upstream         the epoch function of their utils.py with the network, loader and criterion that their buffer.py makes
 ours             an epoch of :class:`ExpertTrainer`
 ours, tad        the same with TAD on: its consistency term, and its round after the epoch
 ours, one pass   the same without a method, each batch in one pass instead of in passes that fit the cache
 ours, batched    several experts at once in one computation (``torch.func.stack_module_state`` and ``vmap``)
+ours, side by side  as many experts at once as there are threads, each a process of one thread (``--jobs``)
 
 Start-up (their script stacks the data once for each sample) and testing are in none of them. Random images stand for
 real ones: no arithmetic depends on what they show.
@@ -123,27 +125,35 @@ def batched_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
     return epoch
 
 
+SIDE_BY_SIDE = "ours, side by side"
 ARMS: dict[str, Callable[[argparse.Namespace, int], Callable[[], int]]] = {
     "upstream": upstream_arm,
     "ours": our_arm,
     "ours, tad": lambda args, width: our_arm(args, width, method="tad"),
     "ours, one pass": lambda args, width: our_arm(args, width, whole=True),
     "ours, batched": batched_arm,
+    SIDE_BY_SIDE: our_arm,
 }
 
 
-def start(name: str, width: int) -> subprocess.Popen[str]:
-    """A process that holds one arm and runs an epoch for each line that it is sent."""
+def start(args: argparse.Namespace, name: str, width: int) -> list[subprocess.Popen[str]]:
+    """The processes that hold one arm and run an epoch for each line that they are sent."""
     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--serve", name, "--widths", str(width)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    count = args.threads if name == SIDE_BY_SIDE else 1
+    if count > 1:
+        command += ["--threads", "1"]
+    return [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
 
 
-def ask(child: subprocess.Popen[str]) -> float:
-    """Images per second of the next epoch there."""
-    assert child.stdin is not None and child.stdout is not None
-    child.stdin.write("\n")
-    child.stdin.flush()
-    return float(child.stdout.readline())
+def ask(args: argparse.Namespace, children: list[subprocess.Popen[str]]) -> float:
+    """Images per second of the next epoch there; of all of them by the clock where there are several."""
+    began = perf_counter()
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    rates = [float(child.stdout.readline()) for child in children if child.stdout is not None]
+    return rates[0] if len(rates) == 1 else len(rates) * args.images / (perf_counter() - began)
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -183,16 +193,17 @@ def main() -> None:
         serve(args)
         return
     rows: list[dict[str, Any]] = []
-    arms = [name for name in ARMS if name not in args.skip.split(";") and (name != "upstream" or args.mtt is not None)]
+    skipped = {*args.skip.split(";")} | ({"upstream"} if args.mtt is None else set())
+    arms = [name for name in ARMS if name not in skipped | ({SIDE_BY_SIDE} if args.threads == 1 else set())]
     for width in map(int, args.widths.split(",")):
-        children = {name: start(name, width) for name in arms}
+        children = {name: start(args, name, width) for name in arms}
         seen: dict[str, list[float]] = {name: [] for name in arms}
         for number in range(args.repeats + 1):
-            for name, child in children.items():
-                found = ask(child)
+            for name, those in children.items():
+                found = ask(args, those)
                 if number:
                     seen[name].append(found)
-        for child in children.values():
+        for child in (c for those in children.values() for c in those):
             child.communicate("")
         base = statistics.median(seen[arms[0]])
         print(f"width {width:<13} {'images/s':>9} {'of ' + arms[0]:>12}")

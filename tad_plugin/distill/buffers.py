@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ __all__ = [
     "clear_buffer",
     "predicted_bytes",
     "read_buffer",
+    "room_for",
     "write_buffer",
 ]
 
@@ -180,12 +182,18 @@ def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory],
     # A tensor's own storage, without its neighbours in a flat vector, and one that nobody writes to any more.
     plain = [[[p.detach().to("cpu", dtype).clone() for p in entry] for entry in expert] for expert in trajectories]
     path = buffer_path(folder, n)
-    try:
+    with room_for(str(path)):
         return atomic_save(path, lambda temporary: _save(plain, temporary))
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Around a write of ``what`` (in words): a failure is raised as DiskSpaceError."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-        got = f"a write that failed ({error})"
-        do = "Make room and run the same command again: finished experts are kept"
-        raise DiskSpaceError(explain(f"room for {path}", got, do)) from error
+        do = "Make room and run the same command again: it goes on from what is finished"
+        raise DiskSpaceError(explain(f"room for {what}", f"a write that failed ({error})", do)) from error
 
 
 def read_buffer(path: str | Path) -> list[Trajectory]:

@@ -1,4 +1,4 @@
-"""Experts: networks trained on the real data, one after another, and written as a replay buffer (``buffers.py``).
+"""Experts: networks trained on the real data and written as a replay buffer (``buffers.py``).
 
 With methods on, all networks share one SampleState. The first ``pilots`` networks are trained for the methods alone:
 what these decide there is known when the first expert takes its first step, for trajectory matching uses its early
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from tad_plugin.bars import bar
+from tad_plugin.callback import Callback
 from tad_plugin.checkpoints import CheckpointSlots
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.distill.buffers import (
@@ -29,11 +31,13 @@ from tad_plugin.distill.buffers import (
     check_free_disk,
     predicted_bytes,
     read_buffer,
+    room_for,
     write_buffer,
 )
 from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.expertworkers import Parts, Share
 from tad_plugin.environment import versions
-from tad_plugin.errors import DiskSpaceError, ResumeError, StateMismatchError, TadPluginWarning, explain
+from tad_plugin.errors import ConfigError, ResumeError, StateMismatchError, TadPluginWarning, explain
 from tad_plugin.hook import Hook
 from tad_plugin.labels import label_digest
 from tad_plugin.scorer import RealData
@@ -112,6 +116,7 @@ def train_experts(
     progress: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
     watch: Callable[[int, nn.Module], Mapping[str, Any]] | None = None,
+    jobs: int = 1,
 ) -> BufferInfo:
     """Trains the experts into ``folder``, or goes on where an earlier process stopped, or returns a finished buffer.
 
@@ -130,18 +135,22 @@ def train_experts(
         progress: show a progress bar over epochs.
         log: receives a record for each network: its number, seconds, loss, and what ``watch`` says.
         watch: looks at each finished network; what it returns is logged. It must not draw from global generators.
+        jobs: experts trained side by side, each in a process of its own with its share of the cores. A script that
+            asks for more than 1 needs its ``if __name__ == "__main__":``. The experts are the same to the bit with as
+            many threads in each process; a stopped run may go on with another number.
 
     Returns:
         The description of the buffer, which is also in its ``buffer.json``.
 
     Raises:
         DiskSpaceError: the disk has no room for the buffer, or a write failed.
+        ConfigError: several jobs, and methods that go on deciding from expert to expert (``rounds="all"``).
         ResumeError: the folder holds another buffer, or one that was begun with other settings or labels.
         FileFormatError: a file of the folder is damaged.
         NonFiniteError: an expert's loss is NaN or infinite.
         StateMismatchError: the hook was attached to other labels than the data's.
     """
-    experts = _Experts(data, config, Path(folder), hook, seed, preprocessing, store)
+    experts = _Experts(data, config, Path(folder), hook, seed, preprocessing, store, jobs)
     return experts.run(every, progress, log, watch)
 
 
@@ -155,8 +164,9 @@ class _Experts:
         seed: int,
         preprocessing: Preprocessing | None,
         store: CheckpointStore | None,
+        jobs: int,
     ) -> None:
-        self.data, self.config, self.folder, self.seed = data, config, folder, seed
+        self.data, self.config, self.folder, self.seed, self.jobs = data, config, folder, seed, jobs
         self.hook = hook if hook is not None and hook.enabled else None
         self.info = buffer_info(config, data, hook, preprocessing)
         if hook is not None and hook.state.digest != self.info.labels:
@@ -166,8 +176,10 @@ class _Experts:
         self.store: CheckpointStore = _Slots(folder) if store is None else store
         #: methods will decide by these networks
         self.deciding = self.hook is not None and not self.hook.decided and _any_scores(self.hook)
+        self._check_jobs()
         self.number = -config.pilots if self.deciding else 0
         self.trainer: ExpertTrainer | None = None
+        self.parts = Parts(folder)
         self.seconds = 0.0
         self.done = False
 
@@ -187,29 +199,42 @@ class _Experts:
         if not self.done:
             self._check_disk()
             if fresh:  # files without a checkpoint are somebody else's, so one must be there before the first file
+                self.parts.drop()
                 self._save()
             self.saved_at = perf_counter()
             total = sum(self._epochs(number) for number in range(self.number, self.config.experts))
             first = 0 if self.trainer is None else self.trainer.epoch
             with_bar = iter(bar(range(total - first), "experts", progress, total, first))
-            while self.number < self.config.experts:
-                record = self._train_one(every, with_bar)
-                if log is not None and self.trainer is not None:
-                    seen = {} if watch is None else watch(self.number, self.trainer.network)
-                    log({"event": "expert", "expert": self.number, **record, **seen})
-                self._keep()
+            while self.number < 0:
+                self._train_one(every, with_bar, log, watch)
+            with self._side_by_side(every):
+                while self.number < self.config.experts:
+                    self._train_one(every, with_bar, log, watch)
             for _ in with_bar:
                 pass
             self._finish()
         return self.info
 
-    def _train_one(self, every: float, steps: Any) -> dict[str, Any]:
-        """Trains network ``number`` to its end."""
+    def _train_one(
+        self,
+        every: float,
+        steps: Any,
+        log: Callable[[dict[str, Any]], None] | None,
+        watch: Callable[[int, nn.Module], Mapping[str, Any]] | None,
+    ) -> None:
+        """Trains network ``number`` to its end, or waits for the process that does, and moves on to the next."""
+        loss = float("nan")
         if self.trainer is None:
             self.trainer = self._fresh_trainer()
             if self.hook is not None:
                 self.hook.begin_expert()
-        trainer, loss = self.trainer, float("nan")
+            part = self.parts.take(self.number) if self.number >= 0 else None
+            if part is not None:
+                self.trainer.load_state_dict(part["trainer"])
+                loss, self.seconds = part["loss"], self.seconds + part["seconds"] / self.jobs
+                for _ in range(self.trainer.epoch):
+                    next(steps, None)
+        trainer = self.trainer
         if self.hook is not None:
             self.hook.events.position(expert=self.number)
         while trainer.epoch < self._epochs(self.number):
@@ -222,7 +247,30 @@ class _Experts:
             next(steps, None)
             if perf_counter() - self.saved_at > every and trainer.epoch < self._epochs(self.number):
                 self._save()
-        return {"loss": loss, "seconds": self.seconds}
+        if log is not None:
+            seen = {} if watch is None else watch(self.number, trainer.network)
+            log({"event": "expert", "expert": self.number, "loss": loss, "seconds": self.seconds, **seen})
+        self._keep()
+
+    def _side_by_side(self, every: float) -> AbstractContextManager[None]:
+        """The processes that train the experts left, where there are to be any."""
+        first = self.number if self.trainer is None else self.number + 1
+        numbers = range(first, self.config.experts)
+        if self.jobs == 1 or len(numbers) < 2:
+            return nullcontext()
+        state = None if self.hook is None else self.hook.state
+        return self.parts.training(Share(self.config, self.data, state, self.seed, every), numbers, self.jobs)
+
+    def _check_jobs(self) -> None:
+        if self.jobs < 1:
+            raise ConfigError(explain("jobs of at least 1", str(self.jobs), "Correct the setting"))
+        hook = self.hook
+        if self.jobs == 1 or hook is None or hook.decided or (self.deciding and self.config.rounds == "pilots"):
+            return
+        if _follows_training(hook):
+            got = f"{hook.method}, which looks at each of them in turn"
+            do = 'Train them one after another (jobs 1), or let the pilots alone decide (rounds "pilots")'
+            raise ConfigError(explain("experts that do not depend on one another, for several jobs", got, do))
 
     def _epochs(self, number: int) -> int:
         return (number < 0 and self.config.pilot_epochs) or self.config.epochs
@@ -242,10 +290,11 @@ class _Experts:
             # What a killed process wrote after its last checkpoint is written again.
             before: list[Trajectory] = read_buffer(buffer_path(self.folder, file))[:place] if place else []
             write_buffer(self.folder, file, [*before, self.trainer.trajectory], half=self.config.half)
-        self.number, self.trainer = self.number + 1, None
+        done, self.number, self.trainer = self.number, self.number + 1, None
         if self.hook is not None and self.deciding and self.number == 0 and self.config.rounds == "pilots":
             self.hook.settle()
         self._save()
+        self.parts.drop(done)
 
     def _finish(self) -> None:
         if self.hook is not None:
@@ -259,6 +308,7 @@ class _Experts:
             self.hook.save_state(self.folder / STATE_FILE)
         self.done = True
         self._save()
+        self.parts.drop()
         self.info.write(self.folder)
 
     def _save(self) -> None:
@@ -270,12 +320,8 @@ class _Experts:
             "trainer": None if self.trainer is None else self.trainer.state_dict(),
             "hook": None if self.hook is None else self.hook.state_dict(),
         }
-        try:
+        with room_for(f"a checkpoint beside {self.folder}"):
             self.store.save_checkpoint(tree, max(0, self.number) * self.config.epochs)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-            do = "Make room and run the same command again: it goes on from the checkpoint before"
-            got = f"a write that failed ({error})"
-            raise DiskSpaceError(explain(f"room for a checkpoint beside {self.folder}", got, do)) from error
         self.saved_at = perf_counter()
 
     def _resume(self) -> bool:
@@ -312,11 +358,19 @@ class _Experts:
         # A file is written anew beside the old one, and so is a checkpoint with the trajectory under way.
         spare = min(config.experts, config.experts_per_file) - 1
         needed = predicted_bytes(network, config.epochs, left + max(0, spare), config.half)
-        check_free_disk(self.folder, needed + predicted_bytes(network, config.epochs, 2))
+        under_way = 2 if self.jobs == 1 else 2 * (min(self.jobs, left) + 1)
+        check_free_disk(self.folder, needed + predicted_bytes(network, config.epochs, under_way))
 
 
 def _any_scores(hook: Hook) -> bool:
     return any(c.needs_scorer for c in hook.callbacks)
+
+
+def _follows_training(hook: Hook) -> bool:
+    """Whether anything attached looks at networks in training."""
+    names = [n for n in vars(Callback) if n.startswith("on_scorer_")]
+    asked = any(getattr(type(c), n) is not getattr(Callback, n) for c in hook.callbacks for n in names)
+    return asked or bool(hook.events.observers)
 
 
 def _comparable(info: BufferInfo, config: ExpertConfig, seed: int) -> dict[str, Any]:

@@ -133,6 +133,7 @@ class ExpertTrainer(EpochTrainer):
         data: the real data.
         hook: the seam to the methods, or None for the plain loop without any.
         generator: CPU generator of every draw; see :func:`expert_generator`.
+        state: what methods have decided for good, in place of a hook.
 
     Attributes:
         network: the expert.
@@ -140,9 +141,18 @@ class ExpertTrainer(EpochTrainer):
         trajectory: its parameters at the start and after each epoch, on the CPU.
     """
 
-    def __init__(self, config: ExpertConfig, data: RealData, hook: Hook | None, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        config: ExpertConfig,
+        data: RealData,
+        hook: Hook | None,
+        generator: torch.Generator,
+        *,
+        state: SampleState | None = None,
+    ) -> None:
         self.config, self.data, self.generator = config, data, generator
-        self.hook = hook if hook is not None and hook.enabled else None
+        hook = hook if hook is not None and hook.enabled else None
+        self.state = state if hook is None else hook.state
         self.network = expert_network(config, data, generator).train()
         self.parameters = list(self.network.parameters())
         self.optimizer = self._fresh_optimizer(config.lr)
@@ -150,7 +160,7 @@ class ExpertTrainer(EpochTrainer):
         # The grid convention of the trajectory-matching codebases.
         self.augmentation = dataclasses.replace(augmentation, align_corners=True)
         # Where methods have decided for good, their weights and targets are all that enters.
-        events = None if self.hook is None or self.hook.decided else self.hook.events
+        events = None if hook is None or hook.decided else hook.events
         self.events: tuple[Event | None, Event | None]
         self.events = (None, None) if events is None else (events.scorer_batch, events.scorer_again)
         # Passes that fit a CPU's cache take half the time; a batch norm needs its batch whole, and so do methods that
@@ -212,18 +222,18 @@ class ExpertTrainer(EpochTrainer):
             part = slice(start, start + self.chunk)
             logits = self.network(images[part])
             loss = (weights[part] * F.cross_entropy(logits, targets[part], reduction="none")).sum() / scale
-            if event is not None and self.hook is not None:
+            if event is not None and self.state is not None:
                 # A method adds a mean over the samples it is shown: the shares make that a mean over the batch.
                 share = len(logits) / len(images)
-                loss = share * event(self.hook.state, indices[part], logits, loss / share)
+                loss = share * event(self.state, indices[part], logits, loss / share)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     def _wanted(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        if self.hook is None:
+        state = self.state
+        if state is None:
             return self.data.labels[indices], torch.ones(len(indices), device=indices.device)
-        state = self.hook.state
         return state.target[indices], state.weight[indices] * state.trusted[indices]
 
     @torch.no_grad()

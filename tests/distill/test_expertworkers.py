@@ -1,0 +1,130 @@
+"""Experts side by side: the same experts, through stops, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+
+from tad_plugin import attach
+from tad_plugin.distill.buffers import buffer_files
+from tad_plugin.distill.experts import train_experts
+from tad_plugin.distill.experttrainer import ExpertTrainer, expert_generator
+from tad_plugin.distill.expertworkers import FOLDER, Parts, Share, _packed, _slots, _train_alone, _unpacked
+from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginError
+from tad_plugin.state import SampleState
+from tests.distill.training import Even, Term, all_of, config, data, hook_of, same
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_side_by_side_they_are_the_same_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread in each process, as here
+    real = data()
+
+    def once(folder: Path, jobs: int) -> tuple[SampleState, list[Any]]:
+        settings = {"tad": {"warmup": 1, "history": 2}}
+        hook = attach("tad", labels=real.labels, data=real.images, trains_on_real=True, config=settings)
+        records: list[Any] = []
+        train_experts(real, config(momentum=0.5), folder, hook=hook, log=records.append, jobs=jobs)
+        return hook.state, records
+
+    (alone, one), (together, several) = once(tmp_path / "one", 1), once(tmp_path / "two", 2)
+    assert bool((~alone.trusted).any())
+    for path in buffer_files(tmp_path / "one"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    for field in SampleState.FIELDS:
+        assert torch.equal(getattr(alone, field), getattr(together, field))
+    losses = [[(r["expert"], r["loss"]) for r in records if r.get("event") == "expert"] for records in (one, several)]
+    assert losses[0] == losses[1] and [n for n, _ in losses[0]] == [-1, 0, 1, 2]
+    assert not (tmp_path / "two" / FOLDER).exists()
+
+
+def test_killed_with_its_processes_at_work_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    flags = (
+        "experts --per_class 60 --width 16 --epochs 12 --batch_train 16 --experts 3 --arm noisy --noise symmetric:0.4"
+    )
+    command = [sys.executable, "-m", "tad_plugin.cli", *flags.split(), "--checkpoint_seconds", "0.0", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = subprocess.Popen([*command, str(cut), "--jobs", "2"], env=environment, stderr=subprocess.DEVNULL)
+    deadline = monotonic() + 120
+    while len(list((cut / FOLDER).glob("expert-*/?.json"))) < 2 and process.poll() is None:
+        assert monotonic() < deadline
+        sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(list((cut / FOLDER).glob("expert-*/?.json"))) >= 2 and not (cut / "buffer.json").exists()
+    for folder in (cut, whole):
+        subprocess.run([*command, str(folder)], env=environment, check=True, capture_output=True)
+    assert len(all_of(cut)) == 3 and not (cut / FOLDER).exists()
+    for path in buffer_files(whole):
+        assert path.read_bytes() == (cut / path.name).read_bytes()
+
+
+class After:
+    """An event that is set when it is asked for the n-th time."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_an_expert_that_was_stopped_goes_on_in_another_process(tmp_path: Path, decided: bool) -> None:
+    real = data()
+    hook = hook_of(real, Even())
+    if decided:
+        assert real.true_labels is not None
+        hook.state.update(trusted=real.labels == real.true_labels)
+        hook.settle()
+    share = Share(config(momentum=0.5), real, hook.state if decided else None, 4, 1e9)
+    share = _unpacked(_packed(share), "cpu")
+    never: Any = threading.Event()
+    stopped: Any = After(2)
+    _train_alone(share, _slots(tmp_path, 1), 1, stopped)
+    parts = Parts(tmp_path.parent)
+    parts.path = tmp_path
+    part = parts.take(1)
+    assert part is not None and part["trainer"]["epoch"] == 1
+    _train_alone(share, _slots(tmp_path, 1), 1, never)
+    part = parts.take(1)
+    assert part is not None and part["trainer"]["epoch"] == 3 and part["seconds"] > 0
+    trainer = ExpertTrainer(config(momentum=0.5), real, hook, expert_generator(4, 1))
+    loss = [trainer.run_epoch() for _ in range(3)][-1]
+    assert same(part["trainer"]["trajectory"], trainer.trajectory) and part["loss"] == loss
+    parts.drop(1)
+    assert parts.take(1) is None
+
+
+def test_what_goes_wrong_in_a_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NonFiniteError, match=r"finite loss of the expert, but got nan in epoch"):
+        train_experts(data(), config(lr=1e30, epochs=1), tmp_path / "a", jobs=2)
+    parts, dead = Parts(tmp_path), Future[None]()
+    dead.set_exception(BrokenProcessPool("a child was terminated abruptly"))
+    parts._futures = {3: dead}
+    with pytest.raises(TadPluginError, match="trains expert 3, but got one that died .*fewer jobs"):
+        parts.take(3)
+
+
+def test_methods_that_follow_every_expert_need_them_one_after_another(tmp_path: Path) -> None:
+    real = data()
+    with pytest.raises(ConfigError, match="do not depend on one another.* got test, which looks at each of them"):
+        train_experts(real, config(), tmp_path, hook=hook_of(real, Term()), jobs=2)
+    with pytest.raises(ConfigError, match="jobs of at least 1"):
+        train_experts(real, config(), tmp_path, jobs=0)
+    assert not list(tmp_path.iterdir())
+    train_experts(real, config(experts=1), tmp_path, hook=hook_of(real, Even()), jobs=2)
