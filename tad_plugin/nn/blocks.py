@@ -8,12 +8,11 @@ field's own definitions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.nn.pooling import HalvingAvgPool, ReluHalvingAvgPool
 
 __all__ = ["ACTIVATIONS", "NORMS", "POOLINGS", "Network", "NetworkOptions"]
 
@@ -117,73 +116,6 @@ class Network(nn.Module):
         return self.classifier(self.embed(x))
 
 
-class HalvingAvgPool(nn.AvgPool2d):
-    """2x2 average pooling with stride 2, on a CPU by four strided sums: the same bits as torch's kernel, which is not
-    vectorised there, in about half of its time (reproduce/benchmarks/pooling.py)."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,C,H//2,W//2]."""
-        whole = x.dtype in (torch.float32, torch.float64)
-        if x.device.type != "cpu" or not whole or x.shape[-2] % 2 or x.shape[-1] % 2:
-            return super().forward(x)
-        halved: Tensor = _Halve.apply(x)
-        return halved
-
-
-class _Halve(torch.autograd.Function):
-    """Means of 2x2 blocks, and (below) their adjoint: each is the other's derivative, to any order.
-
-    Differentiated by itself, the sum of slices below fills four tensors of the images' size with zeros.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        top, bottom = x[..., 0::2, :], x[..., 1::2, :]
-        return (((top[..., 0::2] + top[..., 1::2]) + bottom[..., 0::2]) + bottom[..., 1::2]) * 0.25
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Linear: nothing to keep."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Spread.apply(gradient)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Any:
-        return _Halve.apply(tangent)
-
-
-class _Spread(torch.autograd.Function):
-    """A quarter of each value on each of its four pixels."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient: Tensor) -> Tensor:
-        quarter = gradient * 0.25
-        # Pairs side by side as the parts of one complex number: the fastest way to write them, by measurement.
-        pairs = torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)
-        return torch.stack((pairs, pairs), -2).flatten(-3, -2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Linear: nothing to keep."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Halve.apply(gradient)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Any:
-        return _Spread.apply(tangent)
-
-
 class LayerBuilder:
     """Lays convolutional layers one after another and keeps count of channels and map size."""
 
@@ -232,7 +164,14 @@ class LayerBuilder:
             return
         if min(self.size) < 2:
             raise too_small(self.network, self.options, "a pooling layer would be left without pixels")
-        self.layers.append(nn.MaxPool2d(2, 2) if kind == "max" else HalvingAvgPool())
+        if kind == "max":
+            self.layers.append(nn.MaxPool2d(2, 2))
+        elif self.layers and isinstance(self.layers[-1], nn.ReLU):
+            # In its place, so that parameters keep the names that they have in the field's networks.
+            self.layers[-1] = nn.Identity()
+            self.layers.append(ReluHalvingAvgPool())
+        else:
+            self.layers.append(HalvingAvgPool())
         self.size = (self.size[0] // 2, self.size[1] // 2)
 
 

@@ -1,0 +1,163 @@
+"""2x2 average pooling, alone and after a ReLU, in few passes over memory, differentiable to any order.
+
+On a CPU torch's pooling kernel is not vectorised, and in a small ConvNet activation and pooling take as long as a
+convolution. Adding rows first makes most of the work vectorised; the sums are rounded in another order than in
+torch's kernel (reproduce/benchmarks/pooling.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["HalvingAvgPool", "ReluHalvingAvgPool"]
+
+
+class HalvingAvgPool(nn.AvgPool2d):
+    """2x2 average pooling with stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,C,H//2,W//2]."""
+        if not _fits(x):
+            return super().forward(x)
+        halved: Tensor = _Halve.apply(x)
+        return halved
+
+
+class ReluHalvingAvgPool(nn.Module):
+    """ReLU, then 2x2 average pooling with stride 2. May write over its input where torch's kernels are used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,C,H//2,W//2]."""
+        if not _fits(x):
+            return F.avg_pool2d(F.relu(x, inplace=True), 2)
+        halved: Tensor = _HalveRelu.apply(x)
+        return halved
+
+
+def _fits(x: Tensor) -> bool:
+    whole = x.dtype in (torch.float32, torch.float64)
+    return x.device.type == "cpu" and whole and x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0
+
+
+def _halved(rows: Tensor) -> Tensor:
+    """[..., H/2, W], sums of two rows each, -> means of 2x2 blocks."""
+    return (rows[..., 0::2] + rows[..., 1::2]).mul_(0.25)
+
+
+def _pairs(gradient: Tensor) -> Tensor:
+    """A quarter of each value, twice side by side: [..., H/2, W/2] -> [..., H/2, W]."""
+    quarter = gradient * 0.25
+    # As the parts of one complex number: the fastest way to write them, by measurement.
+    return torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)
+
+
+class _Linear(torch.autograd.Function):
+    """A map that is linear in its first argument, given the sign of its second where there is one."""
+
+    generate_vmap_rule = True
+    adjoint: type[_Linear]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+
+class _Halve(_Linear):
+    """Means of 2x2 blocks, and (below) their adjoint: each is the other's derivative.
+
+    Differentiated by itself, a sum of slices fills tensors of the images' size with zeros.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _halved(x[..., 0::2, :] + x[..., 1::2, :])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Spread.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return _Halve.apply(tangent)
+
+
+class _Spread(_Linear):
+    """A quarter of each value on each of its four pixels."""
+
+    @staticmethod
+    def forward(gradient: Tensor) -> Tensor:
+        pairs = _pairs(gradient)
+        return torch.stack((pairs, pairs), -2).flatten(-3, -2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Halve.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return _Spread.apply(tangent)
+
+
+class _HalveRelu(_Linear):
+    """Means over 2x2 blocks of the positive parts; its derivative is that of the next class."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _Halve.forward(F.relu(x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _SpreadWhere.apply(gradient, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return _HalveWhere.apply(tangent, *ctx.saved_tensors)
+
+
+class _HalveWhere(_Linear):
+    """Means over 2x2 blocks of ``t``, counting it where ``x`` is positive only."""
+
+    @staticmethod
+    def forward(t: Tensor, x: Tensor) -> Tensor:
+        return _Halve.forward(torch.ops.aten.threshold_backward(t, x, 0))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _SpreadWhere.apply(gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _HalveWhere.apply(tangent, *ctx.saved_tensors)
+
+
+class _SpreadWhere(_Linear):
+    """A quarter of each value on those of its four pixels where ``x`` is positive."""
+
+    @staticmethod
+    def forward(gradient: Tensor, x: Tensor) -> Tensor:
+        pairs = _pairs(gradient).unsqueeze(-2)
+        # Written once: spread over the rows as a view, it meets the mask in the same pass.
+        blocks = x.unflatten(-2, (-1, 2))
+        spread: Tensor = torch.ops.aten.threshold_backward(pairs.expand_as(blocks), blocks, 0)
+        return spread.flatten(-3, -2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _HalveWhere.apply(gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _SpreadWhere.apply(tangent, *ctx.saved_tensors)
