@@ -59,15 +59,23 @@ def _pairs(gradient: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A map that is linear in its first argument, given the sign of its second where there is one."""
+    """A map that is linear in its first argument, given the sign of its second where there is one.
 
-    generate_vmap_rule = True
-    adjoint: type[_Linear]
+    It looks at the last two dimensions only, so that a batched call is a call with one dimension more.
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
+
+    @classmethod
+    def _batched(cls, info: Any, dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, int]:
+        moved = [
+            x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+            for x, d in zip(inputs, dims, strict=True)
+        ]
+        return cls.apply(*moved), 0
 
 
 class _Halve(_Linear):
@@ -79,6 +87,10 @@ class _Halve(_Linear):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return _halved(x[..., 0::2, :] + x[..., 1::2, :])
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
+        return _Halve._batched(info, dims, *inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -96,6 +108,10 @@ class _Spread(_Linear):
     def forward(gradient: Tensor) -> Tensor:
         pairs = _pairs(gradient)
         return torch.stack((pairs, pairs), -2).flatten(-3, -2)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
+        return _Spread._batched(info, dims, *inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -119,6 +135,10 @@ class _HalveRelu(_Linear):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
+        return _HalveRelu._batched(info, dims, *inputs)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _SpreadWhere.apply(gradient, *ctx.saved_tensors)
 
@@ -135,6 +155,10 @@ class _HalveWhere(_Linear):
         return _Halve.forward(torch.ops.aten.threshold_backward(t, x, 0))
 
     @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
+        return _HalveWhere._batched(info, dims, *inputs)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _SpreadWhere.apply(gradient, *ctx.saved_tensors), None
 
@@ -148,11 +172,13 @@ class _SpreadWhere(_Linear):
 
     @staticmethod
     def forward(gradient: Tensor, x: Tensor) -> Tensor:
-        pairs = _pairs(gradient).unsqueeze(-2)
-        # Written once: spread over the rows as a view, it meets the mask in the same pass.
-        blocks = x.unflatten(-2, (-1, 2))
-        spread: Tensor = torch.ops.aten.threshold_backward(pairs.expand_as(blocks), blocks, 0)
-        return spread.flatten(-3, -2)
+        spread = _Spread.forward(gradient)
+        torch.ops.aten.threshold_backward.grad_input(spread, x, 0, grad_input=spread)  # in place: a pass less
+        return spread
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
+        return _SpreadWhere._batched(info, dims, *inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -60,6 +60,8 @@ def test_any_order_and_every_mode_of_differentiation(ours: Layer, theirs: Layer)
 
     for derivative in (
         lambda layer: vmap(grad(lambda v: energy(layer, v[None])))(x),
+        lambda layer: vmap(lambda w: grad(lambda v: (layer(v) * w).pow(2).sum())(x))(images(3, 2, 3, 2, 3)),
+        lambda layer: vmap(grad(lambda v: energy(layer, v)), in_dims=3)(torch.stack((x, -x, 2 * x), 3)),
         lambda layer: jvp(lambda v: grad(lambda u: energy(layer, u))(v), (x,), (x.flip(0),))[1],
         lambda layer: grad(lambda v: (grad(lambda u: energy(layer, u))(v) * x.flip(0)).sum())(x),
         lambda layer: jvp(grad(lambda v: (grad(lambda u: energy(layer, u))(v) * x).sum()), (x,), (x.flip(1),))[1],
