@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tad_plugin.errors import (
     NonFiniteError,
     PreprocessingMismatchError,
     StateMismatchError,
+    TadPluginWarning,
     UnknownNameError,
 )
 from tad_plugin.experiment import RunConfig
@@ -196,6 +198,18 @@ def test_a_method_that_decided_before_has_no_second_phase() -> None:
 
 
 # -- guards ------------------------------------------------------------------------------------------
+
+
+def test_images_that_leave_the_range_of_real_ones_are_told_once() -> None:
+    images, labels = blobs()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TadPluginWarning)
+        run(loop_of(images, labels, 3, None, lr_img=1e6, lr_lr=0.0), 3)
+    told = [str(w.message) for w in caught if issubclass(w.category, TadPluginWarning)]
+    assert len(told) == 1 and "spread about as real ones do, but got" in told[0] and "Lower lr_img" in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TadPluginWarning)
+        run(loop_of(images, labels, 3, None, lr_lr=0.0), 3)
 
 
 def test_a_synthetic_learning_rate_out_of_range_stops_the_run() -> None:
