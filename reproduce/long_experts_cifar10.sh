@@ -3,7 +3,7 @@
 # 40% symmetric noise, IPC 10.
 #   reproduce/long_experts_cifar10.sh cifar10-jpeg.zip [output folder]
 # As IPC 10 in trajectories_cifar10.sh, but ConvNet-3 width 32 and experts that train longer than is good for them, as published ones do: 20 epochs of batches of 32
-# with momentum 0.9 at rate 0.02, no augmentation. On noisy labels such an expert is best after 8 epochs and forgets again (45% -> 37% -> 32% after 8, 20 and 40 epochs
+# with momentum 0.9 at rate 0.02, no augmentation. On noisy labels such an expert is best after 8 epochs and forgets again (45% -> 38% -> 32% after 8, 20 and 40 epochs
 # of batches of 64, seed 100). TAD's pilot stops before that: 9 epochs, by the quality of its division of seed 100's training data (6, 9, 13 tried).
 # SEEDS, ARMS, BASELINES and JOBS choose less or more. About 40 CPU minutes a seed for DATM.
 set -euo pipefail

@@ -4,12 +4,12 @@
 # ConvNet-3 width 16; 5 experts of 13 epochs for each seed and kind of labels (batches of 64, rate 0.1, plain SGD), which both loops and sizes share.
 # IPC 10: 40 updates, segments of one expert epoch from anywhere, 30 steps of the student, 2 experts in the second phase of IWD. IPC 1: 200 updates, segments that start in the first two epochs
 # (as in the published settings: small sets match early ones), 20 steps, 5 experts in that phase. Settings were chosen on the clean arm of seed 100, which is in no table, by accuracy on 5,000
-# further training images. SEEDS, ARMS, BASELINES, IPC and JOBS choose less or more. About 3 CPU hours in all.
+# further training images. SEEDS, ARMS, BASELINES, IPC, NOISE and JOBS choose less or other. About 3 CPU hours in all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")
 out=${2:-runs/trajectories_cifar10}
-common=(--dataset "folder:$images" --per_class 1000 --noise symmetric:0.4 --width 16 --eval_epochs 300 --eval_runs 2 --candidates 1
+common=(--dataset "folder:$images" --per_class 1000 --noise "${NOISE:-symmetric:0.4}" --width 16 --eval_epochs 300 --eval_runs 2 --candidates 1
   --methods '{"iwd": {"ess": 0.5}}' --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
   --arms "${ARMS:-clean,noisy,oracle,clean-then-distil,tad,iwd,tad+iwd}"
   --loop.lr_teacher 0.05 --loop.lr_lr 1e-6 --loop.expert_epochs 1
