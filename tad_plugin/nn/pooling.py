@@ -144,27 +144,13 @@ class _HalveRelu(_Linear):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Any:
-        return _HalveWhere.apply(tangent, *ctx.saved_tensors)
+        return _halve_where(tangent, *ctx.saved_tensors)
 
 
-class _HalveWhere(_Linear):
+def _halve_where(t: Tensor, x: Tensor) -> Tensor:
     """Means over 2x2 blocks of ``t``, counting it where ``x`` is positive only."""
-
-    @staticmethod
-    def forward(t: Tensor, x: Tensor) -> Tensor:
-        return _Halve.forward(torch.ops.aten.threshold_backward(t, x, 0))
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, *inputs: Tensor) -> Any:
-        return _HalveWhere._batched(info, dims, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _SpreadWhere.apply(gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
-        return _HalveWhere.apply(tangent, *ctx.saved_tensors)
+    halved: Tensor = _Halve.apply(torch.ops.aten.threshold_backward(t, x, 0))
+    return halved
 
 
 class _SpreadWhere(_Linear):
@@ -182,7 +168,7 @@ class _SpreadWhere(_Linear):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _HalveWhere.apply(gradient, *ctx.saved_tensors), None
+        return _halve_where(gradient, *ctx.saved_tensors), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:

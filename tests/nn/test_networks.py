@@ -212,7 +212,10 @@ def test_convnet_is_the_public_one(codebase, channels, size, norm, pooling, acti
     assert torch.equal(bits(ours), bits(theirs))
     ours.load_state_dict(theirs.state_dict())  # by name as well
     images = torch.randn(3, channels, size, size, generator=generator(1))
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)  # pooling adds in another order
+    if pooling == "avg":  # adds in another order
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(ours(images), theirs(images))
 
 
 @pytest.mark.parametrize(
