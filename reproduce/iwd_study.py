@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.hook.attach import attach
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import DataSplits, load_dataset
-from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.data.noise.spec import NoiseSpec
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.distill.loop import initial_images
-from tad_plugin.environment import versions
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.evaluate import EvaluateConfig, accuracy, train_on_synthetic
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import Hook, attach
 from tad_plugin.nn.networks import make_network
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import versions
 
 NOISE = "symmetric:0.4"
 BASE = {"networks": 2, "early": 10, "every": 500, "ess": 0.9, "saturate": 0.0}

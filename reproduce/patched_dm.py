@@ -26,25 +26,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from tad_plugin.compare import compare
-from tad_plugin.compatibility import Script, needed_switches, run_script
+from tad_plugin.core.diagnostics import split_quality
+from tad_plugin.core.hook.attach import attach
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.datasets import load_dataset
-from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.sources import RawSplits, read_source
-from tad_plugin.diagnostics import split_quality
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.environment import versions
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.evaluate import EvaluateConfig, evaluate
-from tad_plugin.experiment import RunConfig
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import attach
-from tad_plugin.patching import apply, load_patch
-from tad_plugin.report import Row, markdown_table, noise_label, summarise
-from tad_plugin.runconfig import generator_of
-from tad_plugin.standins import any_checksum
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.experiments.compare import compare
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise
+from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.stand_ins import any_checksum
+from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import versions
+from tad_plugin.utils.seeds import generator_of
 
 NOISE = "symmetric:0.4"
 ARMS = {"noisy": "none", "tad": "tad"}

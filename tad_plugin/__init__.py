@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from tad_plugin.callback import Callback, Match, Observer, Segment
-from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match, Segment
+from tad_plugin.core.hook.attach import add_arguments, attach
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.observer import Observer
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.errors import StateMismatchError, TadPluginError, TadPluginWarning
-from tad_plugin.hook import Hook, add_arguments, attach
 from tad_plugin.iwd.method import IWD
-from tad_plugin.state import SampleState
 from tad_plugin.tad.method import TAD
 
 __version__ = "0.1.0"

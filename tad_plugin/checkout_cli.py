@@ -9,8 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from tad_plugin import compatibility, patching
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.upstream import patch as patching
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.switches import SWITCHES, Script, needed_switches
 
 __all__ = ["ABOUT", "VERBS"]
 
@@ -52,7 +54,7 @@ def _patch(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    switches = "\n".join(f"  {s.name:12} {s.about}" for s in compatibility.SWITCHES.values())
+    switches = "\n".join(f"  {s.name:12} {s.about}" for s in SWITCHES.values())
     parser = argparse.ArgumentParser(
         prog="tad-plugin run",
         usage="tad-plugin run --upstream PATH [options] -- SCRIPT.py [its arguments]",
@@ -73,12 +75,12 @@ def _run(arguments: Sequence[str]) -> int:
     values, rest = parser.parse_args(given[:split]), given[split + 1 :]
     if not rest:
         raise ConfigError(explain("a script after --", "nothing", "Name a script of the checkout"))
-    script = compatibility.Script.find(values.upstream, rest[0])
-    on = compatibility.needed_switches(script, _names(values.on), _names(values.off))
+    script = Script.find(values.upstream, rest[0])
+    on = needed_switches(script, _names(values.on), _names(values.off))
     for switch in on:
         print(f"tad-plugin run: switch {switch.name}: {switch.about}", file=sys.stderr)
     try:
-        return compatibility.run_script(script, rest[1:], switches=on, seed=values.seed)
+        return run_script(script, rest[1:], switches=on, seed=values.seed)
     except KeyboardInterrupt:
         print("tad-plugin run: interrupted", file=sys.stderr)
         return 130

@@ -37,7 +37,8 @@ def _parser() -> Any:
 
     from jsonargparse import DefaultHelpFormatter
 
-    from tad_plugin.experiment import ARMS, RunConfig
+    from tad_plugin.experiments.arms import ARMS
+    from tad_plugin.experiments.config import RunConfig
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the line breaks of the descriptions."""
@@ -71,8 +72,8 @@ def _parser() -> Any:
         "--shared", type=str, default="", help="folder of divisions and experts that several runs share (none: its own)"
     )
 
-    from tad_plugin.distill.experts import ExpertConfig
-    from tad_plugin.expertrun import NOT_FOR_EXPERTS
+    from tad_plugin.distill.experts.trainer import ExpertConfig
+    from tad_plugin.experiments.expert_run import NOT_FOR_EXPERTS
 
     teach = verb(
         "experts",
@@ -135,7 +136,7 @@ def _parser() -> Any:
 def _run_config(values: Any, **overrides: Any) -> Any:
     import dataclasses
 
-    from tad_plugin.experiment import RunConfig
+    from tad_plugin.experiments.config import RunConfig
 
     names = {f.name for f in dataclasses.fields(RunConfig)}
     given = {k: v for k, v in values.as_dict().items() if k in names}
@@ -143,8 +144,8 @@ def _run_config(values: Any, **overrides: Any) -> Any:
 
 
 def _distill(values: Any) -> None:
-    from tad_plugin.experiment import run
-    from tad_plugin.report import summarise, text_table
+    from tad_plugin.experiments.report.tables import summarise, text_table
+    from tad_plugin.experiments.run import run
 
     options = {"overwrite": values.overwrite, "shared": values.shared or None}
     results = run(_run_config(values), values.arm, values.out, progress=True, **options)
@@ -155,8 +156,8 @@ def _distill(values: Any) -> None:
 def _experts(values: Any) -> None:
     import dataclasses
 
-    from tad_plugin.distill.experts import ExpertConfig
-    from tad_plugin.expertrun import run_experts
+    from tad_plugin.distill.experts.trainer import ExpertConfig
+    from tad_plugin.experiments.expert_run import run_experts
 
     given, names = values.as_dict(), {f.name for f in dataclasses.fields(ExpertConfig)} - {"width"}
     config = ExpertConfig(**{k: v for k, v in given.items() if k in names})
@@ -170,10 +171,10 @@ def _experts(values: Any) -> None:
 def _evaluate(values: Any) -> None:
     import torch
 
+    from tad_plugin.data.synthetic import SyntheticSet
     from tad_plugin.evaluate import evaluate
-    from tad_plugin.files import atomic_write
-    from tad_plugin.runconfig import load_splits
-    from tad_plugin.synthetic import SyntheticSet
+    from tad_plugin.experiments.config import load_splits
+    from tad_plugin.utils.files import atomic_write
 
     config = _run_config(values).resolved()
     synthetic = SyntheticSet.load(values.synthetic, device=config.device)
@@ -210,9 +211,10 @@ def _check_dataset(wanted: str, distilled: str, path: str) -> None:
 
 
 def _compare(values: Any) -> int:
-    from tad_plugin import compare as c
-    from tad_plugin import report
-    from tad_plugin.files import atomic_write
+    from tad_plugin.experiments import compare as c
+    from tad_plugin.experiments.report.page import html_page
+    from tad_plugin.experiments.report.tables import markdown_table, summarise, text_table
+    from tad_plugin.utils.files import atomic_write
 
     config = _run_config(values)
     arms = [a.strip() for a in values.arms.split(",") if a.strip()]
@@ -231,17 +233,17 @@ def _compare(values: Any) -> int:
         shared=values.shared or None,
     )
     if results:
-        rows = report.summarise(results)
-        table = report.text_table(rows)
+        rows = summarise(results)
+        table = text_table(rows)
         atomic_write(out / "table.txt", table + "\n")
-        atomic_write(out / "table.md", report.markdown_table(rows) + "\n")
+        atomic_write(out / "table.md", markdown_table(rows) + "\n")
         print(table)
         written = "results.json, table.txt, table.md"
         if values.pictures:
-            from tad_plugin.pictures import draw_comparison
+            from tad_plugin.experiments.report.pictures import draw_comparison
 
             pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
-            atomic_write(out / "index.html", report.html_page(results, pictures))
+            atomic_write(out / "index.html", html_page(results, pictures))
             written += ", index.html, pictures/"
         print(f"\n{out}: {written}")
     if not failures:
@@ -255,7 +257,7 @@ def _compare(values: Any) -> int:
 
 
 def _influence(values: Any) -> None:
-    from tad_plugin.influence_report import report_influence
+    from tad_plugin.experiments.report.influence import report_influence
 
     for path in report_influence(values.folder, values.out, top=values.top):
         print(path)
@@ -264,8 +266,8 @@ def _influence(values: Any) -> None:
 def _methods(_values: Any) -> None:
     import dataclasses
 
-    from tad_plugin.distill.loop import BASELINES
-    from tad_plugin.registry import available_methods, load_method
+    from tad_plugin.core.registry import available_methods, load_method
+    from tad_plugin.distill.baseline import BASELINES
 
     for name in available_methods():
         cls = load_method(name)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tad_plugin.data import mosaic as partition
+from tad_plugin.data.labels import check_labels
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill import partition
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
-from tad_plugin.labels import check_labels
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
-from tad_plugin.scorer import chunk_size
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import chunk_size
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from tad_plugin.compatibility import forget_modules
 from tad_plugin.nn.augment import Augmentation, Draw
+from tad_plugin.upstream.run_script import forget_modules
 
 _counter = 0
 

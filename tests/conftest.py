@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 # The same examples on every machine, and no deadline: a busy machine is no failure.
 settings.register_profile(

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, initial_images
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.distill.loop import Baseline, initial_images
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
 
 PLAIN = Preprocessing((0.0,), (1.0,))
 

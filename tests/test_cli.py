@@ -16,10 +16,10 @@ import yaml
 
 from tad_plugin import __version__
 from tad_plugin.cli import main
-from tad_plugin.data.noise import NoiseSpec
-from tad_plugin.experiment import RunConfig
-from tad_plugin.runs import RunFolder
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.data.noise.spec import NoiseSpec
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.folder import RunFolder
 
 TINY = [
     "--noise", "symmetric:0.4", "--per_class", "16", "--iterations", "2", "--eval_epochs", "2", "--eval_runs", "1",
@@ -247,7 +247,7 @@ def test_an_interruption_tells_how_to_go_on(
     def interrupted(*_args: Any, **_more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tad_plugin.experiment.load_noisy", interrupted)
+    monkeypatch.setattr("tad_plugin.experiments.run.load_noisy", interrupted)
     assert main(["distill", *TINY, "--out", str(tmp_path / "run")]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from tad_plugin.data.datasets import load_dataset
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import (
     ConfigError,
     InvalidInputError,
@@ -23,7 +24,6 @@ from tad_plugin.errors import (
     UnknownNameError,
 )
 from tad_plugin.evaluate import EvaluateConfig, Evaluation, accuracy, evaluate, train_on_synthetic, training_pairs
-from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN, blobs
 
 SMALL = EvaluateConfig(width=4, runs=2, epochs=4, batch_size=8, augment="none")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tad_plugin.callback import Callback
+from tad_plugin.core.callback import Callback
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tad_plugin"
 OPTIONAL = ("cleanlab", "jinja2", "jsonargparse", "matplotlib", "pandas", "ray", "sklearn", "tqdm", "yaml")
 SCRIPTS = ("tests/run.sh", "reproduce/quickstart.sh", "reproduce/setup_env.sh", ".ci/run")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from tests import ROOT
+
+README = ROOT / "README.md"
 BLOCK = re.compile(r"<!-- test -->\s*\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -27,19 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tad_plugin.callback import Callback, Match
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dc import DC, DCConfig
-from tad_plugin.distill.gradmatch import layerwise_distance
-from tad_plugin.distill.loop import initial_images
-from tad_plugin.environment import command_line, peak_memory_bytes, reset_peak_memory, versions
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import Hook
-from tad_plugin.iwd.influence import explicit_influence
+from tad_plugin.distill.gradient_distance import layerwise_distance
+from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
 
 
 class Influence(Callback):

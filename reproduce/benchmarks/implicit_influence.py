@@ -32,16 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tad_plugin.errors import missing_extra
-from tad_plugin.iwd import (
-    SegmentStep,
-    conjugate_gradient,
-    curvature_product,
-    inverse_hessian_influence,
-    per_sample_gradients,
-    unrolled_influence,
-)
-from tad_plugin.iwd.per_sample import as_parameters
-from tad_plugin.iwd.vectors import flatten
+from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
+from tad_plugin.nn.derivatives.curvature import conjugate_gradient
+from tad_plugin.nn.derivatives.per_sample import as_parameters, per_sample_gradients
+from tad_plugin.nn.derivatives.vectors import flatten
 from tad_plugin.nn.networks import make_network, seeded
 
 

@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 
+from tad_plugin.core.hook.attach import attach
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.distill.loop import initial_images
-from tad_plugin.environment import peak_memory_bytes, reset_peak_memory, versions
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import Hook, attach
-from tad_plugin.iwd.method import DEFAULT_EVERY, IWD, IWDConfig
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
+from tad_plugin.iwd.method import IWD
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import peak_memory_bytes, reset_peak_memory, versions
 
 CLASSES = 10
 

@@ -37,14 +37,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from upstream_iterations import Done, RandomImages
 
-from tad_plugin.compatibility import Script, needed_switches, run_script
-from tad_plugin.environment import versions
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import Hook
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.nn.networks import make_network
-from tad_plugin.patching import apply, load_patch
-from tad_plugin.state import SampleState
 from tad_plugin.tad.method import TAD
+from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import versions
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_THRESHOLD_": "100000000000"}
 KEPT = "Both processes keep freed memory, which otherwise costs one of them more by chance."

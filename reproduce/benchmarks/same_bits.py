@@ -43,8 +43,8 @@ TRAJECTORIES = {
 LOOP_SETTINGS = {
     "dm": {"batch_real": 8},
     "idm": {"batch_real": 8},
-    "dc": {"batch_real": 8},
-    "dsa": {"batch_real": 8},
+    "dc": {"batch_real": 8, "outer": 2, "inner": 2},
+    "dsa": {"batch_real": 8, "outer": 2, "inner": 2},
     "mtt": TRAJECTORIES,
     "datm": TRAJECTORIES | {"init": "real", "threshold": 10.0, "lr_y": 0.1, "ema_decay": 0.9},
 }

@@ -27,20 +27,21 @@ from typing import Any
 
 import torch
 
-from tad_plugin.armhook import arm_hook
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import load_dataset
-from tad_plugin.distill.buffers import Trajectory
-from tad_plugin.distill.expertcycle import Experts
-from tad_plugin.distill.experts import ExpertConfig, buffer_info
-from tad_plugin.distill.experttrainer import ExpertTrainer, expert_generator
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.experts.buffer import Trajectory
+from tad_plugin.distill.experts.source import Experts
+from tad_plugin.distill.experts.train import buffer_info
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
 from tad_plugin.distill.mtt import MTT, MTTConfig
-from tad_plugin.environment import command_line, versions
 from tad_plugin.evaluate import EvaluateConfig, evaluate
-from tad_plugin.files import atomic_write
-from tad_plugin.hook import Hook
-from tad_plugin.runconfig import RunConfig, generator_of, load_noisy
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.experiments.arm_hook import arm_hook
+from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import command_line, versions
+from tad_plugin.utils.seeds import generator_of
 
 EXPERT = ExpertConfig(width=16, epochs=13, batch_train=64, lr=0.1, experts=2)
 LOOP = MTTConfig(

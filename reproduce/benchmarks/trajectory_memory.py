@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from tad_plugin.distill.realgradient import pass_size
-from tad_plugin.distill.trajectory import Student, flat_parameters, matching_loss, plan_steps
-from tad_plugin.environment import peak_memory_bytes, reset_peak_memory, versions
-from tad_plugin.files import atomic_write
+from tad_plugin.distill.student import Student, flat_parameters, matching_loss, plan_steps
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.passes import pass_size
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import peak_memory_bytes, reset_peak_memory, versions
 
 CLASSES, SIDE = 10, 32
 

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill.loop import Baseline, baseline_class
-from tad_plugin.environment import command_line, versions
-from tad_plugin.files import atomic_write
-from tad_plugin.scorer import RealData
-from tad_plugin.standins import error_meters
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, baseline_class
+from tad_plugin.upstream.stand_ins import error_meters
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import command_line, versions
 
 CLASSES, SIDE = 10, 32
 SCRIPTS = {

@@ -59,50 +59,21 @@ only what it needs; a watcher subclasses :class:`Observer` and cannot write the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.core.events import Match, Segment
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.events import Match, Segment
-from tad_plugin.state import SampleState
+from tad_plugin.utils.settings import build_config
 
 if TYPE_CHECKING:
-    from tad_plugin.scorer import RealData
+    from tad_plugin.data.real import RealData
 
-__all__ = ["Callback", "CallbackList", "Match", "Observer", "Segment", "StateView", "build_config"]
-
-
-def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any:
-    """An instance of the settings dataclass ``cls`` from a mapping.
-
-    Args:
-        cls: a dataclass whose fields have defaults.
-        values: some of its fields; None takes the defaults.
-        owner: whose settings they are, for messages.
-
-    Raises:
-        ConfigError: not a mapping, an unknown key (the known ones are named), or a value of a wrong type or range.
-    """
-    if values is not None and not isinstance(values, Mapping):
-        do = "Write name: value pairs"
-        raise ConfigError(explain(f"a mapping of settings of {owner}", repr(values), do))
-    values = dict(values or {})
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
-    unknown = sorted(str(key) for key in values if key not in known)
-    if unknown:
-        expected = f"settings of {owner} out of {', '.join(sorted(known))}"
-        raise ConfigError(explain(expected, ", ".join(unknown), "Remove or rename the unknown ones"))
-    try:
-        return cls(**values)
-    except TypeError as error:  # a comparison with a value of another type
-        given = ", ".join(f"{k}={v!r}" for k, v in values.items())
-        raise ConfigError(
-            explain(f"settings of {owner} of the right types", given, f"Correct them: {error}")
-        ) from error
+__all__ = ["Callback", "Match", "Segment"]
 
 
 class Callback:
@@ -208,172 +179,3 @@ class Callback:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.generator.set_state(state["generator"].cpu())
-
-
-class StateView:
-    """A read-only look at a SampleState: every tensor that it returns is a copy."""
-
-    def __init__(self, state: SampleState) -> None:
-        self._state = state
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._state[name].clone()
-
-    def has(self, name: str) -> bool:
-        """Whether the state has a tensor of that name."""
-        return name in self._state
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name in self._state:
-            return self._state[name].clone()
-        raise AttributeError(
-            explain(
-                "the name of a tensor of the state",
-                repr(name),
-                "An observer can read tensors and summary(), and cannot write",
-            )
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "_state":
-            raise AttributeError(
-                explain("reading only", f"an assignment to {name!r}", "Make it a Callback if it must write the state")
-            )
-        super().__setattr__(name, value)
-
-    def summary(self) -> dict[str, Any]:
-        """As :meth:`SampleState.summary`."""
-        return self._state.summary()
-
-
-class Observer:
-    """A watcher: sees records and a read-only state, and cannot change a run (no draw, no write)."""
-
-    def on_log(self, *, record: Mapping[str, Any]) -> None:
-        """For each log record of a callback or loop."""
-
-    def on_scorer_epoch(self, *, state: StateView, data: RealData) -> Mapping[str, Any] | None:
-        """After the callbacks' event of the same name; what it returns is logged."""
-        return None
-
-    def on_refresh(self, *, state: StateView, data: RealData) -> Mapping[str, Any] | None:
-        """After a matching step in which a callback reported something; what it returns is logged."""
-        return None
-
-    def on_end(self, *, state: StateView) -> None:
-        """After the last update."""
-
-
-@dataclass
-class CallbackList:
-    """Dispatches each event to the callbacks in the order given, then to the observers."""
-
-    callbacks: Sequence[Callback] = ()
-    observers: Sequence[Observer] = ()
-    log: Callable[[dict[str, Any]], None] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    _reports: int = 0
-
-    def __post_init__(self) -> None:
-        for callback in self.callbacks:
-            callback.sink = self.record
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Adds the current position (iteration, scorer epoch) to a record and hands it to the log and the observers."""
-        self._reports += 1
-        record = {**self.fields, **record}
-        if self.log is not None:
-            self.log(record)
-        for observer in self.observers:
-            observer.on_log(record=record)
-
-    def position(self, **fields: Any) -> None:
-        """Fields that every later record carries (iteration=..., scorer_epoch=...)."""
-        self.fields.update(fields)
-
-    def start(self, state: SampleState, data: RealData) -> None:
-        """Fires on_start."""
-        for callback in self.callbacks:
-            callback.on_start(state=state, data=data)
-
-    def scorer_batch(self, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Fires on_scorer_batch, passing each callback the loss of the one before."""
-        for callback in self.callbacks:
-            loss = callback.on_scorer_batch(state=state, indices=indices, logits=logits, loss=loss)
-        return loss
-
-    def scorer_again(self, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Fires on_scorer_again, passing each callback the loss of the one before."""
-        for callback in self.callbacks:
-            loss = callback.on_scorer_again(state=state, indices=indices, logits=logits, loss=loss)
-        return loss
-
-    def scorer_start(self, state: SampleState) -> None:
-        """Fires on_scorer_start."""
-        for callback in self.callbacks:
-            callback.on_scorer_start(state=state)
-
-    def scorer_epoch(self, state: SampleState, network: nn.Module, data: RealData) -> None:
-        """Fires on_scorer_epoch, then the observers' one, and logs what those return."""
-        for callback in self.callbacks:
-            callback.on_scorer_epoch(state=state, network=network, data=data)
-        for observer in self.observers:
-            values = observer.on_scorer_epoch(state=StateView(state), data=data)
-            if values:
-                self.record(dict(values))
-
-    def wants_graph(self, iteration: int) -> bool:
-        """Whether a callback wants the weights of this iteration as a leaf."""
-        return any(c.needs_graph and c.wants_graph(iteration) for c in self.callbacks)
-
-    def match(self, state: SampleState, match: Match) -> None:
-        """Fires on_match, then on_refresh of the observers if a callback reported something."""
-        before = self._reports
-        for callback in self.callbacks:
-            callback.on_match(state=state, match=match)
-        self._refreshed(state, match.data, before)
-
-    def segment_term(self, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor) -> None:
-        """Fires on_segment_term."""
-        for callback in self.callbacks:
-            callback.on_segment_term(state=state, segment=segment, term=term, images=images, indices=indices)
-
-    def segment(self, state: SampleState, segment: Segment) -> None:
-        """Fires on_segment, then on_refresh of the observers if a callback reported something."""
-        before = self._reports
-        for callback in self.callbacks:
-            callback.on_segment(state=state, segment=segment)
-        self._refreshed(state, segment.data, before)
-
-    def _refreshed(self, state: SampleState, data: RealData | None, before: int) -> None:
-        if data is None or self._reports == before:
-            return
-        for observer in self.observers:
-            values = observer.on_refresh(state=StateView(state), data=data)
-            if values:
-                self.record(dict(values))
-
-    def end(self, state: SampleState) -> None:
-        """Fires on_end."""
-        for callback in self.callbacks:
-            callback.on_end(state=state)
-        for observer in self.observers:
-            observer.on_end(state=StateView(state))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Checkpoint of every callback, by position and name."""
-        return {f"{i}:{c.name}": c.state_dict() for i, c in enumerate(self.callbacks)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`. Raises ConfigError if the callbacks differ."""
-        mine = [f"{i}:{c.name}" for i, c in enumerate(self.callbacks)]
-        if sorted(mine) != sorted(state):
-            raise ConfigError(
-                explain(
-                    f"a checkpoint of {mine}", f"one of {sorted(state)}", "Attach the same methods in the same order"
-                )
-            )
-        for key, callback in zip(mine, self.callbacks, strict=True):
-            callback.load_state_dict(state[key])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.callback import Observer, StateView
-from tad_plugin.scorer import RealData
+from tad_plugin.core.observer import Observer, StateView
+from tad_plugin.data.real import RealData
 
 __all__ = ["InfluenceDiagnostics", "SplitDiagnostics", "area_under_roc", "influence_quality", "split_quality"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tad_plugin.scorer import RealData
+    from tad_plugin.data.real import RealData
 
 __all__ = ["Learning", "Match", "Segment"]
 

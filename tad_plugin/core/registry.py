@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from tad_plugin.callback import Callback
+from tad_plugin.core.callback import Callback
 from tad_plugin.errors import ConfigError, MissingExtraError, explain, unknown_name
 
 __all__ = ["GROUP", "available_methods", "load_method", "make_callbacks", "method_names"]

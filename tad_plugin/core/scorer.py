@@ -6,90 +6,22 @@ nothing on real data (DM, DC) the hook trains this small one before distillation
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.callback import CallbackList
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.passes import chunk_size
 from tad_plugin.nn.training import EpochTrainer
-from tad_plugin.state import SampleState, check_labels
 
-__all__ = [
-    "RealData",
-    "Scorer",
-    "ScorerConfig",
-    "Scores",
-    "chunk_size",
-    "features_and_logits",
-    "score_all",
-    "weighted_cross_entropy",
-]
-
-
-@dataclass
-class RealData:
-    """The real training data of a loop, held on one device.
-
-    Attributes:
-        images: float32 [N,C,H,W], normalised.
-        labels: int64 [N], observed labels.
-        num_classes: K.
-        true_labels: int64 [N] where they are known (controlled experiments), else None. Only oracles and
-            diagnostics read them.
-        dataset: name of the dataset, "" if unknown; chooses which augmentations are label-preserving.
-        noise_rate: nominal share of wrong labels where the experiment set it, else None.
-        ipc: images per class of the synthetic set, where known (TAD keeps at least that many per class).
-    """
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-    true_labels: Tensor | None = None
-    dataset: str = ""
-    noise_rate: float | None = None
-    ipc: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.images.ndim < 2 or not self.images.is_floating_point():
-            raise InvalidInputError(
-                explain(
-                    "images as a float tensor [N,C,H,W]",
-                    f"{self.images.dtype} {list(self.images.shape)}",
-                    "Stack and normalise them",
-                )
-            )
-        self.labels = check_labels(self.labels, self.num_classes, len(self.images)).to(self.images.device)
-        if self.true_labels is not None:
-            self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(
-                self.images.device
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (indices int64 [B], images [B,...]) over the data in order."""
-        for start in range(0, len(self), size):
-            images = self.images[start : start + size]
-            yield torch.arange(start, start + len(images), device=images.device), images
-
-    def subset(self, indices: Tensor) -> RealData:
-        """The same data restricted to ``indices`` (int64 [M])."""
-        return RealData(
-            self.images[indices],
-            self.labels[indices],
-            self.num_classes,
-            None if self.true_labels is None else self.true_labels[indices],
-            self.dataset,
-            self.noise_rate,
-            self.ipc,
-        )
+__all__ = ["Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
 
 
 @dataclass
@@ -124,11 +56,6 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     finally:
         handle.remove()
     return caught[-1].flatten(1), logits
-
-
-def chunk_size(device: torch.device) -> int:
-    """Images per forward pass without a graph: what fits a CPU's cache (measured: 64 twice as fast as 256), or 2048."""
-    return 64 if device.type == "cpu" else 2048
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels, label_digest
 from tad_plugin.errors import EmptyClassError, InvalidInputError, StateMismatchError, explain, unknown_name
-from tad_plugin.labels import check_labels, label_digest
-from tad_plugin.statefile import read_state, write_state
+from tad_plugin.utils.tensor_file import read_state, write_state
 
 __all__ = ["SampleState", "check_labels", "label_digest"]
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tad_plugin.data.noise import NoiseSpec, NoisyLabels
+from tad_plugin.data.noise.spec import NoiseSpec, NoisyLabels
 from tad_plugin.data.preprocessing import KNOWN_STATISTICS, Preprocessing, channel_statistics
 from tad_plugin.data.sources import RawSplits, read_source
+from tad_plugin.data.whitening import fit_zca
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
-from tad_plugin.nn.whitening import fit_zca
 
 __all__ = ["DataSplits", "load_dataset", "stratified_holdout"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.whitening import ZCA
 from tad_plugin.errors import FileFormatError, InvalidInputError, PreprocessingMismatchError, explain
-from tad_plugin.nn.whitening import ZCA
 
 __all__ = ["KNOWN_STATISTICS", "Preprocessing", "channel_statistics"]
 

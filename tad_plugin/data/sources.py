@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tad_plugin.data.classmaps import DIGITS_CLASSES
-from tad_plugin.data.imagefolder import class_files, decode, open_tree
+from tad_plugin.data.image_folder import class_files, decode, open_tree
+from tad_plugin.data.noise.class_maps import DIGITS_CLASSES
 from tad_plugin.errors import (
     EmptyClassError,
     FileFormatError,

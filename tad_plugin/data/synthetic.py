@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
-from tad_plugin.files import atomic_save
-from tad_plugin.labels import check_labels
+from tad_plugin.utils.files import atomic_save
 
 __all__ = ["SyntheticSet"]
 
-FORMAT = "tad_plugin.synthetic"
+FORMAT = "tad_plugin.data.synthetic"
 VERSION = 1
 
 

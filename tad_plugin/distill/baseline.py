@@ -13,19 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.errors import (
-    ConfigError,
-    EmptyClassError,
-    NonFiniteError,
-    NotEnoughSamplesError,
-    explain,
-    unknown_name,
-)
-from tad_plugin.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
 from tad_plugin.nn.networks import make_network
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
 
 __all__ = [
     "BASELINES",

@@ -13,29 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.loop import Baseline, check_batch, check_loss, draw_class
-from tad_plugin.distill.realgradient import pass_size
-from tad_plugin.hook import Hook
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, check_batch, check_loss, draw_class
 from tad_plugin.nn.augment import Augmentation, Draw
-from tad_plugin.scorer import RealData, chunk_size
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import Embed, chunk_size, embed_in_passes, pass_size
 
-__all__ = ["MeanMatching", "classes_per_graph", "embed_in_passes", "embedded_batches"]
-
-Embed = Callable[[Tensor], Tensor]
+__all__ = ["MeanMatching", "classes_per_graph", "embedded_batches"]
 ClassLosses = Callable[[Tensor, Tensor, list[Draw | None], int], Tensor]
 
 # What the graph of one backward pass may keep. An image of the widest layer counts eight times: the block's
 # convolution, norm, activation and pooling keep about five maps of that size, the smaller blocks the rest.
 _GRAPH_BYTES = 2**32
 _MAPS_KEPT = 8
-
-
-def embed_in_passes(embed: Embed, images: Tensor, size: int) -> Tensor:
-    """``embed(images)``, [B,D], at most ``size`` images per pass; differentiable."""
-    if len(images) <= size:
-        return embed(images)
-    return torch.cat([embed(part) for part in images.split(size)])
 
 
 @torch.no_grad()

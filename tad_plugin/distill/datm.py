@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.distill.expertcycle import Experts
-from tad_plugin.distill.loop import BaselineConfig, class_pool, fresh_network, initial_images
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import BaselineConfig, class_pool, fresh_network, initial_images
+from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.mtt import MTT, MTTConfig
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData, chunk_size
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import chunk_size
 
 __all__ = ["DATM", "PRESETS", "DATMConfig", "correctly_predicted", "initial_logits", "upper_bound"]
 

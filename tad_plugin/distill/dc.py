@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tad_plugin.distill.gradmatch import gradient_distance, matched_parameters
-from tad_plugin.distill.loop import Baseline, BaselineConfig, check_batch, check_loss, draw_class
-from tad_plugin.distill.realgradient import mean_gradient, pass_size, weighted_gradient, weighted_gradient_graph
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, BaselineConfig, check_batch, check_loss, draw_class
+from tad_plugin.distill.gradient_distance import gradient_distance, matched_parameters
+from tad_plugin.distill.real_gradient import weighted_gradient, weighted_gradient_graph
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Augmentation
+from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import pass_size
 
 __all__ = ["DC", "DSA", "LOOPS", "PRESETS", "DCConfig", "DSAConfig"]
 
@@ -160,7 +162,7 @@ class DC(Baseline):
         """One update of the images; see :class:`Baseline`.
 
         Raises:
-            EmptyClassError, NotEnoughSamplesError: see :func:`tad_plugin.distill.loop.check_batch`.
+            EmptyClassError, NotEnoughSamplesError: see :func:`tad_plugin.distill.baseline.check_batch`.
             NonFiniteError: the matching loss is NaN or infinite.
         """
         images, ipc = self.synthetic.images, self.config.ipc

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.classmeans import MeanMatching
-from tad_plugin.distill.loop import BaselineConfig
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import BaselineConfig
+from tad_plugin.distill.class_means import MeanMatching
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Draw
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
 
 __all__ = ["DM", "DMConfig", "distribution_losses"]
 

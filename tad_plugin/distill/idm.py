@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tad_plugin.distill.classmeans import MeanMatching, classes_per_graph, embed_in_passes
+from tad_plugin.core.events import Learning
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.mosaic import check_factor, decode, expand, mosaic
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import BaselineConfig, class_pool
+from tad_plugin.distill.class_means import MeanMatching, classes_per_graph
 from tad_plugin.distill.dm import distribution_losses
-from tad_plugin.distill.learners import Learner
-from tad_plugin.distill.loop import BaselineConfig, class_pool
-from tad_plugin.distill.partition import check_factor, decode, expand, mosaic
-from tad_plugin.distill.realgradient import pass_size
+from tad_plugin.distill.learner import Learner
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
-from tad_plugin.events import Learning
-from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Draw
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import embed_in_passes, pass_size
 
 __all__ = ["IDM", "PRESETS", "IDMConfig"]
 

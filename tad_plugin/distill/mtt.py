@@ -18,19 +18,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.buffers import Trajectory
-from tad_plugin.distill.expertcycle import ExpertCycle, Experts
-from tad_plugin.distill.expertphase import PHASES, expert_config, expert_phase
-from tad_plugin.distill.loop import Baseline, BaselineConfig, Place, check_loss
-from tad_plugin.distill.realgradient import pass_size
-from tad_plugin.distill.trajectory import FORMS, Student, flat_parameters, matching_loss, plan_steps
+from tad_plugin.core.events import Segment
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, BaselineConfig, Place, check_loss
+from tad_plugin.distill.experts.buffer import Trajectory
+from tad_plugin.distill.experts.source import PHASES, ExpertCycle, Experts, expert_config, expert_phase
+from tad_plugin.distill.student import FORMS, Student, flat_parameters, matching_loss, plan_steps
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginWarning, explain
-from tad_plugin.events import Segment
-from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Augmentation
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.nn.passes import pass_size
 
 __all__ = ["MTT", "PRESETS", "MTTConfig"]
 
@@ -173,7 +172,7 @@ class MTT(Baseline):
 
     @classmethod
     def prepare(cls, config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
-        """Trains or reads the experts; see :func:`tad_plugin.distill.expertphase.expert_phase`."""
+        """Trains or reads the experts; see :func:`tad_plugin.distill.experts.source.expert_phase`."""
         return expert_phase(config, data, hook, place)
 
     @classmethod

@@ -20,29 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.iwd.per_sample import per_sample_directional
-from tad_plugin.nn.gradients import mean_gradient
+from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
+from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 
-__all__ = ["mean_gradient", "pass_size", "weighted_gradient", "weighted_gradient_graph"]
-
-# Bytes of a pass's widest activation that still stay in a CPU's cache on the way back: 16 images of 32x32 pixels at
-# width 128 took 0.52 times, 64 at width 32 took 0.50 times as long as 256 in one pass.
-_CACHE_BYTES = 2**23
-
-
-def pass_size(images: Tensor, width: int) -> int:
-    """Images per forward and backward pass that suit the device.
-
-    Args:
-        images: [B,C,H,W]; only their size and device matter.
-        width: channels of the network's widest layer, taken to be as large as the images.
-
-    Returns:
-        On a CPU what fits the cache, at least 1; elsewhere 2048.
-    """
-    if images.device.type != "cpu":
-        return 2048
-    return max(1, _CACHE_BYTES // (4 * width * images.shape[-2] * images.shape[-1]))
+__all__ = ["mean_gradient", "weighted_gradient", "weighted_gradient_graph"]
 
 
 def weighted_gradient(

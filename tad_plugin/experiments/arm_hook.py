@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tad_plugin.arms import parse_arm
+from tad_plugin.core.hook.attach import attach
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.registry import load_method, method_names
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.datasets import DataSplits
-from tad_plugin.data.noise import NoisyLabels
-from tad_plugin.distill.buffers import BufferInfo
-from tad_plugin.distill.experttrainer import ExpertConfig
-from tad_plugin.hook import Hook, attach
-from tad_plugin.registry import load_method, method_names
-from tad_plugin.runconfig import RunConfig, derived_seed, settings_of
-from tad_plugin.state import SampleState
+from tad_plugin.data.noise.spec import NoisyLabels
+from tad_plugin.distill.experts.buffer import BufferInfo
+from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.experiments.arms import parse_arm
+from tad_plugin.experiments.config import RunConfig, settings_of
+from tad_plugin.utils.seeds import derived_seed
 
 __all__ = ["PILOT_ROUNDS", "arm_hook", "buffer_settings", "nominal_rate", "pilot_settings"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tad_plugin.core.registry import available_methods
 from tad_plugin.errors import unknown_name
-from tad_plugin.registry import available_methods
 
 __all__ = ["ARMS", "Arm", "parse_arm"]
 

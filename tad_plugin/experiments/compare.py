@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from tad_plugin.bars import bar
 from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra
-from tad_plugin.experiment import RunConfig, check_config, run
-from tad_plugin.files import atomic_write
+from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.run import run
+from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.progress import bar
 
 __all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
 
@@ -96,7 +97,8 @@ def tasks_of(
     ``shared`` is the folder of what runs share, by default ``out/shared``.
 
     Raises:
-        UnknownNameError, ConfigError: see :func:`tad_plugin.experiment.check_config`; or no arm, or one named twice.
+        UnknownNameError, ConfigError: see :func:`tad_plugin.experiments.config.check_config`; or no arm, or one named
+            twice.
     """
     arms, ipcs = list(arms), list(ipcs)
     if not arms or len(set(arms)) != len(arms):
@@ -158,7 +160,7 @@ def compare(
         overwrite: start over, removing what earlier runs left.
         progress: show progress bars.
         failures: failed runs are added to it; None raises for them, after the results were written.
-        shared: folder of divisions and experts that runs share (:mod:`tad_plugin.shared`); by default
+        shared: folder of divisions and experts that runs share (:mod:`tad_plugin.experiments.sharing`); by default
             ``out/shared``, which ``overwrite`` removes. Another folder is left as it is.
 
     Raises:

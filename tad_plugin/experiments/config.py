@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tad_plugin.arms import parse_arm
-from tad_plugin.callback import build_config
+from tad_plugin.core.registry import available_methods, load_method, make_callbacks
 from tad_plugin.data.datasets import DataSplits, load_dataset
-from tad_plugin.data.noise import NoiseSpec, NoisyLabels
+from tad_plugin.data.noise.spec import NoiseSpec, NoisyLabels
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.sources import DATASETS
-from tad_plugin.distill.loop import BaselineConfig, baseline_class
+from tad_plugin.distill.baseline import BaselineConfig, baseline_class
 from tad_plugin.errors import ConfigError, explain, unknown_name
 from tad_plugin.evaluate import EvaluateConfig
+from tad_plugin.experiments.arms import parse_arm
 from tad_plugin.nn.networks import NETWORKS
-from tad_plugin.registry import available_methods, load_method, make_callbacks
+from tad_plugin.utils.settings import build_config
 
-__all__ = [
-    "MAY_DIFFER",
-    "PRESETS",
-    "RunConfig",
-    "check_config",
-    "derived_seed",
-    "generator_of",
-    "load_noisy",
-    "load_splits",
-    "settings_of",
-]
+__all__ = ["MAY_DIFFER", "PRESETS", "RunConfig", "check_config", "load_noisy", "load_splits", "settings_of"]
 
 # What suits a dataset where the user says nothing; digits are 8x8 and few, so everything is smaller.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -160,16 +149,6 @@ class RunConfig:
         """The evaluation's settings, with what the baseline's protocol fixes."""
         fixed = baseline_class(self.baseline).evaluation
         return EvaluateConfig(width=self.width, runs=self.eval_runs, epochs=self.eval_epochs, lr=self.eval_lr, **fixed)
-
-
-def derived_seed(*parts: Any) -> int:
-    """A seed in [0, 2^62) from a description: arms that share the description get the same numbers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
-
-
-def generator_of(*parts: Any) -> torch.Generator:
-    """A CPU generator with :func:`derived_seed` of these parts."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 def load_splits(config: RunConfig, preprocessing: Preprocessing | None = None) -> DataSplits:

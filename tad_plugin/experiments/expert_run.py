@@ -13,16 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from tad_plugin.armhook import arm_hook, pilot_settings
-from tad_plugin.arms import parse_arm
-from tad_plugin.diagnostics import split_quality
-from tad_plugin.distill.buffers import clear_buffer
-from tad_plugin.distill.experts import STATE_FILE, ExpertConfig, train_experts
-from tad_plugin.environment import command_line, peak_memory_bytes, reset_peak_memory, versions
+from tad_plugin.core.diagnostics import split_quality
+from tad_plugin.core.scorer import score_all
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import clear_buffer
+from tad_plugin.distill.experts.train import STATE_FILE, train_experts
+from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.runconfig import MAY_DIFFER, RunConfig, check_config, derived_seed, load_noisy
-from tad_plugin.runs import RunFolder
-from tad_plugin.scorer import RealData, score_all
+from tad_plugin.experiments.arm_hook import arm_hook, pilot_settings
+from tad_plugin.experiments.arms import parse_arm
+from tad_plugin.experiments.config import MAY_DIFFER, RunConfig, check_config, load_noisy
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
+from tad_plugin.utils.seeds import derived_seed
 
 __all__ = ["NOT_FOR_EXPERTS", "experts_settings", "run_experts"]
 
@@ -60,7 +63,7 @@ def run_experts(
         folder: run folder, and the buffer.
         progress: show a progress bar.
         overwrite: start over, removing what an earlier run left there, its buffer included.
-        jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train_experts`.
+        jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train.train_experts`.
 
     Returns:
         What results.json says: each expert's test accuracy in percent, seconds, and the quality of the division.

@@ -12,8 +12,6 @@ its log continues from the line at which that checkpoint was taken.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
 import math
 import os
@@ -24,45 +22,14 @@ from typing import Any
 
 import torch
 
-from tad_plugin.checkpoints import CheckpointSlots
-from tad_plugin.environment import command_line, peak_memory_bytes, versions
-from tad_plugin.errors import (
-    FileFormatError,
-    InvalidInputError,
-    ResumeError,
-    TadPluginWarning,
-    explain,
-    missing_extra,
-)
-from tad_plugin.files import atomic_write, read_json, remove_temporaries
+from tad_plugin.errors import FileFormatError, InvalidInputError, ResumeError, TadPluginWarning, explain, missing_extra
+from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.files import atomic_write, plain, read_json, remove_temporaries
+from tad_plugin.utils.machine import command_line, peak_memory_bytes, versions
 
-__all__ = ["RunFolder", "command_line", "peak_memory_bytes", "plain", "versions"]
+__all__ = ["RunFolder", "command_line", "peak_memory_bytes", "versions"]
 
 _ABSENT = "(not set)"
-
-
-def plain(value: Any) -> Any:
-    """``value`` in the types that JSON and YAML have: dict with str keys, list, str, int, float, bool, None.
-
-    Dataclasses and mappings become dicts; tuples, sets (sorted), arrays and tensors become lists, or a number where
-    they have no dimension; members of an Enum become their value; anything else (a path, a dtype) its ``str``.
-    NaN and infinities stay floats, which Python's ``json`` writes as ``NaN`` and ``Infinity`` and reads back.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
-        return plain(value.value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, arrays and NumPy's scalars
-        return plain(value.tolist())
-    return str(value)
 
 
 class RunFolder:

@@ -9,32 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from tad_plugin.armhook import arm_hook, nominal_rate
-from tad_plugin.arms import ARMS, Arm, parse_arm
-from tad_plugin.bars import bar
+from tad_plugin.core.diagnostics import influence_quality, split_quality
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import DataSplits
-from tad_plugin.data.noise import NoisyLabels
-from tad_plugin.diagnostics import influence_quality, split_quality
-from tad_plugin.distill.expertphase import expert_config
-from tad_plugin.distill.experts import STATE_FILE, ExpertConfig
-from tad_plugin.distill.loop import Baseline, Place, baseline_class
-from tad_plugin.environment import reset_peak_memory
+from tad_plugin.data.noise.spec import NoisyLabels
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, Place, baseline_class
+from tad_plugin.distill.experts.source import expert_config
+from tad_plugin.distill.experts.train import STATE_FILE
+from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.evaluate import evaluate
-from tad_plugin.hook import Hook
-from tad_plugin.progress import Progress
-from tad_plugin.runconfig import (
-    MAY_DIFFER,
-    PRESETS,
-    RunConfig,
-    check_config,
-    derived_seed,
-    generator_of,
-    load_noisy,
-)
-from tad_plugin.runs import RunFolder, command_line, versions
-from tad_plugin.shared import shared_decisions, shared_experts
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.experiments.arm_hook import arm_hook, nominal_rate
+from tad_plugin.experiments.arms import ARMS, Arm, parse_arm
+from tad_plugin.experiments.config import MAY_DIFFER, PRESETS, RunConfig, check_config, load_noisy
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.run_state import Progress
+from tad_plugin.experiments.sharing import shared_decisions, shared_experts
+from tad_plugin.utils.machine import command_line, reset_peak_memory, versions
+from tad_plugin.utils.progress import bar
+from tad_plugin.utils.seeds import derived_seed, generator_of
 
 __all__ = ["ARMS", "PRESETS", "Arm", "Run", "RunConfig", "check_config", "load_noisy", "parse_arm", "run"]
 
@@ -48,8 +42,8 @@ class Run:
         folder: run folder.
         progress: show progress bars.
         overwrite: start over, removing what an earlier run left there.
-        shared: folder in which runs share divisions and experts that they have in common (see
-            :mod:`tad_plugin.shared`); None makes the run's own. Without effect where the settings name a buffer.
+        shared: folder in which runs share divisions and experts (see :mod:`tad_plugin.experiments.sharing`); None
+            makes the run's own. Without effect where the settings name a buffer.
 
     Raises:
         UnknownNameError, ConfigError: see :func:`check_config`; the folder is not touched then.

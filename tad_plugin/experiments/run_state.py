@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
-from tad_plugin.distill.loop import Baseline
-from tad_plugin.hook import Hook
-from tad_plugin.runs import RunFolder, peak_memory_bytes
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.utils.machine import peak_memory_bytes
 
 __all__ = ["Progress"]
 

@@ -18,15 +18,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from tad_plugin.armhook import arm_hook
-from tad_plugin.arms import parse_arm
+from tad_plugin.core.registry import load_method, method_names
 from tad_plugin.data.datasets import DataSplits
-from tad_plugin.data.noise import NoisyLabels
-from tad_plugin.distill.experts import STATE_FILE, ExpertConfig
-from tad_plugin.expertrun import NOT_FOR_EXPERTS, experts_settings, run_experts
-from tad_plugin.registry import load_method, method_names
-from tad_plugin.runconfig import MAY_DIFFER, RunConfig, settings_of
-from tad_plugin.runs import RunFolder
+from tad_plugin.data.noise.spec import NoisyLabels
+from tad_plugin.distill.experts.train import STATE_FILE
+from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.experiments.arm_hook import arm_hook
+from tad_plugin.experiments.arms import parse_arm
+from tad_plugin.experiments.config import MAY_DIFFER, RunConfig, settings_of
+from tad_plugin.experiments.expert_run import NOT_FOR_EXPERTS, experts_settings, run_experts
+from tad_plugin.experiments.folder import RunFolder
 
 __all__ = ["LEAST_IPC", "deciding_arm", "shared_decisions", "shared_experts"]
 
@@ -62,10 +63,10 @@ def shared_experts(
         progress: show a progress bar.
 
     Returns:
-        The buffer's folder, which is a run folder of :func:`tad_plugin.expertrun.run_experts`.
+        The buffer's folder, which is a run folder of :func:`tad_plugin.experiments.expert_run.run_experts`.
 
     Raises:
-        See :func:`tad_plugin.expertrun.run_experts`.
+        See :func:`tad_plugin.experiments.expert_run.run_experts`.
     """
     arm, config = _common(config, arm)
     folder = _place(root, "experts", experts_settings(config, experts, arm))

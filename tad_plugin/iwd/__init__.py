@@ -6,17 +6,10 @@ Influence is dM/dw with M a loss of the synthetic set, so **negative = helpful**
 
 from __future__ import annotations
 
+from tad_plugin.iwd.explicit import dm_influence, embedding_directions, explicit_influence, influence, target_direction
 from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
-from tad_plugin.iwd.influence import dm_influence, embedding_directions, explicit_influence, influence, target_direction
-from tad_plugin.iwd.per_sample import per_sample_directional, per_sample_gradient_chunks, per_sample_gradients
-from tad_plugin.iwd.refresh import held_out_folds, score_on_network, target_gradient
-from tad_plugin.iwd.segment import segment_influence
-from tad_plugin.iwd.solvers import (
-    CGResult,
-    conjugate_gradient,
-    gauss_newton_vector_product,
-    hessian_vector_product,
-)
+from tad_plugin.iwd.implicit_segment import segment_influence
+from tad_plugin.iwd.scoring import held_out_folds, score_on_network, target_gradient
 from tad_plugin.iwd.targets import (
     Fold,
     class_mean_distance,
@@ -33,6 +26,17 @@ from tad_plugin.iwd.weighting import (
     softmax_weights,
     standardise,
     weights_from_scores,
+)
+from tad_plugin.nn.derivatives.curvature import (
+    CGResult,
+    conjugate_gradient,
+    gauss_newton_vector_product,
+    hessian_vector_product,
+)
+from tad_plugin.nn.derivatives.per_sample import (
+    per_sample_directional,
+    per_sample_gradient_chunks,
+    per_sample_gradients,
 )
 
 __all__ = [

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
-from tad_plugin.iwd.refresh import TARGETS
+from tad_plugin.iwd.scoring import TARGETS
+from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
 
 __all__ = ["DEFAULT_EVERY", "IWDConfig"]
 

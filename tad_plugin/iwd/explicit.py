@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
-from tad_plugin.iwd.vectors import Tensors, as_tuple, pushed_forward, require_finite
-from tad_plugin.state import check_labels
+from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, pushed_forward, require_finite
 
 __all__ = ["dm_influence", "embedding_directions", "explicit_influence", "influence", "target_direction"]
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.iwd.per_sample import per_sample_directional
-from tad_plugin.iwd.vectors import require_finite
-from tad_plugin.nn.gradients import mean_gradient
-from tad_plugin.state import check_labels
+from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
+from tad_plugin.nn.derivatives.per_sample import per_sample_directional
+from tad_plugin.nn.derivatives.vectors import require_finite
 
 __all__ = ["GradientDistance", "gradient_influence"]
 

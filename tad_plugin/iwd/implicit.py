@@ -22,15 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.iwd.per_sample import (
+from tad_plugin.nn.derivatives.curvature import (
+    MatVec,
+    conjugate_gradient,
+    gauss_newton_vector_product,
+    hessian_vector_product,
+)
+from tad_plugin.nn.derivatives.per_sample import (
     DEFAULT_MEMORY_BUDGET,
     Parameters,
     activation_bytes,
     as_parameters,
     per_sample_directional,
 )
-from tad_plugin.iwd.solvers import MatVec, conjugate_gradient, gauss_newton_vector_product, hessian_vector_product
-from tad_plugin.iwd.vectors import LossFunction, cross_entropy, flatten, require_finite
+from tad_plugin.nn.derivatives.vectors import LossFunction, cross_entropy, flatten, require_finite
 
 __all__ = ["SegmentStep", "curvature_product", "inverse_hessian_influence", "unrolled_influence"]
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.events import Learning
+from tad_plugin.core.events import Learning
+from tad_plugin.iwd.explicit import Embed
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
-from tad_plugin.iwd.influence import Embed
-from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
-from tad_plugin.iwd.vectors import pushed_forward
+from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
+from tad_plugin.nn.derivatives.vectors import pushed_forward
 
 __all__ = ["learned_influence"]
 

@@ -10,12 +10,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.callback import Segment
+from tad_plugin.core.events import Segment
 from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
+from tad_plugin.iwd.explicit import target_direction
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
-from tad_plugin.iwd.influence import target_direction
-from tad_plugin.iwd.per_sample import DEFAULT_MEMORY_BUDGET
-from tad_plugin.iwd.refresh import target_gradient
+from tad_plugin.iwd.scoring import target_gradient
+from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
 
 __all__ = ["add_term", "segment_influence", "synthetic_gradient"]
 

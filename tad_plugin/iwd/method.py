@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.callback import Callback, Match, Segment
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match, Segment
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
 from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
-from tad_plugin.iwd.influence import explicit_influence
-from tad_plugin.iwd.refresh import held_out_folds, score_on_network, target_gradient
-from tad_plugin.iwd.segment import add_term, segment_influence, synthetic_gradient
+from tad_plugin.iwd.explicit import explicit_influence
+from tad_plugin.iwd.implicit_segment import add_term, segment_influence, synthetic_gradient
+from tad_plugin.iwd.scoring import held_out_folds, score_on_network, target_gradient
 from tad_plugin.iwd.targets import Fold
 from tad_plugin.iwd.weighting import RunningScore, fit_temperature, saturate, softmax_weights, standardise
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData, chunk_size
-from tad_plugin.state import SampleState
+from tad_plugin.nn.passes import chunk_size
 
 __all__ = ["DEFAULT_EVERY", "IWD", "IWDConfig"]
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.core.events import Learning
+from tad_plugin.core.scorer import features_and_logits
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
-from tad_plugin.events import Learning
-from tad_plugin.iwd.gradient_influence import GradientDistance, gradient_influence
-from tad_plugin.iwd.influence import dm_influence
-from tad_plugin.iwd.learned import learned_influence
+from tad_plugin.iwd.explicit import dm_influence
+from tad_plugin.iwd.explicit_gradients import GradientDistance, gradient_influence
+from tad_plugin.iwd.implicit_networks import learned_influence
 from tad_plugin.iwd.targets import Fold, cross_fit, matching_target, validation_gradient
-from tad_plugin.iwd.vectors import require_finite
 from tad_plugin.iwd.weighting import standardise
-from tad_plugin.scorer import features_and_logits
+from tad_plugin.nn.derivatives.vectors import require_finite
 
 __all__ = ["TARGETS", "embedding_of", "held_out_folds", "score_on_network", "target_gradient"]
 
@@ -110,7 +110,7 @@ def target_gradient(
         alpha: inner step size of "validation".
         steps: inner steps of "validation".
         chunk_size: held-out images per pass of "validation".
-        expand: what becomes of S before a network sees it, see :class:`tad_plugin.callback.Match`; None for nothing.
+        expand: what becomes of S before a network sees it, see :class:`tad_plugin.core.events.Match`; None for nothing.
 
     Returns:
         (M(S), grad_S M in the shape of S).

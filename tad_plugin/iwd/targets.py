@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
-from tad_plugin.iwd.vectors import require_finite
-from tad_plugin.state import check_labels
+from tad_plugin.nn.derivatives.vectors import require_finite
 
 __all__ = ["Fold", "class_mean_distance", "cross_fit", "matching_target", "validation_gradient", "validation_target"]
 

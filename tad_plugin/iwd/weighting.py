@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import ConfigError, ConvergenceWarning, InvalidInputError, StateMismatchError, explain
-from tad_plugin.iwd.vectors import require_finite
-from tad_plugin.state import check_labels
+from tad_plugin.nn.derivatives.vectors import require_finite
 
 __all__ = [
     "RunningScore",

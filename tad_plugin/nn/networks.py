@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tad_plugin.errors import InvalidInputError, explain, unknown_name
-from tad_plugin.nn.alternatives import alexnet, mlp, resnet18, resnet18ap, vgg11
+from tad_plugin.nn.architectures import alexnet, mlp, resnet18, resnet18ap, vgg11
 from tad_plugin.nn.blocks import LayerBuilder, Network, NetworkOptions
 
 __all__ = ["NETWORKS", "Network", "NetworkOptions", "convnet", "make_network", "reinitialise", "seeded"]

@@ -9,11 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.callback import Callback, build_config
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, NotEnoughSamplesError, explain, missing_extra
-from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.ranking import keep_lowest, train_logits
-from tad_plugin.state import SampleState
+from tad_plugin.utils.settings import build_config
 
 __all__ = ["CleanThenDistil", "CleanThenDistilConfig", "stratified_folds"]
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tad_plugin.callback import CallbackList
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.scorer import Scorer, ScorerConfig, score_all
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.scorer import RealData, Scorer, ScorerConfig, score_all
-from tad_plugin.state import SampleState
 
 __all__ = ["check_share", "keep_lowest", "mean_losses", "train_logits"]
 

@@ -6,18 +6,9 @@ labels for untrusted ones, ``consistency`` steadies the scorer's training.
 
 from tad_plugin.tad.calibration import Calibration, calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
+from tad_plugin.tad.geometry import class_anchors, ledoit_wolf, mahalanobis, principal_axes, whitened_measures
 from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
-from tad_plugin.tad.reliability import (
-    Reliability,
-    class_anchors,
-    fit_temperature,
-    ledoit_wolf,
-    mahalanobis,
-    principal_axes,
-    propose,
-    reliability,
-    whitened_measures,
-)
+from tad_plugin.tad.proposals import Reliability, fit_temperature, propose, reliability
 from tad_plugin.tad.threshold import Division, divide
 
 __all__ = [

@@ -37,10 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.state import check_labels
 from tad_plugin.tad.geometry import check_features, principal_axes
-from tad_plugin.tad.reliability import fit_features, fit_temperature, predicted_labels, propose, reliability_score
+from tad_plugin.tad.proposals import fit_features, fit_temperature, predicted_labels, propose, reliability_score
 
 __all__ = ["Calibration", "calibrate_threshold"]
 

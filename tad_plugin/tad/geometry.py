@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NonFiniteError, NotEnoughSamplesError, explain
-from tad_plugin.state import check_labels
 
 __all__ = [
     "Anchors",

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.callback import Callback
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.scorer import score_all
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
-from tad_plugin.scorer import RealData, score_all
-from tad_plugin.state import SampleState
 from tad_plugin.tad.calibration import Calibration, calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
 from tad_plugin.tad.mixture import ClassMixture, fit_class_mixture
-from tad_plugin.tad.reliability import reliability
+from tad_plugin.tad.proposals import reliability
 from tad_plugin.tad.threshold import divide
 
 __all__ = ["TAD", "TADConfig"]

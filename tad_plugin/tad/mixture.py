@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
-from tad_plugin.state import check_labels
 
 __all__ = ["ClassMixture", "MixtureInit", "check_losses", "fit_class_mixture"]
 

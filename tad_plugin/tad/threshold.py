@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning, explain
-from tad_plugin.state import check_labels
 from tad_plugin.tad.mixture import ClassMixture, check_losses
 
 __all__ = ["Division", "divide"]

@@ -8,7 +8,7 @@ A diff that removes nothing and shows no context carries no line of the code tha
     +import tad_plugin
 
 "after line 9 of train.py comes one new line, which is then line 10". Without context nothing in the diff says whether
-a file is the right one, so :mod:`tad_plugin.patching` compares the hash of the whole file first.
+a file is the right one, so :mod:`tad_plugin.upstream.patch` compares the hash of the whole file first.
 """
 
 from __future__ import annotations

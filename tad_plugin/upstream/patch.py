@@ -1,8 +1,8 @@
 """Patches for checkouts of public codebases: verified by hash, applied all or nothing, reversed bit for bit.
 
-A patch is a folder ``patches/NAME`` with ``NAME.patch`` (added lines only, see :mod:`tad_plugin.addedlines`) and
-``manifest.json``: the repository, the commit, and for each file that is touched its sha256 before and after and the
-number of lines added. Nothing here needs git.
+A patch is a folder ``patches/NAME`` with ``NAME.patch`` (added lines only, see
+:mod:`tad_plugin.upstream.added_lines`) and ``manifest.json``: the repository, the commit, and for each file that is
+touched its sha256 before and after and the number of lines added. Nothing here needs git.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tad_plugin.addedlines import Insertion, added_lines, insert_lines, parse_diff, remove_lines
 from tad_plugin.errors import FileFormatError, PatchError, explain, unknown_name
-from tad_plugin.files import read_json
+from tad_plugin.upstream.added_lines import Insertion, added_lines, insert_lines, parse_diff, remove_lines
+from tad_plugin.utils.files import read_json
 
 __all__ = [
     "FilePatch",
@@ -107,7 +107,7 @@ def patches_folder() -> Path:
     Raises:
         PatchError: neither is there.
     """
-    root, shared = Path(__file__).resolve().parent.parent, Path("share", "tad_plugin", "patches")
+    root, shared = Path(__file__).resolve().parents[2], Path("share", "tad_plugin", "patches")
     schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
     installed = [Path(sysconfig.get_path("data", scheme)) for scheme in schemes]
     # `pip install --target` keeps it beside the package.

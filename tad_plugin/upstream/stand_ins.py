@@ -1,6 +1,6 @@
 """What the public codebases find missing on a current machine, stood in for while a script of theirs runs.
 
-Each function here is a context for a switch of :mod:`tad_plugin.compatibility`; nothing of it outlives the script.
+Each function here is a context for a switch of :mod:`tad_plugin.upstream.switches`; nothing of it outlives the script.
 """
 
 from __future__ import annotations

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import re
-import runpy
-import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from tad_plugin import standins
-from tad_plugin.errors import InvalidInputError, PatchError, explain, unknown_name
+from tad_plugin.errors import PatchError, explain, unknown_name
+from tad_plugin.upstream import stand_ins as standins
 
-__all__ = ["SWITCHES", "Script", "Switch", "forget_modules", "needed_switches", "run_script", "seeded_run"]
+__all__ = ["SWITCHES", "Script", "Switch", "needed_switches"]
 
 
 @dataclass(frozen=True)
@@ -278,98 +273,3 @@ def needed_switches(script: Script, on: Sequence[str] = (), off: Sequence[str] =
         if name not in SWITCHES:
             raise unknown_name("switch", name, list(SWITCHES))
     return [s for s in SWITCHES.values() if s.name not in off and (s.name in on or s.needed(script))]
-
-
-# -- running ---------------------------------------------------------------------------------------
-@contextmanager
-def seeded_run(root: Path, seed: int) -> Iterator[None]:
-    """Two runs inside draw the same numbers: the global generators are seeded, and the checkout has its own clock.
-
-    The public codebases seed augmentations and networks from the clock. ``time.time`` becomes a counter for callers
-    under ``root``, and stays what it is for everybody else. The generators' states are put back afterwards.
-
-    Args:
-        root: folder of the checkout, absolute.
-        seed: in [0, 2**32).
-
-    Raises:
-        InvalidInputError: the seed is out of range.
-    """
-    if not 0 <= seed < 2**32:
-        raise InvalidInputError(explain("a seed in [0, 2**32)", str(seed), "Pass another one"))
-    real, ticks = time.time, 0
-
-    def clock() -> float:
-        nonlocal ticks
-        if not _belongs(Path(os.path.abspath(sys._getframe(1).f_code.co_filename)), root):
-            return real()
-        ticks += 1
-        # Not a whole number of milliseconds: seeds are made of those.
-        return 1_500_000_000.0 + ticks * 0.0137
-
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 - the script's generator
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the script draws from it
-    try:
-        # Seeds CUDA too, where there is any.
-        torch.manual_seed(seed)
-        with _replaced(time, "time", clock):
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
-def run_script(
-    script: Script, arguments: Sequence[str] = (), *, switches: Sequence[Switch] = (), seed: int | None = None
-) -> int:
-    """Runs a script as ``python script.py arguments...`` would from its own folder, in this process.
-
-    Args:
-        script: which.
-        arguments: its command line.
-        switches: those that are on meanwhile.
-        seed: makes the run repeatable, see :func:`seeded_run`; None leaves clock and generators alone.
-
-    Returns:
-        Its exit status.
-    """
-    argv, path, folder = sys.argv, list(sys.path), os.getcwd()
-    with ExitStack() as stack:
-        for switch in switches:
-            stack.enter_context(switch.on(script))
-        if seed is not None:
-            stack.enter_context(seeded_run(script.root, seed))
-        try:
-            sys.argv, sys.path[:] = [str(script.path), *arguments], [str(script.path.parent), *path]
-            os.chdir(script.path.parent)
-            forget_modules(script.root)
-            runpy.run_path(str(script.path), run_name="__main__")
-        except SystemExit as stop:
-            if stop.code is None or isinstance(stop.code, int):
-                return stop.code or 0
-            print(stop.code, file=sys.stderr)
-            return 1
-        finally:
-            sys.argv, sys.path[:] = argv, path
-            os.chdir(folder)
-            forget_modules(script.root)
-    return 0
-
-
-def forget_modules(root: Path) -> None:
-    """Codebases share the names of their modules (utils, networks): the next script must import its own.
-
-    Args:
-        root: folder whose modules are forgotten, absolute.
-    """
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        # A folder without __init__.py has no file, but places.
-        places = [file] if isinstance(file, str) else list(getattr(module, "__path__", None) or ())
-        if any(isinstance(place, str) and _belongs(Path(place).resolve(), root) for place in places):
-            del sys.modules[name]
-    # Entries such as "../" mean another folder to the next script.
-    for entry in [e for e in sys.path_importer_cache if not os.path.isabs(e)]:
-        del sys.path_importer_cache[entry]

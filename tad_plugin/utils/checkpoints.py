@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning, explain
-from tad_plugin.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
+from tad_plugin.utils.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
 
 __all__ = ["Checkpoint", "CheckpointSlots"]
 

@@ -6,17 +6,19 @@ rename. A process that is killed while writing leaves the old file, or the new o
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import FileFormatError, explain
 
-__all__ = ["atomic_save", "atomic_write", "file_digest", "read_json", "remove_temporaries"]
+__all__ = ["atomic_save", "atomic_write", "file_digest", "plain", "read_json", "remove_temporaries"]
 
 _TEMPORARY = ".tmp-"
 
@@ -85,3 +87,27 @@ def read_json(path: str | Path) -> Any:
         raise FileFormatError(
             explain(f"JSON in {path}", f"text that does not parse ({error})", "Restore the file, or write it again")
         ) from error
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types that JSON and YAML have: dict with str keys, list, str, int, float, bool, None.
+
+    Dataclasses and mappings become dicts; tuples, sets (sorted), arrays and tensors become lists, or a number where
+    they have no dimension; members of an Enum become their value; anything else (a path, a dtype) its ``str``.
+    NaN and infinities stay floats, which Python's ``json`` writes as ``NaN`` and ``Infinity`` and reads back.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors, arrays and NumPy's scalars
+        return plain(value.tolist())
+    return str(value)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import label_digest
 from tad_plugin.errors import FileFormatError, explain
-from tad_plugin.files import atomic_save
-from tad_plugin.labels import label_digest
+from tad_plugin.utils.files import atomic_save
 
 __all__ = ["FORMAT", "VERSION", "content_digest", "read_state", "write_state"]
 
-FORMAT = "tad_plugin.state"
+FORMAT = "tad_plugin.core.state"
 VERSION = 1
 _DO = "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew"
 

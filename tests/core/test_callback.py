@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, CallbackList, Match, Observer, Segment, StateView
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.events import Match, Segment
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.observer import Observer, StateView
+from tad_plugin.core.registry import available_methods, load_method
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, TadPluginWarning
-from tad_plugin.hook import Hook
-from tad_plugin.registry import available_methods, load_method
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
 from tests.problems import blobs, dm_loop, flip
 
 EVENTS = ("on_start", "on_scorer_batch", "on_scorer_epoch", "on_match", "on_segment", "on_end")

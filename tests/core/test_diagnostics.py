@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from tad_plugin.callback import StateView
-from tad_plugin.diagnostics import SplitDiagnostics, area_under_roc, split_quality
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
+from tad_plugin.core.diagnostics import SplitDiagnostics, area_under_roc, split_quality
+from tad_plugin.core.observer import StateView
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tad_plugin import registry
-from tad_plugin.callback import Callback
+from tad_plugin.core import registry
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.registry import GROUP, available_methods, load_method, make_callbacks
 from tad_plugin.errors import ConfigError, MissingExtraError, UnknownNameError
-from tad_plugin.registry import GROUP, available_methods, load_method, make_callbacks
 
 OURS = {"tad", "iwd", "oracle", "loss-prune", "el2n", "clean-then-distil", "random"}
 

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.callback import Callback, CallbackList
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.scorer import Scorer, ScorerConfig, features_and_logits, score_all, weighted_cross_entropy
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, InvalidLabelsError, NonFiniteError
 from tad_plugin.nn.networks import make_network
-from tad_plugin.scorer import RealData, Scorer, ScorerConfig, features_and_logits, score_all, weighted_cross_entropy
-from tad_plugin.state import SampleState
 from tests.problems import blobs
 
 SMALL = ScorerConfig(width=4, epochs=3, batch_size=16)
@@ -66,7 +68,7 @@ def test_all_samples_are_scored_in_eval_mode_whatever_the_chunk_and_the_mode_com
     data, _ = real()
     network = foreign().train()
     whole = score_all(network, data)
-    monkeypatch.setattr("tad_plugin.scorer.chunk_size", lambda device: 7)
+    monkeypatch.setattr("tad_plugin.nn.passes.chunk_size", lambda device: 7)
     parts = score_all(network, data)
     assert network.training and not whole.logits.requires_grad
     torch.testing.assert_close(whole.logits, parts.logits)

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.labels import check_labels, label_digest
 from tad_plugin.errors import (
     EmptyClassError,
     FileFormatError,
@@ -19,7 +21,6 @@ from tad_plugin.errors import (
     StateMismatchError,
     UnknownNameError,
 )
-from tad_plugin.state import SampleState, check_labels, label_digest
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0])
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tad_plugin.data import DATASETS, NoiseSpec, load_dataset
-from tad_plugin.data.classmaps import CIFAR10_CLASSES
-from tad_plugin.data.datasets import DataSplits, stratified_holdout
+from tad_plugin.data.datasets import DataSplits, load_dataset, stratified_holdout
+from tad_plugin.data.noise.class_maps import CIFAR10_CLASSES
+from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.preprocessing import KNOWN_STATISTICS, Preprocessing, channel_statistics
-from tad_plugin.data.sources import read_source
+from tad_plugin.data.sources import DATASETS, read_source
 from tad_plugin.errors import (
     ConfigError,
     EmptyClassError,
@@ -25,8 +25,7 @@ from tad_plugin.errors import (
     StateMismatchError,
     UnknownNameError,
 )
-
-from .test_imagefolder import png, write
+from tests.data.test_image_folder import png, write
 
 
 def test_digits(global_rng_untouched: None) -> None:

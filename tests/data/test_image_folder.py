@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tad_plugin.data import imagefolder
-from tad_plugin.data.imagefolder import class_files, decode, open_tree
+from tad_plugin.data import image_folder as imagefolder
+from tad_plugin.data.image_folder import class_files, decode, open_tree
 from tad_plugin.errors import EmptyClassError, FileFormatError, InvalidInputError, NotEnoughSamplesError
 
 

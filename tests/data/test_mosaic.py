@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tad_plugin.distill.partition import check_factor, decode, expand, mosaic
+from tad_plugin.data.mosaic import check_factor, decode, expand, mosaic
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, InvalidInputError
 from tad_plugin.evaluate import DECODERS, EvaluateConfig, evaluate, training_pairs
-from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN, blobs
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tad_plugin.data.preprocessing import Preprocessing, channel_statistics
+from tad_plugin.data.whitening import fit_zca
 from tad_plugin.errors import FileFormatError, InvalidInputError, PreprocessingMismatchError
-from tad_plugin.nn.whitening import fit_zca
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

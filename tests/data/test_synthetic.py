@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tad_plugin.data.preprocessing import Preprocessing
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.data.whitening import fit_zca
 from tad_plugin.errors import FileFormatError, InvalidInputError, InvalidLabelsError
-from tad_plugin.nn.whitening import fit_zca
-from tad_plugin.synthetic import SyntheticSet
 
 IMAGES = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from tad_plugin.data.whitening import ZCA, fit_zca
 from tad_plugin.errors import InvalidInputError, NonFiniteError
-from tad_plugin.nn.whitening import ZCA, fit_zca
 
 
 def images(n: int = 400, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Runs MTT and DATM whole, and again killed at several moments: ``python -m tests.distill.killed_trajectories FOLDER``.
 
-The parts are those of ``tests.killed_runs``; the moments are those that trajectory matching adds.
+The parts are those of ``tests.experiments.killed_runs``; the moments are those that trajectory matching adds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from tad_plugin.distill import experts
-from tad_plugin.distill.experttrainer import ExpertTrainer
+from tad_plugin.distill.experts import train as experts
+from tad_plugin.distill.experts.trainer import ExpertTrainer
 from tad_plugin.distill.mtt import MTT
-from tad_plugin.experiment import RunConfig, run
-from tests import killed_runs
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.run import run
+from tests.experiments import killed_runs
 
 CONFIG = RunConfig(
     baseline="mtt",

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.callback import Callback
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dc import DC, DSA, DCConfig, DSAConfig
-from tad_plugin.distill.loop import initial_images
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN
 
 

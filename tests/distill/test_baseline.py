@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tad_plugin import attach
-from tad_plugin.distill.loop import (
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import (
     BASELINES,
     Baseline,
     BaselineConfig,
@@ -19,8 +21,6 @@ from tad_plugin.distill.loop import (
     initial_images,
 )
 from tad_plugin.errors import ConfigError, NonFiniteError, NotEnoughSamplesError, UnknownNameError
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN, blobs
 
 

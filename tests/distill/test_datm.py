@@ -10,22 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from tad_plugin import attach
-from tad_plugin.distill.datm import (
-    DATM,
-    PRESETS,
-    DATMConfig,
-    correctly_predicted,
-    initial_logits,
-    upper_bound,
-)
-from tad_plugin.distill.expertcycle import Experts
-from tad_plugin.distill.expertphase import expert_config
-from tad_plugin.distill.trajectory import StudentStep, flat_parameters, matching_loss
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.datm import DATM, PRESETS, DATMConfig, correctly_predicted, initial_logits, upper_bound
+from tad_plugin.distill.experts.source import Experts, expert_config
+from tad_plugin.distill.student import StudentStep, flat_parameters, matching_loss
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError
 from tad_plugin.evaluate import EvaluateConfig, evaluate
-from tad_plugin.experiment import RunConfig
-from tad_plugin.scorer import RealData
-from tests.distill.expert_problems import TRAINING, loop_of, run, same, trained
+from tad_plugin.experiments.config import RunConfig
+from tests.distill.experts.problems import TRAINING, loop_of, run, same, trained
 from tests.problems import blobs, flip
 
 

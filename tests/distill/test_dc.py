@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, Match
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
-from tad_plugin.distill.gradmatch import layerwise_distance
+from tad_plugin.distill.gradient_distance import layerwise_distance
 from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, UnknownNameError
-from tad_plugin.experiment import RunConfig, check_config, run
-from tad_plugin.hook import Hook
-from tad_plugin.iwd.influence import explicit_influence
+from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.run import run
+from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
 from tests.distill.problems import Scales, dc_loop, hook_with
 from tests.problems import blobs, distilled, flip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.gradmatch import DISTANCES, gradient_distance, matched_parameters
+from tad_plugin.distill.gradient_distance import DISTANCES, gradient_distance, matched_parameters
 from tad_plugin.errors import InvalidInputError, UnknownNameError
 from tad_plugin.nn.networks import make_network
 

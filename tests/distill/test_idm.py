@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, Match
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Learning, Match
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.mosaic import decode, expand
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.idm import IDM, PRESETS, IDMConfig
-from tad_plugin.distill.partition import decode, expand
 from tad_plugin.errors import ConfigError, NonFiniteError
-from tad_plugin.events import Learning
-from tad_plugin.experiment import RunConfig, check_config, run
-from tad_plugin.hook import Hook
-from tad_plugin.iwd.influence import explicit_influence
-from tad_plugin.iwd.learned import learned_influence
-from tad_plugin.iwd.refresh import score_on_network, target_gradient
+from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.run import run
+from tad_plugin.iwd.explicit import explicit_influence
+from tad_plugin.iwd.implicit_networks import learned_influence
+from tad_plugin.iwd.scoring import score_on_network, target_gradient
 from tad_plugin.iwd.targets import Fold
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
 from tests.distill.problems import Scales, hook_with
 from tests.problems import PLAIN, blobs, distilled, flip
 

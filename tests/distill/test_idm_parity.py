@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tad_plugin.distill.classmeans as means_module
+import tad_plugin.distill.class_means as means_module
+from tad_plugin.data.mosaic import decode, mosaic
 from tad_plugin.distill.idm import IDM, IDMConfig
-from tad_plugin.distill.partition import decode, mosaic
 from tad_plugin.nn.augment import DEFAULT_STRATEGY
+from tests.checkouts import copy_parameters, import_upstream
 from tests.distill.test_parity import CLASSES, IPC, SIDE, SMALL, WIDTH, loop_of, recorded_draws
-from tests.upstream import copy_parameters, import_upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the public code's own
 SETTINGS: dict[str, Any] = {**SMALL, "lr_img": 0.2, "train_steps": 2, "batch_train": 12, "lr_net": 0.02}

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from tad_plugin import attach
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill.buffers import BufferInfo, buffer_files, read_buffer, write_buffer
-from tad_plugin.distill.expertcycle import ExpertCycle, Experts
-from tad_plugin.distill.expertphase import PHASES, expert_config, expert_phase
-from tad_plugin.distill.experts import train_experts
-from tad_plugin.distill.loop import Place
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Place
+from tad_plugin.distill.experts.buffer import BufferInfo, buffer_files, read_buffer, write_buffer
+from tad_plugin.distill.experts.source import PHASES, ExpertCycle, Experts, expert_config, expert_phase
+from tad_plugin.distill.experts.train import train_experts
 from tad_plugin.distill.mtt import MTT, PRESETS, MTTConfig
-from tad_plugin.distill.trajectory import StudentStep, flat_parameters, matching_loss
+from tad_plugin.distill.student import StudentStep, flat_parameters, matching_loss
 from tad_plugin.errors import (
     ConfigError,
     FileFormatError,
@@ -36,18 +38,15 @@ from tad_plugin.errors import (
     TadPluginWarning,
     UnknownNameError,
 )
-from tad_plugin.experiment import RunConfig
-from tad_plugin.experiment import run as run_experiment
-from tad_plugin.hook import Hook
-from tad_plugin.runs import RunFolder
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
-from tests.distill.expert_problems import loop_of, run, same, trained
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.run import run as run_experiment
+from tests import ROOT
+from tests.distill.experts.problems import loop_of, run, same, trained
 from tests.distill.killed_trajectories import CONFIG, PLAN
 from tests.problems import blobs, flip
 
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
-ROOT = Path(__file__).resolve().parent.parent.parent
 SOON = {"every": 2, "early": 0, "warmup": 0, "ess": 0.5, "held_out": 2}
 
 

@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tad_plugin.distill.classmeans as means_module
+import tad_plugin.distill.class_means as means_module
 import tad_plugin.distill.dc as dc_module
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import Baseline, BaselineConfig
 from tad_plugin.distill.dc import DC, DSA, LOOPS, DCConfig, DSAConfig
 from tad_plugin.distill.dm import DM, DMConfig
-from tad_plugin.distill.loop import Baseline, BaselineConfig
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation, Draw
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
+from tests.checkouts import copy_parameters, import_upstream, upstream_draw
 from tests.problems import PLAIN
-from tests.upstream import copy_parameters, import_upstream, upstream_draw
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the public code's own
 CLASSES, IPC, SIDE, WIDTH = 3, 2, 32, 8

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.distill.realgradient import mean_gradient, pass_size, weighted_gradient, weighted_gradient_graph
+from tad_plugin.distill.real_gradient import weighted_gradient, weighted_gradient_graph
 from tad_plugin.errors import InvalidInputError
+from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.passes import pass_size
 
 FORMS = (weighted_gradient, weighted_gradient_graph)
 

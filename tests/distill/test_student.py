@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tad_plugin.distill import trajectory as module
-from tad_plugin.distill.trajectory import Student, StudentStep, flat_parameters, matching_loss, plan_steps
+from tad_plugin.distill import student as module
+from tad_plugin.distill.student import Student, StudentStep, flat_parameters, matching_loss, plan_steps
 from tad_plugin.errors import InvalidInputError, UnknownNameError
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation
 from tad_plugin.nn.networks import make_network

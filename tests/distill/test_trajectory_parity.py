@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tad_plugin.data.real import RealData
 from tad_plugin.distill.datm import correctly_predicted, initial_logits, upper_bound
-from tad_plugin.distill.trajectory import FORMS, Student, flat_parameters, matching_loss
+from tad_plugin.distill.student import FORMS, Student, flat_parameters, matching_loss
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation
 from tad_plugin.nn.networks import make_network
-from tad_plugin.scorer import RealData
-from tests.distill.expert_problems import trained
+from tests.distill.experts.problems import trained
 from tests.distill.upstream_distill import CLASSES, SIDE, WIDTH, Record, run_upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the public code's own

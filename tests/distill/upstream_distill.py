@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.buffers import Trajectory, write_buffer
-from tad_plugin.distill.trajectory import StudentStep
+from tad_plugin.distill.experts.buffer import Trajectory, write_buffer
+from tad_plugin.distill.student import StudentStep
 from tad_plugin.nn.augment import Augmentation
-from tests.upstream import import_upstream, upstream_draw
+from tests.checkouts import import_upstream, upstream_draw
 
 CLASSES, SIDE, WIDTH = 3, 32, 8
 MODULES = {"mtt": "distill.py", "datm": "distill/DATM.py"}

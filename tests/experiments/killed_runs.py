@@ -1,4 +1,6 @@
-"""Runs experiments whole, and again with SIGKILL at several moments: ``python -m tests.killed_runs FOLDER ARM...``.
+"""Runs experiments whole, and again with SIGKILL at several moments.
+
+``python -m tests.experiments.killed_runs FOLDER ARM...`` does it.
 
 Each attempt is a process of its own (a fork, so that the packages are imported once) that kills itself where a real
 kill is most awkward. It prints one JSON line per arm: for each planned kill the attempt's signal, and the status of
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 
-from tad_plugin import experiment, files
-from tad_plugin.experiment import RunConfig, run
-from tad_plugin.hook import Hook
-from tad_plugin.runs import RunFolder
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.experiments import run as experiment
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.run import run
+from tad_plugin.utils import files
 
 CONFIG = RunConfig(
     per_class=16,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tad_plugin.armhook import buffer_settings, nominal_rate, pilot_settings
-from tad_plugin.distill.experts import ExpertConfig
+from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import StateMismatchError
-from tad_plugin.experiment import run
-from tad_plugin.expertrun import run_experts
-from tad_plugin.runconfig import RunConfig, load_noisy
+from tad_plugin.experiments.arm_hook import buffer_settings, nominal_rate, pilot_settings
+from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.experiments.expert_run import run_experts
+from tad_plugin.experiments.run import run
 from tests.distill.killed_trajectories import CONFIG
 
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tad_plugin import compare as module
-from tad_plugin.compare import Failure, compare, parse_numbers, parse_seeds, tasks_of
 from tad_plugin.errors import ConfigError, MissingExtraError, TadPluginError, UnknownNameError
-from tad_plugin.experiment import RunConfig, run
-from tad_plugin.pictures import draw_comparison
-from tests.killed_runs import CONFIG
+from tad_plugin.experiments import compare as module
+from tad_plugin.experiments.compare import Failure, compare, parse_numbers, parse_seeds, tasks_of
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.report.pictures import draw_comparison
+from tad_plugin.experiments.run import run
+from tests.experiments.killed_runs import CONFIG
 
 SMALL = dataclasses.replace(CONFIG, iterations=2, eval_runs=1, candidates=1, checkpoint_seconds=60.0)
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import tad_plugin.runs as runs
+import tad_plugin.experiments.folder as runs
 from tad_plugin.errors import FileFormatError, InvalidInputError, MissingExtraError, ResumeError, TadPluginWarning
-from tad_plugin.runs import RunFolder, command_line, peak_memory_bytes, plain, versions
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.utils.files import plain
+from tad_plugin.utils.machine import command_line, peak_memory_bytes, versions
 
 
 class Colour(str, enum.Enum):

@@ -15,17 +15,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import tad_plugin.experiment as experiment
+import tad_plugin.experiments.run as experiment
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.datasets import load_dataset
-from tad_plugin.environment import peak_memory_bytes, reset_peak_memory
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, NotEnoughSamplesError, ResumeError, StateMismatchError, UnknownNameError
-from tad_plugin.experiment import ARMS, RunConfig, load_noisy, parse_arm, run
-from tad_plugin.runs import RunFolder
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
-from tests.killed_runs import CONFIG, PLAN
+from tad_plugin.experiments.arms import ARMS, parse_arm
+from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.run import run
+from tad_plugin.utils.machine import peak_memory_bytes, reset_peak_memory
+from tests import ROOT
+from tests.experiments.killed_runs import CONFIG, PLAN
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = dataclasses.replace(CONFIG, iterations=3, eval_runs=1, checkpoint_seconds=60.0)
 KILLED = ("noisy", "tad", "dc/noisy", "idm/tad")
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
@@ -46,7 +48,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     folder = tmp_path_factory.mktemp("killed")
     # a process that has seen a GPU cannot fork
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.killed_runs", str(folder), *KILLED]
+    command = [sys.executable, "-m", "tests.experiments.killed_runs", str(folder), *KILLED]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

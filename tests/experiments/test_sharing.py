@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from tad_plugin import shared
-from tad_plugin.compare import compare
-from tad_plugin.distill.experttrainer import ExpertTrainer
+from tad_plugin.core.scorer import Scorer
+from tad_plugin.distill.experts.trainer import ExpertTrainer
 from tad_plugin.distill.mtt import MTT
 from tad_plugin.errors import UnknownNameError
-from tad_plugin.experiment import RunConfig, run
-from tad_plugin.scorer import Scorer
-from tad_plugin.shared import deciding_arm
+from tad_plugin.experiments import sharing as shared
+from tad_plugin.experiments.compare import compare
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.run import run
+from tad_plugin.experiments.sharing import deciding_arm
 from tests.distill.killed_trajectories import CONFIG
 
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")

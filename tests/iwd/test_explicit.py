@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, InvalidLabelsError, NonFiniteError
-from tad_plugin.iwd.influence import dm_influence, explicit_influence, influence, target_direction
+from tad_plugin.iwd.explicit import dm_influence, explicit_influence, influence, target_direction
 from tad_plugin.iwd.targets import class_mean_distance, validation_target
 from tests.iwd.problems import Problem, convnet, correlation_and_slope, digits_problem
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.distill.gradmatch import DISTANCES
+from tad_plugin.distill.gradient_distance import DISTANCES
 from tad_plugin.errors import InvalidInputError, NonFiniteError
-from tad_plugin.iwd.gradient_influence import gradient_influence
-from tad_plugin.iwd.influence import explicit_influence
+from tad_plugin.iwd.explicit import explicit_influence
+from tad_plugin.iwd.explicit_gradients import gradient_influence
 from tests.iwd.problems import Problem, convnet, correlation_and_slope, digits_problem
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tad_plugin.errors import ConvergenceError, ConvergenceWarning, InvalidInputError, MemoryBudgetError
 from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
-from tad_plugin.iwd.per_sample import as_parameters, per_sample_gradients
-from tad_plugin.iwd.vectors import flatten
+from tad_plugin.nn.derivatives.per_sample import as_parameters, per_sample_gradients
+from tad_plugin.nn.derivatives.vectors import flatten
 from tests.iwd.problems import LinearModel, Problem, convnet, correlation_and_slope, digits, digits_problem
 
 Values = dict[str, Tensor]

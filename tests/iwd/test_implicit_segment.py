@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tad_plugin.callback import Segment
+from tad_plugin.core.events import Segment
+from tad_plugin.core.hook.attach import attach
 from tad_plugin.errors import ConfigError, DisconnectedGraphError, MemoryBudgetError
-from tad_plugin.hook import attach
-from tad_plugin.iwd.segment import segment_influence
+from tad_plugin.iwd.implicit_segment import segment_influence
 from tad_plugin.iwd.targets import validation_target
 from tests.iwd.problems import Problem, convnet, correlation_and_slope, digits_problem
 

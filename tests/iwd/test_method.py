@@ -7,29 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.callback import CallbackList, Match
+from tad_plugin.core.diagnostics import area_under_roc
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.events import Match
+from tad_plugin.core.hook.attach import attach
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.diagnostics import area_under_roc
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dc import DC
 from tad_plugin.distill.dm import DM
-from tad_plugin.distill.loop import initial_images
-from tad_plugin.errors import (
-    ConfigError,
-    DisconnectedGraphError,
-    NoHeldOutError,
-    NonFiniteError,
-    StateMismatchError,
-)
-from tad_plugin.hook import Hook, attach
-from tad_plugin.iwd.config import STATISTICS
-from tad_plugin.iwd.influence import explicit_influence
-from tad_plugin.iwd.method import IWD, IWDConfig
-from tad_plugin.iwd.refresh import score_on_network, target_gradient
+from tad_plugin.errors import ConfigError, DisconnectedGraphError, NoHeldOutError, NonFiniteError, StateMismatchError
+from tad_plugin.iwd.config import STATISTICS, IWDConfig
+from tad_plugin.iwd.explicit import explicit_influence
+from tad_plugin.iwd.method import IWD
+from tad_plugin.iwd.scoring import score_on_network, target_gradient
 from tad_plugin.iwd.targets import Fold, class_mean_distance
 from tad_plugin.iwd.weighting import effective_sample_size
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
 from tests.iwd.problems import digits
 
 Made = tuple[DM, Hook | None, list[dict[str, Any]]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tad_plugin.errors import InvalidInputError, NoHeldOutError
-from tad_plugin.iwd.refresh import embedding_of, held_out_folds, score_on_network, target_gradient
+from tad_plugin.iwd.scoring import embedding_of, held_out_folds, score_on_network, target_gradient
 from tad_plugin.iwd.targets import Fold, matching_target, validation_target
 from tests.iwd.problems import convnet, digits_problem
 

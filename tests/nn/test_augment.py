@@ -5,7 +5,7 @@ import torch
 
 from tad_plugin.errors import ConfigError, InvalidInputError
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, STRATEGIES, Augmentation, Draw, default_strategy
-from tests.upstream import import_upstream, upstream_draw
+from tests.checkouts import import_upstream, upstream_draw
 
 BOTH_MODES = pytest.mark.parametrize("mode", ["S", "M"])
 

@@ -8,7 +8,7 @@ from torch import nn
 from tad_plugin.errors import ConfigError, InvalidInputError, UnknownNameError
 from tad_plugin.nn.blocks import NetworkOptions
 from tad_plugin.nn.networks import NETWORKS, convnet, make_network, reinitialise, seeded
-from tests.upstream import copy_parameters, import_upstream
+from tests.checkouts import copy_parameters, import_upstream
 
 # (name, image size) of the smallest images that each takes with its default norm.
 SMALLEST = {"convnet": 8, "mlp": 1, "alexnet": 8, "vgg11": 32, "resnet18": 9, "resnet18ap": 16}

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tad_plugin import compatibility, standins
-from tad_plugin.patching import apply, load_patch
+from tad_plugin.upstream import stand_ins as standins
+from tad_plugin.upstream import switches as compatibility
+from tad_plugin.upstream.patch import apply, load_patch
 from tests.patches.foreign import any_checksum, copied, tiny_cifar10
 
 __all__ = ["any_checksum"]

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin import standins
-from tad_plugin.compatibility import Script, needed_switches, run_script
-from tad_plugin.patching import apply, load_patch, reverse, status
-from tests.upstream import upstream
+from tad_plugin.upstream import stand_ins as standins
+from tad_plugin.upstream.patch import apply, load_patch, reverse, status
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.switches import Script, needed_switches
+from tests.checkouts import upstream
 
 
 def copied(name: str, folder: Path) -> Path:

@@ -14,16 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.state import SampleState
-from tests.patches.foreign import (
-    MARKS,
-    Experts,
-    check_bytes,
-    flags,
-    nearest,
-    run,
-    same,
-)
+from tad_plugin.core.state import SampleState
+from tests.patches.foreign import MARKS, Experts, check_bytes, flags, nearest, run, same
 
 pytest.importorskip("yacs", reason="yacs is not installed, which DATM reads its settings with")
 

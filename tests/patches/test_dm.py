@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.state import SampleState
+from tad_plugin.core.state import SampleState
 from tests.patches.foreign import MARKS, check_bytes, flags, run
 
 DM = ["main_DM.py", "--model", "ConvNet"]

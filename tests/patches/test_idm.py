@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.state import SampleState
+from tad_plugin.core.state import SampleState
 from tests.patches.foreign import MARKS, check_bytes, flags, run
 
 SCRIPTS = ["IDM_cifar10.py", "IDM_cifar100.py", "IDM_tiny.py"]

@@ -12,17 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import StateMismatchError
-from tad_plugin.state import SampleState
-from tests.patches.foreign import (
-    MARKS,
-    Experts,
-    check_bytes,
-    flags,
-    nearest,
-    run,
-    same,
-)
+from tests.patches.foreign import MARKS, Experts, check_bytes, flags, nearest, run, same
 
 SETTINGS: dict[str, dict[str, object]] = {
     "tad": {"warmup": 1},

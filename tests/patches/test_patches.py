@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tad_plugin.addedlines import format_diff, parse_diff
-from tad_plugin.patching import available_patches, load_patch, patches_folder
+from tad_plugin.upstream.added_lines import format_diff, parse_diff
+from tad_plugin.upstream.patch import available_patches, load_patch, patches_folder
 
 NAMES = available_patches()
 

@@ -12,12 +12,13 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from tad_plugin.data.sources import RawSplits
-from tad_plugin.standins import any_checksum
+from tad_plugin.upstream.stand_ins import any_checksum
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    path = Path(__file__).parent.parent / "reproduce" / "patched_dm.py"
+    path = ROOT / "reproduce" / "patched_dm.py"
     spec = importlib.util.spec_from_file_location("patched_dm", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

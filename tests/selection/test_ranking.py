@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError
-from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.ranking import check_share, keep_lowest, mean_losses, train_logits
 from tests.problems import blobs
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tad_plugin import attach
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.registry import load_method, make_callbacks
+from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, MissingExtraError, NotEnoughSamplesError
-from tad_plugin.hook import Hook
-from tad_plugin.registry import load_method, make_callbacks
-from tad_plugin.scorer import RealData, ScorerConfig
 from tad_plugin.selection.clean_then_distil import stratified_folds
 from tad_plugin.selection.ranking import train_logits
 from tests.problems import blobs, flip

@@ -11,7 +11,7 @@ import torch
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning
 from tad_plugin.tad.calibration import calibrate_threshold
 from tad_plugin.tad.mixture import fit_class_mixture
-from tad_plugin.tad.reliability import fit_features, propose, reliability, reliability_score
+from tad_plugin.tad.proposals import fit_features, propose, reliability, reliability_score
 from tad_plugin.tad.threshold import divide
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin import attach
-from tad_plugin.diagnostics import split_quality
+from tad_plugin.core.diagnostics import split_quality
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, NonFiniteError
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
 from tad_plugin.tad.consistency import ramp_up
 from tad_plugin.tad.method import TAD, TADConfig
 from tests.problems import blobs, flip

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tad_plugin.addedlines import Insertion, added_lines, format_diff, insert_lines, parse_diff, remove_lines
 from tad_plugin.errors import FileFormatError, PatchError
+from tad_plugin.upstream.added_lines import Insertion, added_lines, format_diff, insert_lines, parse_diff, remove_lines
 
 SIMPLE = "--- a/m.py\n+++ b/m.py\n@@ -1,0 +2 @@\n+two\n@@ -3,0 +5,2 @@\n+five\n+    six\n"
 

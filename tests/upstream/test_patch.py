@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tad_plugin import patching
-from tad_plugin.addedlines import Insertion, format_diff
 from tad_plugin.cli import main
 from tad_plugin.errors import FileFormatError, PatchError, UnknownNameError
-from tad_plugin.patching import (
+from tad_plugin.upstream import patch as patching
+from tad_plugin.upstream.added_lines import Insertion, format_diff
+from tad_plugin.upstream.patch import (
     Patch,
     apply,
     available_patches,

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tad_plugin.compatibility import Script, needed_switches, run_script
-from tad_plugin.standins import ClassErrorMeter, any_checksum, capped_topk
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.stand_ins import ClassErrorMeter, any_checksum, capped_topk
+from tad_plugin.upstream.switches import Script, needed_switches
 
 
 def script(folder: Path, text: str, name: str = "main.py") -> Script:

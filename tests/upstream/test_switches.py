@@ -15,10 +15,11 @@ import pytest
 import scipy.ndimage  # noqa: F401 - it may import its old name itself, and shall have done so before the tests look
 import torch
 
-from tad_plugin import compatibility
 from tad_plugin.cli import main
-from tad_plugin.compatibility import SWITCHES, Script, needed_switches, run_script
 from tad_plugin.errors import InvalidInputError, PatchError, UnknownNameError
+from tad_plugin.upstream import switches as compatibility
+from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.switches import SWITCHES, Script, needed_switches
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tad_plugin.checkpoints import CheckpointSlots
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning
-
-ROOT = Path(__file__).resolve().parent.parent
+from tad_plugin.utils.checkpoints import CheckpointSlots
+from tests import ROOT
 
 
 def test_a_whole_tree_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     torch.save(Evil(), tmp_path / "c" / "A.pt")
     data = tmp_path / "c" / "A.pt"
     side = data.with_suffix(".json")
-    from tad_plugin.files import file_digest
+    from tad_plugin.utils.files import file_digest
 
     information = {**json.loads(side.read_text()), "bytes": data.stat().st_size, "sha256": file_digest(data)}
     side.write_text(json.dumps(information))
@@ -200,7 +199,7 @@ def test_clear_removes_both(tmp_path: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time, warnings
 import torch
-from tad_plugin.runs import RunFolder
+from tad_plugin.experiments.folder import RunFolder
 
 torch.set_num_threads(1)
 warnings.simplefilter("error")  # a kill must not look like damage either

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tad_plugin.errors import FileFormatError
-from tad_plugin.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
+from tad_plugin.utils.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
 
 
 def test_write_makes_parents_and_replaces(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tad_plugin.callback import Observer, build_config
-from tad_plugin.data.noise import NoiseSpec
-from tad_plugin.diagnostics import InfluenceDiagnostics, SplitDiagnostics
+from tad_plugin.core.diagnostics import InfluenceDiagnostics, SplitDiagnostics
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.observer import Observer
+from tad_plugin.core.registry import make_callbacks
+from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.labels import check_labels
+from tad_plugin.data.noise.spec import NoiseSpec
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, explain, missing_extra
-from tad_plugin.hook.core import Hook
-from tad_plugin.labels import check_labels
-from tad_plugin.registry import make_callbacks
-from tad_plugin.scorer import RealData, ScorerConfig
-from tad_plugin.state import SampleState
+from tad_plugin.utils.settings import build_config
 
 __all__ = ["add_arguments", "attach"]
 

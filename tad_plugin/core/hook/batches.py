@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.callback import CallbackList
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.state import SampleState
 
 __all__ = ["BatchHandles"]
 
 
 class BatchHandles:
-    """Base of :class:`tad_plugin.hook.Hook`; with no method on every handle is an identity that draws nothing."""
+    """Base of :class:`tad_plugin.core.hook.Hook`; with no method on every handle is an identity that draws nothing."""
 
     state: SampleState
     events: CallbackList

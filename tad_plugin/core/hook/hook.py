@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tad_plugin.bars import bar
-from tad_plugin.callback import Callback, CallbackList, Match, Observer, Segment
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.events import Learning, Match, Segment
+from tad_plugin.core.hook.batches import BatchHandles
+from tad_plugin.core.hook.loader import BatchIndex, IndexedLoader, TrustedCriterion
+from tad_plugin.core.hook.segments import SegmentHandles
+from tad_plugin.core.observer import Observer
+from tad_plugin.core.scorer import Scorer, ScorerConfig
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, StateMismatchError, TadPluginWarning, explain
-from tad_plugin.events import Learning
-from tad_plugin.hook.batches import BatchHandles
-from tad_plugin.hook.segments import SegmentHandles
-from tad_plugin.scorer import RealData, Scorer, ScorerConfig
-from tad_plugin.state import SampleState
-from tad_plugin.wrappers import BatchIndex, IndexedLoader, TrustedCriterion
+from tad_plugin.utils.progress import bar
 
 __all__ = ["Hook"]
 
@@ -196,7 +199,7 @@ class Hook(BatchHandles, SegmentHandles):
     def criterion(self, criterion: C) -> C | TrustedCriterion:
         """The criterion, made weighted and relabelled on batches of :meth:`loader`; the same object with no method on.
 
-        See :class:`tad_plugin.wrappers.TrustedCriterion` for what it may be.
+        See :class:`tad_plugin.core.hook.loader.TrustedCriterion` for what it may be.
         """
         if not self._wraps:
             return criterion

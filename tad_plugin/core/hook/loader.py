@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tad_plugin.callback import CallbackList
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.state import SampleState
 
 __all__ = ["BatchIndex", "IndexedLoader", "TrustedCriterion"]
 

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.callback import CallbackList, Segment
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.events import Segment
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
 
 __all__ = ["SegmentHandles"]
 
 
 class SegmentHandles:
-    """Base of :class:`tad_plugin.hook.Hook`; where no method scores in an iteration, nothing is copied."""
+    """Base of :class:`tad_plugin.core.hook.Hook`; where no method scores in an iteration, nothing is copied."""
 
     state: SampleState
     data: RealData | None

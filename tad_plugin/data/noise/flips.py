@@ -1,4 +1,4 @@
-"""The random label flips behind :class:`tad_plugin.data.noise.NoiseSpec`, as pure functions.
+"""The random label flips behind :class:`tad_plugin.data.noise.spec.NoiseSpec`, as pure functions.
 
 Every function takes true labels (int64 [N] on the CPU) and a CPU generator and returns new labels (int64 [N]).
 All draws are made for all samples, flipped or not, so at one seed the flips at a lower rate are a subset of

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, explain, unknown_name
-from tad_plugin.state import check_labels
 
 __all__ = ["human_labels", "read_label_file"]
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.data import flips
-from tad_plugin.data.classmaps import asymmetric_map
-from tad_plugin.data.labelfiles import human_labels
-from tad_plugin.data.noisetext import ACCEPTED, format_spec, parse_fields, read_matrix
+from tad_plugin.data.labels import check_labels, label_digest
+from tad_plugin.data.noise import flips
+from tad_plugin.data.noise.class_maps import asymmetric_map
+from tad_plugin.data.noise.label_files import human_labels
+from tad_plugin.data.noise.text import ACCEPTED, parse_fields, read_matrix
 from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain
-from tad_plugin.files import atomic_write, read_json
-from tad_plugin.state import check_labels, label_digest
+from tad_plugin.utils.files import atomic_write, read_json
 
 __all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
 
@@ -105,7 +105,7 @@ class NoiseSpec:
     Attributes:
         kind: "none"; "symmetric" (see ``convention``); "asymmetric" (to the confusable class of the dataset, for
             classes that have one); "pair" (c to c + 1 mod K); "instance" (depends on the image,
-            :func:`tad_plugin.data.flips.instance_dependent`); "matrix"; "human" (a label file).
+            :func:`tad_plugin.data.noise.flips.instance_dependent`); "matrix"; "human" (a label file).
         rate: flip probability of a sample in [0, 1], for the four kinds from symmetric to instance. For asymmetric
             that of samples in a confusable class, so the share over the dataset is lower. Mean before truncation for
             instance.
@@ -210,7 +210,26 @@ class NoiseSpec:
         return cls(**fields)
 
     def __str__(self) -> str:
-        return format_spec(self, _RATED)
+        """The text form that :meth:`parse` reads, without what equals the default."""
+        head = self.kind
+        if self.kind in _RATED:
+            head += f":{self.rate:g}" if float(f"{self.rate:g}") == self.rate else f":{self.rate!r}"
+        elif self.key:
+            head += f":{self.key}"
+        options = []
+        if self.seed:
+            options.append(f"seed={self.seed}")
+        if self.convention != "others":
+            options.append(f"convention={self.convention}")
+        if self.spread != 0.1:
+            options.append(f"spread={self.spread!r}")
+        if self.class_map is not None:
+            options.append("map=" + "/".join(f"{a}-{b}" for a, b in self.class_map))
+        if self.matrix is not None:
+            options.append("rows=" + "/".join(":".join(repr(v) for v in row) for row in self.matrix))
+        if self.path is not None:
+            options.append(f"path={self.path}")
+        return head + ("@" + ",".join(options) if options else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; only what differs from the defaults, and always kind, rate, seed and version."""
@@ -273,7 +292,8 @@ class NoiseSpec:
         Raises:
             InvalidLabelsError: labels out of range or of a wrong type.
             ConfigError: fewer than 2 classes, a matrix or map for other classes, no images, no path, no class map.
-            FileFormatError, StateMismatchError, UnknownNameError: see :func:`tad_plugin.data.labelfiles.human_labels`.
+            FileFormatError, StateMismatchError, UnknownNameError: see
+                :func:`tad_plugin.data.noise.label_files.human_labels`.
         """
         true = check_labels(labels, num_classes)
         if self.kind == "human":

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tad_plugin.errors import ConfigError, FileFormatError, explain
 
-if TYPE_CHECKING:
-    from tad_plugin.data.noise import NoiseSpec
-
-__all__ = ["ACCEPTED", "format_spec", "parse_fields", "read_matrix"]
+__all__ = ["ACCEPTED", "parse_fields", "read_matrix"]
 
 ACCEPTED = (
     "Accepted are: none, symmetric:0.4, symmetric:0.4@convention=all, asymmetric:0.4, asymmetric:0.4@map=7-1/2-7,"
@@ -80,29 +77,6 @@ def _option(name: str, value: str) -> dict[str, Any]:
     if name == "rows":
         return {"matrix": tuple(tuple(float(v) for v in row.split(":")) for row in value.split("/"))}
     return {name: value}
-
-
-def format_spec(spec: NoiseSpec, rated: Collection[str]) -> str:
-    """The text form of a spec, without what equals the default."""
-    head = spec.kind
-    if spec.kind in rated:
-        head += f":{spec.rate:g}" if float(f"{spec.rate:g}") == spec.rate else f":{spec.rate!r}"
-    elif spec.key:
-        head += f":{spec.key}"
-    options = []
-    if spec.seed:
-        options.append(f"seed={spec.seed}")
-    if spec.convention != "others":
-        options.append(f"convention={spec.convention}")
-    if spec.spread != 0.1:
-        options.append(f"spread={spec.spread!r}")
-    if spec.class_map is not None:
-        options.append("map=" + "/".join(f"{a}-{b}" for a, b in spec.class_map))
-    if spec.matrix is not None:
-        options.append("rows=" + "/".join(":".join(repr(v) for v in row) for row in spec.matrix))
-    if spec.path is not None:
-        options.append(f"path={spec.path}")
-    return head + ("@" + ",".join(options) if options else "")
 
 
 def read_matrix(path: str) -> tuple[tuple[float, ...], ...]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.data.labels import label_digest
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import (
     DiskSpaceError,
@@ -28,8 +29,7 @@ from tad_plugin.errors import (
     StateMismatchError,
     explain,
 )
-from tad_plugin.files import atomic_save, atomic_write, read_json
-from tad_plugin.labels import label_digest
+from tad_plugin.utils.files import atomic_save, atomic_write, read_json
 
 __all__ = [
     "BufferInfo",
@@ -68,7 +68,7 @@ class BufferInfo:
         image_size: (height, width) in pixels.
         num_classes: K.
         dataset: name of the dataset.
-        labels: :func:`tad_plugin.labels.label_digest` of the observed labels that the experts were trained with.
+        labels: :func:`tad_plugin.data.labels.label_digest` of the observed labels that the experts were trained with.
         preprocessing: :meth:`Preprocessing.fingerprint` of the images, "" if unknown.
         epochs: E; a trajectory has E + 1 entries.
         lr: learning rate of the experts.

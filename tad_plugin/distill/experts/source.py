@@ -6,6 +6,7 @@ last file all are shuffled again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill.buffers import BufferInfo, Trajectory, buffer_files, check_buffer, read_buffer
-from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.baseline import Place
+from tad_plugin.distill.experts.buffer import BufferInfo, Trajectory, buffer_files, check_buffer, read_buffer
+from tad_plugin.distill.experts.train import train_experts
+from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.errors import ConfigError, InvalidInputError, explain
+from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.settings import build_config
 
-__all__ = ["ExpertCycle", "Experts"]
+__all__ = ["PHASES", "ExpertCycle", "Experts", "expert_config", "expert_phase"]
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Experts:
         labels: torch.Tensor | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        """Checks them before the first is matched; see :func:`tad_plugin.distill.buffers.check_buffer`."""
+        """Checks them before the first is matched; see :func:`tad_plugin.distill.experts.buffer.check_buffer`."""
         if not self.files:
             raise InvalidInputError(explain("at least one file of experts", "none", "Train experts first"))
         if self.info is not None:
@@ -115,3 +123,99 @@ class ExpertCycle:
         self._files, self._order = [int(v) for v in state["files"]], [int(v) for v in state["order"]]
         if state["file"] >= 0:
             self._load(int(state["file"]))
+
+
+PHASES = ("experts", "experts-again")
+"""Folders of the two phases inside a run folder."""
+
+
+def expert_config(config: Any) -> ExpertConfig:
+    """The settings of a run's own experts: those of the loop's network, and as long as its segments need them.
+
+    Args:
+        config: an :class:`tad_plugin.distill.mtt.MTTConfig`; its ``experts`` mapping wins over what follows from it.
+
+    Raises:
+        ConfigError: an unknown setting, another network than the loop's, or too few epochs.
+    """
+    own = {"width": config.width, "depth": config.depth, "norm": config.norm}
+    fixed = sorted(set(config.experts) & {*own, "network"})
+    if fixed:
+        do = "Set width, depth and norm of the loop (--width, --loop.depth, --loop.norm)"
+        raise ConfigError(explain("experts of the network that is matched on", f"own {', '.join(fixed)} for them", do))
+    needed = config.max_start_epoch + config.expert_epochs
+    values = {"epochs": needed, "augment": config.augment, **config.expert_defaults, **config.experts, **own}
+    found: ExpertConfig = build_config(ExpertConfig, values, "the experts")
+    if found.epochs < needed:
+        do = "Lower max_start_epoch or expert_epochs, or train the experts for more epochs"
+        raise ConfigError(
+            explain(f"experts of max_start_epoch + expert_epochs = {needed} epochs", str(found.epochs), do)
+        )
+    return found
+
+
+def expert_phase(config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
+    """The experts of a run, trained into its folder (resumed, or found finished), or read from a buffer.
+
+    Args:
+        config: an :class:`tad_plugin.distill.mtt.MTTConfig`.
+        data: the real data.
+        hook: the seam to the methods, started; None for none. Afterwards the methods that score have decided.
+        place: the run's folder and seed.
+
+    Raises:
+        ConfigError: settings that do not fit, or a method that scores and a buffer without its decisions.
+        StateMismatchError: a buffer of other labels or another network, or a state of other methods.
+        InvalidInputError: too few epochs. FileFormatError: a missing or damaged file.
+    """
+    if config.buffer or place.experts is not None:
+        return _given(config, data, hook, place)
+    return _trained(config, data, hook, place, PHASES[0], expert_config(config))
+
+
+def _trained(config: Any, data: RealData, hook: Hook | None, place: Place, name: str, experts: ExpertConfig) -> Experts:
+    folder = place.folder / name
+    train_experts(
+        data,
+        experts,
+        folder,
+        hook=hook,
+        seed=place.seed,
+        preprocessing=place.preprocessing,
+        every=place.every,
+        progress=place.progress,
+        log=place.log,
+    )
+    return Experts.of(folder, again=lambda: _again(config, data, hook, place), seconds=_seconds(folder))
+
+
+def _again(config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
+    """The second phase: the same seeds, so that the experts start alike and differ by the weights alone."""
+    experts = expert_config(config)
+    count = config.second_experts or experts.experts
+    return _trained(config, data, hook, place, PHASES[1], dataclasses.replace(experts, experts=count))
+
+
+def _given(config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
+    shared = place.experts
+    folder, seconds = (Path(config.buffer), 0.0) if shared is None else (shared, _seconds(shared))
+    found = Experts.of(folder, again=lambda: _again(config, data, hook, place), seconds=seconds)
+    if hook is not None and hook.enabled and not hook.decided:
+        _adopt(hook, folder, found.info)
+    return found
+
+
+def _adopt(hook: Hook, folder: Path, info: BufferInfo | None) -> None:
+    """Takes over what the methods decided while the experts of a buffer were trained."""
+    if info is not None and info.state_file:
+        hook.adopt(folder / info.state_file)
+    elif scoring := [c.name for c in hook.callbacks if c.needs_scorer]:
+        got = f"{folder} without one"
+        do = f"Train the experts with the method (tad-plugin experts --arm {hook.method}), or leave --loop.buffer out"
+        raise ConfigError(explain(f"a buffer with the state that {', '.join(scoring)} decided on", got, do))
+    hook.settle()
+
+
+def _seconds(folder: Path) -> float:
+    saved = CheckpointSlots(folder / "checkpoint").load()
+    return float(saved.tree["seconds"]) if saved is not None else 0.0

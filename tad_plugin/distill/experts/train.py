@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tad_plugin.bars import bar
-from tad_plugin.callback import Callback
-from tad_plugin.checkpoints import CheckpointSlots
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.labels import label_digest
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill.buffers import (
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import (
     BufferInfo,
     Trajectory,
     buffer_path,
@@ -34,13 +35,12 @@ from tad_plugin.distill.buffers import (
     room_for,
     write_buffer,
 )
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
-from tad_plugin.distill.expertworkers import Parts, Share
-from tad_plugin.environment import versions
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.workers import Parts, Share
 from tad_plugin.errors import ConfigError, ResumeError, StateMismatchError, TadPluginWarning, explain
-from tad_plugin.hook import Hook
-from tad_plugin.labels import label_digest
-from tad_plugin.scorer import RealData
+from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.machine import versions
+from tad_plugin.utils.progress import bar
 
 __all__ = ["STATE_FILE", "CheckpointStore", "ExpertConfig", "buffer_info", "train_experts"]
 
@@ -49,7 +49,7 @@ STATE_FILE = "state.safetensors"
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints go: a :class:`tad_plugin.runs.RunFolder`, or the slots in the buffer's own folder."""
+    """Where checkpoints go: a run folder, or the slots in the buffer's own folder."""
 
     def save_checkpoint(self, tree: Any, step: int) -> None:
         """Writes one; what was there before stays whole until it is done."""

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tad_plugin.distill.buffers import Trajectory
-from tad_plugin.distill.realgradient import pass_size
-from tad_plugin.distill.sharpness import frozen_statistics, perturbation, surgery
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import Trajectory
+from tad_plugin.distill.experts.sharpness import frozen_statistics, perturbation, surgery
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
-from tad_plugin.hook import Hook
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.passes import pass_size
 from tad_plugin.nn.training import EpochTrainer
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
 
 __all__ = ["ExpertConfig", "ExpertTrainer", "expert_generator", "expert_network"]
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from tad_plugin.checkpoints import CheckpointSlots
-from tad_plugin.distill.buffers import room_for
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import room_for
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
 from tad_plugin.errors import TadPluginError, explain
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
+from tad_plugin.utils.checkpoints import CheckpointSlots
 
 __all__ = ["Parts", "Share"]
 

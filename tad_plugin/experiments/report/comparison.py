@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, picture
+from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, picture
 
 if TYPE_CHECKING:  # report.py imports this module
-    from tad_plugin.report import Row
+    from tad_plugin.experiments.report.tables import Row
 
 __all__ = ["plot_comparison"]
 
@@ -25,7 +25,7 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, *, which: Literal["la
     "noisy" are drawn through as reference lines.
 
     Args:
-        rows: from :func:`tad_plugin.report.summarise`.
+        rows: from :func:`tad_plugin.experiments.report.tables.summarise`.
         path: picture to write.
         which: the accuracy that is shown.
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
-from tad_plugin.files import atomic_save
-from tad_plugin.plots.style import VERMILLION, picture
-from tad_plugin.runconfig import RunConfig, load_noisy
-from tad_plugin.runs import RunFolder
-from tad_plugin.state import SampleState
+from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.report.style import VERMILLION, picture
+from tad_plugin.utils.files import atomic_save
 
 __all__ = ["extremes", "influence_table", "plot_influence", "report_influence", "write_table"]
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from tad_plugin import report
-from tad_plugin.compare import Task
-from tad_plugin.experiment import load_noisy
-from tad_plugin.runs import RunFolder
-from tad_plugin.state import SampleState
-from tad_plugin.synthetic import SyntheticSet
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.experiments.compare import Task
+from tad_plugin.experiments.config import load_noisy
+from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.report.comparison import plot_comparison
+from tad_plugin.experiments.report.synthetic import plot_synthetic
+from tad_plugin.experiments.report.tables import summarise
+from tad_plugin.experiments.report.trust import plot_loss_histogram, plot_trusted_space
 from tad_plugin.tad.mixture import fit_class_mixture
 
 __all__ = ["draw_comparison"]
@@ -27,7 +30,7 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     found = {"Accuracy by arm": folder / "accuracy.png"}
-    report.plot_comparison(report.summarise(results), found["Accuracy by arm"])
+    plot_comparison(summarise(results), found["Accuracy by arm"])
     tasks = [t for t in tasks if RunFolder(t.folder).is_done()]
     first = min(t.config.seed for t in tasks)
     for task in (t for t in tasks if t.config.seed == first):
@@ -36,14 +39,14 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
         synthetic = SyntheticSet.load(task.folder / "synthetic.safetensors")
         path = found[f"Synthetic images: {label}"] = folder / f"synthetic-{stem}.png"
         names = list(synthetic.class_names) or [str(c) for c in range(synthetic.num_classes)]
-        report.plot_synthetic(
+        plot_synthetic(
             synthetic.images, synthetic.hard_labels, path, inverse=synthetic.preprocessing.inverse, class_names=names
         )
     for task in _dividing(tasks, first):
         records = RunFolder(task.folder).records()
         stem = task.arm.replace("+", "_")
         path = found[f"Trusted space: {task.arm}"] = folder / f"trusted-{stem}.png"
-        report.plot_trusted_space(records, path)
+        plot_trusted_space(records, path)
         state = SampleState.load(task.folder / "state.safetensors")
         losses = state["tad_loss"]
         mixture = fit_class_mixture(losses, state.observed, state.num_classes)
@@ -52,7 +55,7 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
         if len(splits.train_labels) == len(state):
             wrong = state.observed != splits.train_labels.cpu()
         path = found[f"Losses and mixture: {task.arm}"] = folder / f"losses-{stem}.png"
-        report.plot_loss_histogram(losses, state.observed, mixture, path, true_wrong=wrong)
+        plot_loss_histogram(losses, state.observed, mixture, path, true_wrong=wrong)
     return found
 
 

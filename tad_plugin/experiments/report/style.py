@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.files import atomic_save
+from tad_plugin.utils.files import atomic_save
 
 __all__ = ["BLUE", "GREEN", "GREY", "LIGHT", "ORANGE", "PURPLE", "VERMILLION", "legend_above", "picture"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.plots.style import picture
+from tad_plugin.experiments.report.style import picture
 
 __all__ = ["plot_synthetic"]
 

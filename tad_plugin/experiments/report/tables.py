@@ -10,22 +10,20 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.plots import plot_comparison, plot_loss_histogram, plot_synthetic, plot_trusted_space
+from tad_plugin.errors import InvalidInputError, explain
 
 __all__ = [
+    "NOTE",
     "Accuracy",
     "Row",
-    "html_page",
+    "best_rivals",
+    "cells",
+    "groups",
+    "heading",
     "markdown_table",
     "noise_label",
-    "plot_comparison",
-    "plot_loss_histogram",
-    "plot_synthetic",
-    "plot_trusted_space",
     "summarise",
     "text_table",
 ]
@@ -34,7 +32,7 @@ __all__ = [
 KNOWS_TRUTH = ("clean", "oracle")
 #: below this gap between clean and noisy, in points, there is nothing to win back
 MINIMUM_GAP = 0.5
-_NOTE = (
+NOTE = (
     "* knows the true labels. recovered: share of the gap between the clean and the noisy arm that is won back. "
     "cost: time of scoring, experts and distillation, as a multiple of the noisy arm's."
 )
@@ -146,8 +144,8 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
 def text_table(rows: Sequence[Row]) -> str:
     """Aligned plain text for a terminal, one block per baseline, dataset and noise; a trailing newline is left out."""
     blocks = []
-    for group, members in _groups(rows).items():
-        table = _table(members)
+    for group, members in groups(rows).items():
+        table = cells(members)
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
         for line in table:
@@ -163,64 +161,19 @@ def text_table(rows: Sequence[Row]) -> str:
             if position and ipcs[position] != ipcs[position - 1]:
                 body.append("")
             body.append(text)
-        blocks.append("\n".join([_title(group), rule, lines[0], rule, *body, rule]))
-    return "\n\n".join([*blocks, _NOTE]) if blocks else "No results."
+        blocks.append("\n".join([heading(group), rule, lines[0], rule, *body, rule]))
+    return "\n\n".join([*blocks, NOTE]) if blocks else "No results."
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The same tables in Markdown."""
     blocks = []
-    for group, members in _groups(rows).items():
-        header, *table = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in _table(members)]
+    for group, members in groups(rows).items():
+        header, *table = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in cells(members)]
         align = [":--" if name == "arm" else "--:" for name in header]
         lines = ["| " + " | ".join(line) + " |" for line in [header, align, *table]]
-        blocks.append("\n".join([f"**{_title(group)}**", "", *lines]))
-    return "\n\n".join([*blocks, _NOTE.replace("*", "\\*")]) if blocks else "No results."
-
-
-def html_page(
-    results: Iterable[Mapping[str, Any]],
-    pictures: Mapping[str, str | Path],
-    *,
-    title: str = "Dataset distillation on noisy data",
-) -> str:
-    """One self-contained HTML page: tables, pictures (embedded), how it was made. Light and dark; it loads nothing.
-
-    Args:
-        results: dicts as in results.json.
-        pictures: caption -> PNG, JPEG or SVG file, in the order wanted.
-        title: the page's heading.
-
-    Raises:
-        InvalidInputError: as :func:`summarise`, or a picture does not exist or is of another kind.
-        MissingExtraError: jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing_extra("jinja2", "reproduce", "the HTML report") from error
-    results = list(results)
-    rows = summarise(results)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tad_plugin"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    tables = []
-    for group, members in _groups(rows).items():
-        best = _best_rivals(members)
-        header, *cells = _table(members)
-        lines = [
-            {"cells": line, "best": row in best, "first": position == 0 or row.ipc != members[position - 1].ipc}
-            for position, (row, line) in enumerate(zip(members, cells, strict=True))
-        ]
-        tables.append({"title": _title(group), "header": header, "lines": lines})
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        note=_NOTE,
-        tables=tables,
-        pictures=[(caption, _data_uri(path)) for caption, path in pictures.items()],
-        commands=_distinct(str(result["command"]) for result in results if result.get("command")),
-        versions=_distinct(_versions_line(result["versions"]) for result in results if result.get("versions")),
-    )
+        blocks.append("\n".join([f"**{heading(group)}**", "", *lines]))
+    return "\n\n".join([*blocks, NOTE.replace("*", "\\*")]) if blocks else "No results."
 
 
 _HEADER = (
@@ -258,7 +211,7 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
         if len(set(seeds)) < len(seeds):
             raise InvalidInputError(
                 explain(
-                    f"each seed once for arm {arm!r} of {_title(key[:3])}, IPC {key[3]}",
+                    f"each seed once for arm {arm!r} of {heading(key[:3])}, IPC {key[3]}",
                     f"seeds {', '.join(str(seed) for seed, _ in seeds)}",
                     "Remove the double results",
                 )
@@ -313,7 +266,7 @@ def _mean(values: Iterable[Any]) -> float | None:
     return statistics.fmean(numbers) if numbers else None
 
 
-def _groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """Rows by table, and inside a table by ascending IPC."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -321,12 +274,13 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return {group: sorted(members, key=lambda row: row.ipc) for group, members in groups.items()}
 
 
-def _title(group: tuple[str, ...]) -> str:
+def heading(group: tuple[str, ...]) -> str:
+    """The title of a table: loop, dataset, noise."""
     baseline, dataset, noise = group
     return f"{baseline.upper()}, {dataset}, {'no label noise' if noise == 'none' else f'label noise {noise}'}"
 
 
-def _table(rows: Sequence[Row]) -> list[list[str]]:
+def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The header and one line per row, without the columns for which no row has a figure."""
 
     def show(value: float | None, form: str = ".2f") -> str:
@@ -362,7 +316,7 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
     return [[line[column] for column in kept] for line in [list(_HEADER), *lines]]
 
 
-def _best_rivals(rows: Sequence[Row]) -> list[Row]:
+def best_rivals(rows: Sequence[Row]) -> list[Row]:
     """Of each IPC the row with the highest last accuracy among those that do not know the true labels."""
     best: dict[int, Row] = {}
     for row in rows:
@@ -372,27 +326,3 @@ def _best_rivals(rows: Sequence[Row]) -> list[Row]:
         if rival is None or rival.last is None or row.last.mean > rival.last.mean:
             best[row.ipc] = row
     return list(best.values())
-
-
-_KINDS: dict[str, Literal["png", "jpeg", "svg+xml"]] = {
-    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml",
-}  # fmt: skip
-
-
-def _data_uri(path: str | Path) -> str:
-    import base64
-
-    path = Path(path)
-    if path.suffix.lower() not in _KINDS or not path.is_file():
-        got = f"{path}, which is another kind of file" if path.is_file() else f"{path}, which does not exist"
-        raise InvalidInputError(explain("a PNG, JPEG or SVG file", got, "Draw the picture first, or leave it out"))
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f"data:image/{_KINDS[path.suffix.lower()]};base64,{content}"
-
-
-def _distinct(lines: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(lines))
-
-
-def _versions_line(versions: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())

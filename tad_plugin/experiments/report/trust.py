@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.plots.style import BLUE, GREEN, GREY, LIGHT, ORANGE, VERMILLION, legend_above, picture
+from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, LIGHT, ORANGE, VERMILLION, legend_above, picture
 
 __all__ = ["Mixture", "plot_loss_histogram", "plot_trusted_space"]
 

@@ -23,7 +23,7 @@ from tad_plugin.errors import (
     NonFiniteError,
     explain,
 )
-from tad_plugin.iwd.vectors import Tensors, as_tuple, flatten, pushed_forward, require_finite, unflatten
+from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, flatten, pushed_forward, require_finite, unflatten
 
 __all__ = ["CGResult", "MatVec", "conjugate_gradient", "gauss_newton_vector_product", "hessian_vector_product"]
 

@@ -16,7 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from tad_plugin.errors import InvalidInputError, MemoryBudgetError, explain
-from tad_plugin.iwd.vectors import LossFunction, cross_entropy, flatten, pushed_forward, require_finite, unflatten
+from tad_plugin.nn.derivatives.vectors import (
+    LossFunction,
+    cross_entropy,
+    flatten,
+    pushed_forward,
+    require_finite,
+    unflatten,
+)
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, Match
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError
-from tad_plugin.hook import Hook
-from tad_plugin.state import SampleState
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 K = 3

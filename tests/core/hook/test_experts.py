@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tad_plugin import attach
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import TadPluginWarning
-from tad_plugin.hook import Hook
-from tad_plugin.state import SampleState
 from tad_plugin.tad.consistency import consistency_loss, ramp_up
 from tad_plugin.tad.method import TAD
 from tests.problems import blobs, flip

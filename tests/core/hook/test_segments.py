@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback, Segment
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Segment
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import ConfigError, InvalidInputError
-from tad_plugin.hook import Hook
-from tad_plugin.state import SampleState
 from tests.problems import blobs
 
 K, RATE = 3, 0.1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tad_plugin.data import flips
+from tad_plugin.data.noise import flips
 from tad_plugin.errors import InvalidInputError
 
 K = 5

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tad_plugin.data.labelfiles import human_labels, read_label_file
-from tad_plugin.data.noise import NoiseSpec
+from tad_plugin.data.noise.label_files import human_labels, read_label_file
+from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.errors import (
     FileFormatError,
     InvalidInputError,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tad_plugin.data.classmaps import CIFAR10_CLASSES, CIFAR100_SUPERCLASSES, asymmetric_map
-from tad_plugin.data.noise import KINDS, NoiseSpec, NoisyLabels
+from tad_plugin.data.noise.class_maps import CIFAR10_CLASSES, CIFAR100_SUPERCLASSES, asymmetric_map
+from tad_plugin.data.noise.spec import KINDS, NoiseSpec, NoisyLabels
 from tad_plugin.errors import ConfigError, FileFormatError, InvalidLabelsError, StateMismatchError
 
 MATRIX = ((0.9, 0.1, 0.0), (0.0, 0.5, 0.5), (0.2, 0.2, 0.6))

@@ -1,7 +1,7 @@
 """Trains small experts once whole and once killed again and again, each time by SIGKILL at another moment.
 
-``python -m tests.distill.killed_experts FOLDER`` prints the statuses of the attempts in a process of its own, because
-it forks; the folders "whole" and "killed" are left for the test to compare.
+``python -m tests.distill.experts.killed_experts FOLDER`` prints the statuses of the attempts in a process of its own,
+because it forks; the folders "whole" and "killed" are left for the test to compare.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from tad_plugin.distill import experts as module
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer
-from tad_plugin.expertrun import run_experts
-from tad_plugin.runconfig import RunConfig
-from tad_plugin.runs import RunFolder
+from tad_plugin.distill.experts import train as module
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.expert_run import run_experts
+from tad_plugin.experiments.folder import RunFolder
 
 CONFIG = RunConfig(
     per_class=16,

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.distill.buffers import Trajectory
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.data.real import RealData
+from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.datm import DATM
-from tad_plugin.distill.expertcycle import Experts
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.buffer import Trajectory
+from tad_plugin.distill.experts.source import Experts
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
 from tad_plugin.distill.mtt import MTT
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData
-from tad_plugin.synthetic import SyntheticSet
 from tests.problems import PLAIN
 
 SETTINGS: dict[str, Any] = {

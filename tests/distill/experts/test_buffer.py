@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.data.labels import label_digest
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.distill import buffers
-from tad_plugin.distill.buffers import (
+from tad_plugin.distill.experts import buffer as buffers
+from tad_plugin.distill.experts.buffer import (
     BufferInfo,
     Trajectory,
     buffer_files,
@@ -34,7 +35,6 @@ from tad_plugin.errors import (
     PreprocessingMismatchError,
     StateMismatchError,
 )
-from tad_plugin.labels import label_digest
 from tad_plugin.nn.networks import make_network
 from tests.problems import PLAIN
 

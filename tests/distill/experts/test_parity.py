@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.distill.buffers import buffer_files, check_buffer, read_buffer
-from tad_plugin.distill.experts import train_experts
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import buffer_files, check_buffer, read_buffer
+from tad_plugin.distill.experts.train import train_experts
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation
 from tad_plugin.nn.networks import make_network
-from tad_plugin.scorer import RealData
+from tests.checkouts import copy_parameters, import_upstream, isolated_imports, upstream, upstream_draw
 from tests.patches.conftest import at_finish  # noqa: F401 - a fixture
 from tests.patches.foreign import any_checksum, copied, run, tiny_cifar10  # noqa: F401 - one is a fixture
-from tests.upstream import copy_parameters, import_upstream, isolated_imports, upstream, upstream_draw
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # the public code's own
 CLASSES, SIDE, WIDTH, BATCH = 3, 32, 8, 16

@@ -17,27 +17,21 @@ import torch
 from torch import nn
 
 from tad_plugin import attach
-from tad_plugin.callback import Callback
 from tad_plugin.cli import main
-from tad_plugin.distill import experts as module
-from tad_plugin.distill.buffers import BufferInfo, buffer_files, check_buffer, read_buffer
-from tad_plugin.distill.experts import STATE_FILE, train_experts
-from tad_plugin.distill.experttrainer import ExpertTrainer, expert_generator, expert_network
-from tad_plugin.errors import (
-    DiskSpaceError,
-    ResumeError,
-    StateMismatchError,
-    TadPluginWarning,
-)
-from tad_plugin.hook import Hook
-from tad_plugin.labels import label_digest
-from tad_plugin.runs import RunFolder
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
-from tests.distill.training import Even, all_of, config, data, hook_of, same
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.labels import label_digest
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts import train as module
+from tad_plugin.distill.experts.buffer import BufferInfo, buffer_files, check_buffer, read_buffer
+from tad_plugin.distill.experts.train import STATE_FILE, train_experts
+from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_generator, expert_network
+from tad_plugin.errors import DiskSpaceError, ResumeError, StateMismatchError, TadPluginWarning
+from tad_plugin.experiments.folder import RunFolder
+from tests import ROOT
+from tests.distill.experts.training import Even, all_of, config, data, hook_of, same
 from tests.problems import PLAIN, blobs, flip
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_no_method_is_bit_identical_to_no_hook(tmp_path: Path) -> None:
@@ -238,7 +232,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
 
 
 def test_killed_in_the_middle_of_an_expert_the_command_line_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.distill.killed_experts", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.distill.experts.killed_experts", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
     statuses = json.loads(found.stdout.splitlines()[-1])

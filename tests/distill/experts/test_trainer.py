@@ -7,14 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tad_plugin.distill.experttrainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
-from tad_plugin.errors import (
-    ConfigError,
-    NonFiniteError,
-)
+from tad_plugin.core.scorer import weighted_cross_entropy
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.errors import ConfigError, NonFiniteError
 from tad_plugin.nn.augment import Augmentation
-from tad_plugin.scorer import RealData, weighted_cross_entropy
-from tests.distill.training import Even, Term, config, data, hook_of, same
+from tests.distill.experts.training import Even, Term, config, data, hook_of, same
 
 
 def plain_loop(setup: ExpertConfig, real: RealData, generator: torch.Generator) -> list[list[Tensor]]:

@@ -17,15 +17,14 @@ import pytest
 import torch
 
 from tad_plugin import attach
-from tad_plugin.distill.buffers import buffer_files
-from tad_plugin.distill.experts import train_experts
-from tad_plugin.distill.experttrainer import ExpertTrainer, expert_generator
-from tad_plugin.distill.expertworkers import FOLDER, Parts, Share, _packed, _slots, _train_alone, _unpacked
+from tad_plugin.core.state import SampleState
+from tad_plugin.distill.experts.buffer import buffer_files
+from tad_plugin.distill.experts.train import train_experts
+from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.workers import FOLDER, Parts, Share, _packed, _slots, _train_alone, _unpacked
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginError
-from tad_plugin.state import SampleState
-from tests.distill.training import Even, Term, all_of, config, data, hook_of, same
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests import ROOT
+from tests.distill.experts.training import Even, Term, all_of, config, data, hook_of, same
 
 
 def test_side_by_side_they_are_the_same_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.callback import Callback
-from tad_plugin.distill.buffers import buffer_files, read_buffer
-from tad_plugin.distill.experttrainer import ExpertConfig
-from tad_plugin.hook import Hook
-from tad_plugin.scorer import RealData
-from tad_plugin.state import SampleState
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.distill.experts.buffer import buffer_files, read_buffer
+from tad_plugin.distill.experts.trainer import ExpertConfig
 from tests.problems import blobs, flip
 
 SMALL: dict[str, Any] = {

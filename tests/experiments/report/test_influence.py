@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from tad_plugin.cli import main
-from tad_plugin.diagnostics import InfluenceDiagnostics, influence_quality
+from tad_plugin.core.diagnostics import InfluenceDiagnostics, influence_quality
+from tad_plugin.core.state import SampleState
 from tad_plugin.errors import FileFormatError, InvalidInputError
-from tad_plugin.experiment import RunConfig, run
-from tad_plugin.influence_report import extremes, influence_table, plot_influence, report_influence, write_table
-from tad_plugin.state import SampleState
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.report.influence import (
+    extremes,
+    influence_table,
+    plot_influence,
+    report_influence,
+    write_table,
+)
+from tad_plugin.experiments.run import run
 
 LABELS = torch.arange(4).repeat_interleave(10)
 

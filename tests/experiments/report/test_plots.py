@@ -14,10 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import tad_plugin.plots.style as style
 from tad_plugin.errors import InvalidInputError, MissingExtraError
-from tad_plugin.plots import plot_comparison, plot_loss_histogram, plot_synthetic, plot_trusted_space
-from tad_plugin.report import Row, summarise
+from tad_plugin.experiments.report.comparison import plot_comparison
+from tad_plugin.experiments.report.synthetic import plot_synthetic
+from tad_plugin.experiments.report.tables import Row, summarise
+from tad_plugin.experiments.report.trust import plot_loss_histogram, plot_trusted_space
+from tests import ROOT
 
 Drawn = list[Figure]
 
@@ -276,9 +278,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
-        "import sys, tad_plugin.plots as p; "
+        "import sys, tad_plugin.experiments.report.trust as p; "
         f"p.plot_trusted_space([{{'trusted': 5}}], r'{tmp_path / 't.png'}'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    root = Path(style.__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

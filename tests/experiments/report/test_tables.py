@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tad_plugin.errors import InvalidInputError, MissingExtraError
-from tad_plugin.report import Row, html_page, markdown_table, noise_label, summarise, text_table
+from tad_plugin.experiments.report.page import html_page
+from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise, text_table
 
 
 def result(arm: str, last: list[float], *, seed: int = 0, ipc: int = 10, **more: Any) -> dict[str, Any]:

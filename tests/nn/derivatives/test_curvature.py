@@ -16,7 +16,7 @@ from tad_plugin.errors import (
     InvalidInputError,
     NonFiniteError,
 )
-from tad_plugin.iwd.solvers import conjugate_gradient, gauss_newton_vector_product, hessian_vector_product
+from tad_plugin.nn.derivatives.curvature import conjugate_gradient, gauss_newton_vector_product, hessian_vector_product
 
 
 def positive_definite(size: int, seed: int, smallest: float = 0.1, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.errors import InvalidInputError, MemoryBudgetError, NonFiniteError
-from tad_plugin.iwd.per_sample import (
+from tad_plugin.nn.derivatives.per_sample import (
     activation_bytes,
     as_parameters,
     per_sample_directional,
     per_sample_gradient_chunks,
     per_sample_gradients,
 )
-from tad_plugin.iwd.vectors import flatten
+from tad_plugin.nn.derivatives.vectors import flatten
 from tests.iwd.problems import convnet, digits_problem
 
 NORMS = ["instance", "group", "batch", "none"]

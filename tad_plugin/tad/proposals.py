@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.state import check_labels
 from tad_plugin.tad.geometry import (
     Anchors,
     check_features,

@@ -1,0 +1,1 @@
+"""Label noise as a versioned object, with its text form, its flips and label files."""

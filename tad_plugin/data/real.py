@@ -1,0 +1,74 @@
+"""RealData: the real training data of a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tad_plugin.data.labels import check_labels
+from tad_plugin.errors import InvalidInputError, explain
+
+__all__ = ["RealData"]
+
+
+@dataclass
+class RealData:
+    """The real training data of a loop, held on one device.
+
+    Attributes:
+        images: float32 [N,C,H,W], normalised.
+        labels: int64 [N], observed labels.
+        num_classes: K.
+        true_labels: int64 [N] where they are known (controlled experiments), else None. Only oracles and
+            diagnostics read them.
+        dataset: name of the dataset, "" if unknown; chooses which augmentations are label-preserving.
+        noise_rate: nominal share of wrong labels where the experiment set it, else None.
+        ipc: images per class of the synthetic set, where known (TAD keeps at least that many per class).
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    true_labels: Tensor | None = None
+    dataset: str = ""
+    noise_rate: float | None = None
+    ipc: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim < 2 or not self.images.is_floating_point():
+            raise InvalidInputError(
+                explain(
+                    "images as a float tensor [N,C,H,W]",
+                    f"{self.images.dtype} {list(self.images.shape)}",
+                    "Stack and normalise them",
+                )
+            )
+        self.labels = check_labels(self.labels, self.num_classes, len(self.images)).to(self.images.device)
+        if self.true_labels is not None:
+            self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(
+                self.images.device
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (indices int64 [B], images [B,...]) over the data in order."""
+        for start in range(0, len(self), size):
+            images = self.images[start : start + size]
+            yield torch.arange(start, start + len(images), device=images.device), images
+
+    def subset(self, indices: Tensor) -> RealData:
+        """The same data restricted to ``indices`` (int64 [M])."""
+        return RealData(
+            self.images[indices],
+            self.labels[indices],
+            self.num_classes,
+            None if self.true_labels is None else self.true_labels[indices],
+            self.dataset,
+            self.noise_rate,
+            self.ipc,
+        )

@@ -1,0 +1,1 @@
+"""Experts for trajectory matching: their training, their replay buffers, and where a run gets them from."""

@@ -1,0 +1,1 @@
+"""Gradients, per-sample gradients and curvature products of networks."""

@@ -1,0 +1,1 @@
+"""Files, settings, seeds, machine and progress bars. Knows nothing of distillation."""
