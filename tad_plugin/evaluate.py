@@ -16,7 +16,7 @@ from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
-from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
@@ -216,7 +216,7 @@ def evaluate(
             num_classes=synthetic.num_classes,
             image_size=(int(images.shape[2]), size),
             width=config.width,
-            depth=config.depth or (3 if size >= 16 else 2),
+            depth=config.depth or default_depth(int(images.shape[2]), size),
             norm=config.norm or None,
             generator=generator,
             device=images.device,

@@ -40,10 +40,11 @@ from torch.utils.data import DataLoader
 
 from tad_plugin import attach
 from tad_plugin.data.real import RealData
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_network
 from tad_plugin.nn.augment import DEFAULT_STRATEGY
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import command_line, versions
+from tad_plugin.utils.seeds import expert_generator
 
 
 def real_data(args: argparse.Namespace) -> RealData:

@@ -34,14 +34,14 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.experts.train import buffer_info
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.distill.mtt import MTT, MTTConfig
 from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.arm_hook import arm_hook
 from tad_plugin.experiments.config import RunConfig, load_noisy
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import command_line, versions
-from tad_plugin.utils.seeds import generator_of
+from tad_plugin.utils.seeds import expert_generator, generator_of
 
 EXPERT = ExpertConfig(width=16, epochs=13, batch_train=64, lr=0.1, experts=2)
 LOOP = MTTConfig(

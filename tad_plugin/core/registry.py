@@ -12,6 +12,7 @@ from typing import Any
 
 from tad_plugin.core.callback import Callback
 from tad_plugin.errors import ConfigError, MissingExtraError, explain, unknown_name
+from tad_plugin.utils.seeds import method_seed
 
 __all__ = ["GROUP", "available_methods", "load_method", "make_callbacks", "method_names"]
 
@@ -100,7 +101,4 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
                 "Remove them, or add the method",
             )
         )
-    return [
-        load_method(n).from_settings(settings.get(n), seed=(seed * 1009 + 17 * i + 1) % 2**63)
-        for i, n in enumerate(names)
-    ]
+    return [load_method(n).from_settings(settings.get(n), seed=method_seed(seed, i)) for i, n in enumerate(names)]

@@ -17,7 +17,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
-from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
 from tad_plugin.nn.training import EpochTrainer
 
@@ -138,8 +138,7 @@ class Scorer(EpochTrainer):
         shape = data.images.shape
         flat = data.images.ndim == 2
         size = int(shape[-1])
-        # Three 2x2 poolings leave nothing to compare of an 8x8 image; two leave 2x2.
-        depth = config.depth or (3 if size >= 16 else 2)
+        depth = config.depth or default_depth(int(shape[-2]), size)
         self.network = make_network(
             "mlp" if flat else config.network,
             in_channels=1 if flat else int(shape[1]),

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, label_digest
-from tad_plugin.errors import EmptyClassError, InvalidInputError, StateMismatchError, explain, unknown_name
-from tad_plugin.utils.tensor_file import read_state, write_state
+from tad_plugin.errors import (
+    EmptyClassError,
+    FileFormatError,
+    InvalidInputError,
+    StateMismatchError,
+    explain,
+    unknown_name,
+)
+from tad_plugin.utils.tensor_file import TensorFile
 
 __all__ = ["SampleState", "check_labels", "label_digest"]
 
@@ -344,7 +351,7 @@ class SampleState:
         tensors |= {f"extra/{k}": v for k, v in self._extra.items()}
         tensors |= {f"factors/{k}": v for k, v in self._factors.items()}
         header = {"num_classes": self.num_classes, "digest": self.digest, "configs": dict(configs or {})}
-        write_state(path, tensors, header)
+        _FILE.write(path, tensors, header)
 
     @classmethod
     def read_header(cls, path: str | Path) -> dict[str, Any]:
@@ -353,7 +360,7 @@ class SampleState:
         Raises:
             FileFormatError: missing, truncated, or not a state file of a version that this package reads.
         """
-        return read_state(path, ("observed", *cls.FIELDS))[0]
+        return _read(path)[0]
 
     @classmethod
     def load(
@@ -370,7 +377,7 @@ class SampleState:
             FileFormatError: missing, truncated, or not a state file.
             StateMismatchError: it belongs to other labels; both hashes are shown.
         """
-        header, tensors = read_state(path, ("observed", *cls.FIELDS))
+        header, tensors = _read(path)
         theirs, k = str(header["digest"]), int(header["num_classes"])
         if labels is not None and label_digest(torch.as_tensor(labels)) != theirs:
             _mismatch(k, label_digest(torch.as_tensor(labels)), k, theirs, f"the file {path}")
@@ -385,6 +392,23 @@ class SampleState:
         fields = {name: tensors[name] for name in cls.FIELDS}
         state.load_state_dict({"digest": theirs, "num_classes": k, **fields, **groups})
         return state
+
+
+_FILE = TensorFile(
+    "tad_plugin.state",
+    "a state file",
+    "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew",
+    tensors=("observed", *SampleState.FIELDS),
+    fields=("digest", "num_classes", "configs"),
+)
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header, tensors = _FILE.read(path)
+    if label_digest(tensors["observed"]) != header["digest"]:
+        got = f"another one in {path}"
+        raise FileFormatError(explain("labels that match the header's label hash", got, _FILE.way_out))
+    return header, tensors
 
 
 def _mismatch(num_classes: int, digest: str, their_classes: int, theirs: str, source: str) -> None:

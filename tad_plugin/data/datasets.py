@@ -16,8 +16,10 @@ from torch import Tensor
 from tad_plugin.data.noise.spec import NoiseSpec, NoisyLabels
 from tad_plugin.data.preprocessing import KNOWN_STATISTICS, Preprocessing, channel_statistics
 from tad_plugin.data.sources import RawSplits, read_source
+from tad_plugin.data.splits import shuffled_classes
 from tad_plugin.data.whitening import fit_zca
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
+from tad_plugin.utils.seeds import seeded_generator
 
 __all__ = ["DataSplits", "load_dataset", "stratified_holdout"]
 
@@ -198,17 +200,16 @@ def stratified_holdout(labels: Tensor, num_classes: int, fraction: float, seed: 
         NotEnoughSamplesError: a class would keep no sample.
     """
     labels = labels.cpu()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     out = torch.zeros(len(labels), dtype=torch.bool)
     if fraction > 0:
-        for c in range(num_classes):
-            members = (labels == c).nonzero().flatten()
+        for c, members in enumerate(shuffled_classes(labels, num_classes, generator)):
             count = max(1, int(fraction * len(members) + 0.5))
             if count >= len(members):
                 got = f"{len(members)} in class {c}, of which {count} would be held out"
                 do = "Lower holdout (0 holds nothing out) or raise per_class"
                 raise NotEnoughSamplesError(explain("more samples in each class than are held out", got, do))
-            out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+            out[members[:count]] = True
     return (~out).nonzero().flatten(), out.nonzero().flatten()
 
 

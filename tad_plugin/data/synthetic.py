@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,16 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
-from tad_plugin.utils.files import atomic_save
+from tad_plugin.utils.tensor_file import TensorFile
 
 __all__ = ["SyntheticSet"]
 
-FORMAT = "tad_plugin.data.synthetic"
-VERSION = 1
+_FILE = TensorFile(
+    "tad_plugin.synthetic",
+    "a synthetic set",
+    "Pass the synthetic.safetensors of a finished run",
+    tensors=("images", "labels"),
+)
 
 
 @dataclass
@@ -87,11 +90,7 @@ class SyntheticSet:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file (atomic) with everything that is needed to use or undo the images."""
-        from safetensors.torch import save_file
-
         header: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
             "num_classes": self.num_classes,
             "dataset": self.dataset,
             "class_names": list(self.class_names),
@@ -101,8 +100,7 @@ class SyntheticSet:
         }
         tensors = {"images": self.images, "labels": self.labels}
         tensors |= {f"preprocessing/{k}": v for k, v in self.preprocessing.tensors().items()}
-        ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        atomic_save(path, lambda tmp: save_file(ready, str(tmp), metadata={"tad_plugin": json.dumps(header)}))
+        _FILE.write(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> SyntheticSet:
@@ -111,26 +109,7 @@ class SyntheticSet:
         Raises:
             FileFormatError: missing, truncated, or another format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        way_out = "Pass the synthetic.safetensors of a finished run"
-        if not Path(path).is_file():
-            raise FileFormatError(explain("a synthetic set", f"nothing at {path}", way_out))
-        try:
-            with safe_open(str(path), framework="pt") as f:
-                header = json.loads((f.metadata() or {}).get("tad_plugin", "{}"))
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise FileFormatError(explain("a readable synthetic set", f"{path}: {error}", way_out)) from error
-        if not isinstance(header, dict):
-            header = {}
-        if (
-            header.get("format") != FORMAT
-            or header.get("version") != VERSION
-            or not {"images", "labels"} <= set(tensors)
-        ):
-            got = f"format {header.get('format')!r}, version {header.get('version')!r} in {path}"
-            raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, way_out))
+        header, tensors = _FILE.read(path)
         prefix = "preprocessing/"
         stats = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
@@ -146,4 +125,4 @@ class SyntheticSet:
             ).to(device)
         except (KeyError, TypeError, InvalidInputError) as error:
             got = f"{path} with {type(error).__name__}: {error}"
-            raise FileFormatError(explain("all fields of a synthetic set", got, way_out)) from error
+            raise FileFormatError(explain("all fields of a synthetic set", got, _FILE.way_out)) from error

@@ -18,7 +18,7 @@ from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
-from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.networks import default_depth, make_network
 
 __all__ = [
     "BASELINES",
@@ -226,7 +226,7 @@ def fresh_network(config: BaselineConfig, data: RealData, generator: torch.Gener
         num_classes=data.num_classes,
         image_size=(h, w),
         width=config.width,
-        depth=config.depth or (3 if min(h, w) >= 16 else 2),
+        depth=config.depth or default_depth(h, w),
         norm=config.norm,
         generator=generator,
         device=data.images.device,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.data.labels import check_labels
+from tad_plugin.data.splits import shuffled_groups
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
 
@@ -238,14 +239,11 @@ def cross_fit(
     if mask is not None and (mask.shape != labels.shape or mask.dtype != torch.bool):
         got = f"{mask.dtype} of shape {list(mask.shape)}"
         raise InvalidInputError(explain(f"a bool mask of shape [{len(labels)}]", got, "Pass one entry per sample"))
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    if mask is not None:
-        order = order[mask[order]]
-    # Sorted by class (stable, so the order inside a class stays random): a sample's rank in its class is its position
+    order = shuffled_groups(labels, generator, mask)
+    # A sample's rank in its class is its position
     # minus the class's first position. Rank modulo F deals the class out; the offset keeps small classes from
     # all landing in fold 0.
-    classes, by_class = labels[order].sort(stable=True)
-    order = order[by_class]
+    classes = labels[order]
     counts = torch.bincount(classes, minlength=num_classes)
     rank = torch.arange(len(order), device=labels.device) - (counts.cumsum(0) - counts)[classes]
     fold_of = (rank + classes) % folds

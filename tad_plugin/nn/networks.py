@@ -18,7 +18,7 @@ from tad_plugin.errors import InvalidInputError, explain, unknown_name
 from tad_plugin.nn.architectures import alexnet, mlp, resnet18, resnet18ap, vgg11
 from tad_plugin.nn.blocks import LayerBuilder, Network, NetworkOptions
 
-__all__ = ["NETWORKS", "Network", "NetworkOptions", "convnet", "make_network", "reinitialise", "seeded"]
+__all__ = ["NETWORKS", "convnet", "default_depth", "make_network", "reinitialise", "seeded"]
 
 
 def convnet(options: NetworkOptions) -> Network:
@@ -69,6 +69,11 @@ def seeded(generator: torch.Generator, devices: Iterable[torch.device | str | in
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield seed
+
+
+def default_depth(height: int, width: int) -> int:
+    """Blocks of a ConvNet for images of this size: 3, or 2 under 16 pixels, where three halvings leave nothing."""
+    return 3 if min(height, width) >= 16 else 2
 
 
 def make_network(

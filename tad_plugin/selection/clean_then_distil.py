@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
+from tad_plugin.data.splits import dealt_evenly
 from tad_plugin.errors import ConfigError, NotEnoughSamplesError, explain, missing_extra
 from tad_plugin.selection.ranking import keep_lowest, train_logits
 from tad_plugin.utils.settings import build_config
 
-__all__ = ["CleanThenDistil", "CleanThenDistilConfig", "stratified_folds"]
+__all__ = ["CleanThenDistil", "CleanThenDistilConfig"]
 
 FILTERS = ("prune_by_noise_rate", "prune_by_class", "both", "confident_learning", "predicted_neq_given")
 
@@ -47,16 +47,6 @@ class CleanThenDistilConfig:
             )
 
 
-def stratified_folds(labels: Tensor, num_classes: int, folds: int, generator: torch.Generator) -> Tensor:
-    """Fold of each sample, int64 [N] in [0, folds): in each class shuffled and dealt out evenly."""
-    fold = torch.empty_like(labels)
-    for c in range(num_classes):
-        members = (labels == c).nonzero().flatten()
-        order = torch.randperm(len(members), generator=generator).to(labels.device)
-        fold[members[order]] = torch.arange(len(members), device=labels.device) % folds
-    return fold
-
-
 class CleanThenDistil(Callback):
     """Removes the samples that confident learning calls mislabelled, then distils the rest with the observed labels."""
 
@@ -81,7 +71,7 @@ class CleanThenDistil(Callback):
             raise NotEnoughSamplesError(
                 explain(f"at least {config.folds} samples in each class", str(smallest), "Use fewer folds or more data")
             )
-        fold = stratified_folds(state.observed, state.num_classes, config.folds, self.generator)
+        fold = dealt_evenly(state.observed, state.num_classes, config.folds, self.generator)
         logits = torch.zeros(len(state), state.num_classes, device=state.device)
         seed = int(self.generator.initial_seed())
         for k in range(config.folds):

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
+from tad_plugin.data.splits import shuffled_groups
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.tad.geometry import check_features, principal_axes
 from tad_plugin.tad.proposals import fit_features, fit_temperature, predicted_labels, propose, reliability_score
@@ -188,9 +189,7 @@ def calibrate_threshold(
 
 def _halves(targets: Tensor, trusted: Tensor, generator: torch.Generator) -> Tensor:
     """Bool [N]: a random half of each class's trusted and of each class's untrusted samples (by target)."""
-    order = torch.randperm(len(targets), generator=generator).to(targets.device)
-    group = 2 * targets[order] + trusted[order].long()
-    order = order[torch.argsort(group, stable=True)]
+    order = shuffled_groups(2 * targets + trusted.long(), generator)
     # Alternating along the groups splits each of them evenly, whatever its start.
     half = torch.empty_like(trusted)
     half[order] = torch.arange(len(order), device=order.device) % 2 == 0

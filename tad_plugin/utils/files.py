@@ -16,9 +16,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tad_plugin.errors import FileFormatError, explain
+from tad_plugin.errors import FileFormatError, explain, missing_extra
 
-__all__ = ["atomic_save", "atomic_write", "file_digest", "plain", "read_json", "remove_temporaries"]
+__all__ = [
+    "atomic_save",
+    "atomic_write",
+    "file_digest",
+    "plain",
+    "read_json",
+    "read_yaml",
+    "remove_temporaries",
+    "yaml_text",
+]
 
 _TEMPORARY = ".tmp-"
 
@@ -87,6 +96,35 @@ def read_json(path: str | Path) -> Any:
         raise FileFormatError(
             explain(f"JSON in {path}", f"text that does not parse ({error})", "Restore the file, or write it again")
         ) from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value in a YAML file; YAML 1.1 contains JSON.
+
+    Raises:
+        FileFormatError: the file does not exist, cannot be read, or is not YAML.
+        MissingExtraError: PyYAML is not installed.
+    """
+    yaml = _yaml(f"reading {path}")
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        got = str(getattr(error, "strerror", None) or error)
+        raise FileFormatError(explain(f"YAML in {path}", got, "Check the path, or correct the file")) from error
+
+
+def yaml_text(value: Any) -> str:
+    """``value`` (see :func:`plain`) as YAML, keys in their order. Raises MissingExtraError without PyYAML."""
+    text: str = _yaml("writing YAML").safe_dump(plain(value), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _yaml(what: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_extra("yaml", "reproduce", what) from error
+    return yaml
 
 
 def plain(value: Any) -> Any:

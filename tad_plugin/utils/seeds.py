@@ -1,4 +1,8 @@
-"""Derived seeds and generators."""
+"""Every derived seed and generator.
+
+One seed of a run becomes many: of the noise, the split, the networks, each method. The formulas differ because each
+is older than this file; they stay, so that results keep their bits.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,40 @@ from typing import Any
 
 import torch
 
-__all__ = ["derived_seed", "generator_of"]
+__all__ = ["derived_seed", "expert_generator", "generator_of", "method_seed", "scorer_seed", "seeded_generator"]
+
+_LARGEST = 2**63
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """A CPU generator with this seed."""
+    return torch.Generator().manual_seed(seed)
 
 
 def derived_seed(*parts: Any) -> int:
     """A seed in [0, 2^62) from a description: arms that share the description get the same numbers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
+    return _hashed(repr(parts))
 
 
 def generator_of(*parts: Any) -> torch.Generator:
     """A CPU generator with :func:`derived_seed` of these parts."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
+    return seeded_generator(derived_seed(*parts))
+
+
+def method_seed(seed: int, position: int) -> int:
+    """The seed of the method at this position of "tad+iwd", from that of the hook."""
+    return (seed * 1009 + 17 * position + 1) % _LARGEST
+
+
+def scorer_seed(seed: int) -> int:
+    """The seed of the plugin's own scorer, from that of the hook."""
+    return (seed * 7919 + 13) % _LARGEST
+
+
+def expert_generator(seed: int, number: int) -> torch.Generator:
+    """CPU generator of expert ``number``: experts can be trained in any order and by any process."""
+    return seeded_generator(_hashed(f"expert {seed} {number}"))
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

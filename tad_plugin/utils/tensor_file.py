@@ -1,25 +1,28 @@
-"""The state file: a safetensors file whose JSON header says what it is, and whose contents are checked on reading."""
+"""Tensor files: safetensors with a JSON header that says what the file is, and hashes that are checked on reading.
+
+State files and synthetic sets are such files. The header holds ``format``, ``version``, ``content`` (hash of the
+tensors) and ``header`` (hash of the header itself), so that a single flipped bit is noticed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tad_plugin.data.labels import label_digest
 from tad_plugin.errors import FileFormatError, explain
 from tad_plugin.utils.files import atomic_save
 
-__all__ = ["FORMAT", "VERSION", "content_digest", "read_state", "write_state"]
+__all__ = ["TensorFile", "content_digest"]
 
-FORMAT = "tad_plugin.core.state"
-VERSION = 1
-_DO = "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew"
+_KEY = "tad_plugin"
+_OLD, _NOW = 1, 2
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -31,50 +34,75 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_state(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and header (atomically replaced); format, version and the hash of the contents are added.
+@dataclass(frozen=True)
+class TensorFile:
+    """A kind of tensor file.
 
-    Args:
-        path: the file.
-        tensors: on any device.
-        header: plain values; others become their ``str``.
+    Attributes:
+        format: its name in the header.
+        what: the kind in words, for messages ("a state file").
+        way_out: what to do where a file cannot be read.
+        tensors: names that every file must hold.
+        fields: header fields that every file must hold.
     """
-    from safetensors.torch import save_file
 
-    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    full = {"format": FORMAT, "version": VERSION, **header, "content": content_digest(ready)}
-    metadata = {"tad_plugin": json.dumps(full, default=str)}
-    atomic_save(path, lambda temporary: save_file(ready, str(temporary), metadata=metadata))
+    format: str
+    what: str
+    way_out: str
+    tensors: Collection[str] = ()
+    fields: Collection[str] = ()
+
+    def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Writes the file (atomically replaced).
+
+        Args:
+            path: the file.
+            tensors: on any device.
+            header: plain values; others become their ``str``.
+        """
+        from safetensors.torch import save_file
+
+        ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        full = {"format": self.format, "version": _NOW, **header, "content": content_digest(ready)}
+        full = json.loads(json.dumps(full, default=str))  # as it will be read back
+        metadata = {_KEY: json.dumps({**full, "header": _header_digest(full)})}
+        atomic_save(path, lambda temporary: save_file(ready, str(temporary), metadata=metadata))
+
+    def read(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors. Files of version 1, without the hash of their header, are read as well.
+
+        Raises:
+            FileFormatError: missing, truncated, of another format or version, without something that it must hold, or
+                with other contents than were written.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise self._error(self.what, f"nothing at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._error(f"{self.what} that can be read", f"{path}: {error}") from error
+        header = header if isinstance(header, dict) else {}
+        version = header.get("version")
+        if header.get("format") != self.format or version not in (_OLD, _NOW):
+            got = f"format {header.get('format')!r}, version {version!r} in {path}"
+            raise self._error(f"format {self.format!r}, version {_OLD} or {_NOW}", got)
+        needed = {*self.fields} | ({"content", "header"} if version == _NOW else set())
+        if lost := sorted({*self.tensors} - set(tensors)) or sorted(needed - set(header)):
+            raise self._error(f"all fields of {self.what}", f"{path} without {', '.join(lost)}")
+        whole = version == _OLD or header["header"] == _header_digest(header)
+        if not whole or header.get("content", content_digest(tensors)) != content_digest(tensors):
+            raise self._error("contents that match the header's hashes", f"others in {path}")
+        return header, tensors
+
+    def _error(self, expected: str, got: str) -> FileFormatError:
+        return FileFormatError(explain(expected, got, self.way_out))
 
 
-def read_state(path: str | Path, fields: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a state file.
-
-    Args:
-        path: the file.
-        fields: names of the tensors of length N that it must hold, "observed" among them.
-
-    Raises:
-        FileFormatError: missing, truncated, of another format or version, or with other contents than were written.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileFormatError(explain("a state file", f"nothing at {path}", _DO))
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("tad_plugin", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(explain("a readable state file", f"{path}: {error}", _DO)) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
-        found = header if isinstance(header, dict) else {}
-        got = f"format {found.get('format')!r}, version {found.get('version')!r} in {path}"
-        raise FileFormatError(explain(f"format {FORMAT!r}, version {VERSION}", got, _DO))
-    lost = sorted({*fields} - set(tensors)) or sorted({"digest", "num_classes", "configs", "content"} - set(header))
-    if lost:
-        raise FileFormatError(explain("all fields of a state", f"{path} without {', '.join(lost)}", _DO))
-    if content_digest(tensors) != header["content"] or label_digest(tensors["observed"]) != header["digest"]:
-        raise FileFormatError(explain("contents that match the header's hashes", f"others in {path}", _DO))
-    return header, tensors
+def _header_digest(header: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in header.items() if key != "header"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -15,8 +15,8 @@ from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.registry import load_method, make_callbacks
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.data.real import RealData
+from tad_plugin.data.splits import dealt_evenly
 from tad_plugin.errors import ConfigError, MissingExtraError, NotEnoughSamplesError
-from tad_plugin.selection.clean_then_distil import stratified_folds
 from tad_plugin.selection.ranking import train_logits
 from tests.problems import blobs, flip
 
@@ -111,11 +111,11 @@ def test_el2n_is_the_mean_norm_of_the_error_over_networks() -> None:
 
 def test_folds_are_stratified_and_each_sample_is_in_one() -> None:
     _, _, labels = noisy()
-    fold = stratified_folds(labels, 3, 4, torch.Generator().manual_seed(0))
+    fold = dealt_evenly(labels, 3, 4, torch.Generator().manual_seed(0))
     for c in range(3):
         counts = torch.bincount(fold[labels == c], minlength=4)
         assert int(counts.max() - counts.min()) <= 1
-    other = stratified_folds(labels, 3, 4, torch.Generator().manual_seed(1))
+    other = dealt_evenly(labels, 3, 4, torch.Generator().manual_seed(1))
     assert not torch.equal(fold, other)
 
 

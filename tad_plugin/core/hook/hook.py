@@ -29,6 +29,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, StateMismatchError, TadPluginWarning, explain
 from tad_plugin.utils.progress import bar
+from tad_plugin.utils.seeds import scorer_seed
 
 __all__ = ["Hook"]
 
@@ -148,7 +149,7 @@ class Hook(BatchHandles, SegmentHandles):
     def _make_scorer(self) -> Scorer:
         if self.data is None:
             raise ConfigError(explain("`data` for a scorer", "none", "Pass data=images to attach()"))
-        return Scorer(self.data, self.scorer_config, seed=(self._seed * 7919 + 13) % 2**63)
+        return Scorer(self.data, self.scorer_config, seed=scorer_seed(self._seed))
 
     def _scorer_epoch(self, scorer: Scorer) -> None:
         began = perf_counter()

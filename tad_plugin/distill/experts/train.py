@@ -35,12 +35,13 @@ from tad_plugin.distill.experts.buffer import (
     room_for,
     write_buffer,
 )
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_network
 from tad_plugin.distill.experts.workers import Parts, Share
 from tad_plugin.errors import ConfigError, ResumeError, StateMismatchError, TadPluginWarning, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.machine import versions
 from tad_plugin.utils.progress import bar
+from tad_plugin.utils.seeds import expert_generator
 
 __all__ = ["STATE_FILE", "CheckpointStore", "ExpertConfig", "buffer_info", "train_experts"]
 

@@ -6,7 +6,6 @@ The data stay on their device and no work is done per sample. What counts of the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,11 @@ from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.sharpness import frozen_statistics, perturbation, surgery
 from tad_plugin.errors import ConfigError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
-from tad_plugin.nn.networks import make_network
+from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import pass_size
 from tad_plugin.nn.training import EpochTrainer
 
-__all__ = ["ExpertConfig", "ExpertTrainer", "expert_generator", "expert_network"]
+__all__ = ["ExpertConfig", "ExpertTrainer", "expert_network"]
 
 Event = Callable[[SampleState, Tensor, Tensor, Tensor], Tensor]
 
@@ -100,13 +99,7 @@ class ExpertConfig:
 
     def resolved_depth(self, height: int, width: int) -> int:
         """``depth``, or what suits images of this size where it is 0."""
-        return self.depth or (3 if min(height, width) >= 16 else 2)
-
-
-def expert_generator(seed: int, number: int) -> torch.Generator:
-    """The CPU generator of one expert (initial parameters, order, augmentation); pilots have negative numbers."""
-    digest = hashlib.sha256(f"expert {seed} {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 2)
+        return self.depth or default_depth(height, width)
 
 
 def expert_network(config: ExpertConfig, data: RealData, generator: torch.Generator) -> nn.Module:

@@ -26,9 +26,10 @@ from filelock import FileLock
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import room_for
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.errors import TadPluginError, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.seeds import expert_generator
 
 __all__ = ["Parts", "Share"]
 

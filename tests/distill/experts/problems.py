@@ -13,8 +13,9 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.datm import DATM
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.source import Experts
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.distill.mtt import MTT
+from tad_plugin.utils.seeds import expert_generator
 from tests.problems import PLAIN
 
 SETTINGS: dict[str, Any] = {

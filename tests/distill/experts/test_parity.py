@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import buffer_files, check_buffer, read_buffer
 from tad_plugin.distill.experts.train import train_experts
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_network
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation
 from tad_plugin.nn.networks import make_network
+from tad_plugin.utils.seeds import expert_generator
 from tests.checkouts import copy_parameters, import_upstream, isolated_imports, upstream, upstream_draw
 from tests.patches.conftest import at_finish  # noqa: F401 - a fixture
 from tests.patches.foreign import any_checksum, copied, run, tiny_cifar10  # noqa: F401 - one is a fixture

@@ -26,9 +26,10 @@ from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts import train as module
 from tad_plugin.distill.experts.buffer import BufferInfo, buffer_files, check_buffer, read_buffer
 from tad_plugin.distill.experts.train import STATE_FILE, train_experts
-from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_network
 from tad_plugin.errors import DiskSpaceError, ResumeError, StateMismatchError, TadPluginWarning
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.utils.seeds import expert_generator
 from tests import ROOT
 from tests.distill.experts.training import Even, all_of, config, data, hook_of, same
 from tests.problems import PLAIN, blobs, flip

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tad_plugin.core.scorer import weighted_cross_entropy
 from tad_plugin.data.real import RealData
-from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_generator, expert_network
+from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expert_network
 from tad_plugin.errors import ConfigError, NonFiniteError
 from tad_plugin.nn.augment import Augmentation
+from tad_plugin.utils.seeds import expert_generator
 from tests.distill.experts.training import Even, Term, config, data, hook_of, same
 
 

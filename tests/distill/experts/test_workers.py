@@ -20,9 +20,10 @@ from tad_plugin import attach
 from tad_plugin.core.state import SampleState
 from tad_plugin.distill.experts.buffer import buffer_files
 from tad_plugin.distill.experts.train import train_experts
-from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_generator
+from tad_plugin.distill.experts.trainer import ExpertTrainer
 from tad_plugin.distill.experts.workers import FOLDER, Parts, Share, _packed, _slots, _train_alone, _unpacked
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginError
+from tad_plugin.utils.seeds import expert_generator
 from tests import ROOT
 from tests.distill.experts.training import Even, Term, all_of, config, data, hook_of, same
 
