@@ -19,7 +19,7 @@ _KEYS = ("num_classes", "digest")
 _FILE = TensorFile(
     "tad_plugin.state",
     "a state file",
-    "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew",
+    "Pass the file that SampleState.save wrote, or delete it and let the method compute it again",
     tensors=("observed", *FIELDS),
     fields=(*_KEYS, "configs"),
 )

@@ -63,7 +63,7 @@ def same(a: SampleState, b: SampleState) -> bool:
         (torch.tensor([0.0, 1.0]), 2, InvalidLabelsError, "float32"),
         (torch.tensor([True, False]), 2, InvalidLabelsError, "bool"),
         (torch.zeros(2, 2, dtype=torch.int64), 2, InvalidLabelsError, r"\[2, 2\]"),
-        (torch.zeros(0, dtype=torch.int64), 2, InvalidLabelsError, ""),
+        (torch.zeros(0, dtype=torch.int64), 2, InvalidLabelsError, "label"),
         (torch.tensor([0]), 0, InvalidInputError, "num_classes"),
         (torch.tensor([0, 2]), 3, EmptyClassError, "class 1"),
     ],

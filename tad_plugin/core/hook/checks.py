@@ -53,7 +53,7 @@ def new_methods(
         StateMismatchError: the file is of methods that are not attached, or was written with other settings.
         ConfigError: a method that the file does not know needs a scorer.
     """
-    way_out = f"Attach the methods and settings that the file was written with, or delete {path} to compute it anew"
+    way_out = f"Attach the methods and settings that the file was written with, or delete {path} to compute it again"
     foreign = sorted(set(configs) - {c.name for c in callbacks})
     if foreign:
         got = f"one that {', '.join(foreign)} wrote, in {path}"

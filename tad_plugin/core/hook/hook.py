@@ -42,7 +42,7 @@ class Hook:
 
     Attributes:
         state: the SampleState.
-        data: the real data, or None where there are no images (``images`` of shape [N,0] stand for "labels only").
+        data: the real data, or None without images (``images`` of shape [N,0] stand for "labels only").
         callbacks: the methods.
         enabled: False for ``attach("none")``.
         generator: CPU generator of the hook's own draws.

@@ -323,7 +323,7 @@ def test_a_state_that_no_method_wrote_is_a_start(tmp_path: Path) -> None:
 # checks
 
 
-def test_attach_checks_each_label_vector_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_checks_each_label_vector_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, true = blobs(spread=0.8)
     labels = flip(true, 3, 0.3)
     checked: list[Tensor] = []
@@ -340,6 +340,10 @@ def test_attach_checks_each_label_vector_once(monkeypatch: pytest.MonkeyPatch) -
     checked.clear()
     hook = attach("none", labels=labels, data=images, true_labels=true)
     assert [torch.equal(c, t) for c, t in zip(checked, (labels, true), strict=True)] == [True, True]
+    checked.clear()
+    hook.save_state(tmp_path / "s")
+    hook = attach("none", labels=labels, data=images, state=tmp_path / "s")
+    assert [torch.equal(c, labels) for c in checked] == [True]
     checked.clear()
     hook.state.update(target=true, trusted=true == labels, trust=torch.ones(60))
     hook.state.set_weights("m", torch.ones(60))
