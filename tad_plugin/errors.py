@@ -1,8 +1,8 @@
 """The named exceptions and warnings of tad_plugin.
 
-Every message says three things: what was expected, what came, and what to do. Build it with
-:func:`explain`, so that the three are never forgotten. Exceptions also inherit the built-in class
-that a caller would guess (``ValueError``, ``ImportError``...), so ordinary ``except`` clauses work.
+Every message says what was expected, what was given, and what to do. :func:`explain` builds it.
+Exceptions also inherit the built-in class that a caller would expect (``ValueError``, ``ImportError``...), so ordinary
+``except`` clauses work.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = [
 
 
 def explain(expected: str, got: str, do: str) -> str:
-    """One message in the house form: ``Expected ..., but got .... <what to do>.``"""
+    """A message of the form ``Expected ..., but got .... <what to do>.``"""
     return f"Expected {expected}, but got {got}. {do.rstrip('.')}."
 
 
 class TadPluginError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error of this package."""
 
 
 class InvalidInputError(TadPluginError, ValueError):
@@ -85,7 +85,7 @@ class FileFormatError(TadPluginError, ValueError):
 
 
 class StateMismatchError(TadPluginError, ValueError):
-    """A saved state belongs to other data than the one it is loaded into."""
+    """A saved state belongs to other data, methods or settings."""
 
 
 class PreprocessingMismatchError(TadPluginError, ValueError):
@@ -97,11 +97,11 @@ class ResumeError(TadPluginError, ValueError):
 
 
 class PatchError(TadPluginError, ValueError):
-    """A checkout is not in the condition that a patch needs."""
+    """A patch does not fit a checkout."""
 
 
 class DisconnectedGraphError(TadPluginError, ValueError):
-    """A loss does not depend on a tensor that a derivative is asked for."""
+    """A loss does not depend on the tensor in which it is differentiated."""
 
 
 class NoHeldOutError(TadPluginError, ValueError):
@@ -117,11 +117,11 @@ class MemoryBudgetError(TadPluginError, ValueError):
 
 
 class DiskSpaceError(TadPluginError, OSError):
-    """The disk has no room for what is to be written."""
+    """The disk has no room for a file."""
 
 
 class TadPluginWarning(UserWarning):
-    """Base of every warning that this package raises on purpose."""
+    """Base of every warning of this package."""
 
 
 class UnimodalClassWarning(TadPluginWarning):
@@ -129,14 +129,14 @@ class UnimodalClassWarning(TadPluginWarning):
 
 
 class ConvergenceWarning(TadPluginWarning):
-    """An iterative solver was cut off early; its result is usable but less exact."""
+    """An iterative solver stopped early; its result is usable but less exact."""
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> UnknownNameError:
     """The error for an unknown ``kind`` called ``name``, with the closest known names.
 
     Args:
-        kind: what was looked up, in one word ("method", "dataset", "network").
+        kind: the kind of thing, in one word ("method", "dataset", "network").
         name: the name that was not found.
         known: all names that exist.
     """
@@ -153,12 +153,10 @@ def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     Args:
         package: the import name that failed.
         extra: the extra of tad_plugin that brings it.
-        purpose: what needs it, as a noun phrase.
+        purpose: a noun phrase that says what needs it.
     """
-    return MissingExtraError(
-        explain(
-            f"the package {package!r}, which {purpose} needs",
-            "an environment without it",
-            f"Install it with: pip install 'tad_plugin[{extra}]'",
-        )
+    expected, do = (
+        f"the package {package!r}, which {purpose} needs",
+        f"Install it with: pip install 'tad_plugin[{extra}]'",
     )
+    return MissingExtraError(explain(expected, "an environment without it", do))

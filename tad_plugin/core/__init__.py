@@ -1,1 +1,1 @@
-"""The seam between a loop and the methods: the state, the events, the callbacks and the hook."""
+"""The interface between loops and methods: the state, the events, the callbacks and the hook."""

@@ -1,25 +1,26 @@
-"""Callback: the events at which a method may act, and the loops in which they fire.
+"""Callback: the events at which a method may act, and the loops that fire them.
 
-Scorer (the plugin's own, an MTT/DATM expert, or a network that IDM trains on real data)::
+Scorer: the plugin's own, an expert of MTT or DATM, or a network that IDM trains on real data::
 
-    on_start(state, data)                                     # once, before anything is drawn
-    on_scorer_start(state)                                    # where several are trained in turn, before each
+    on_start(state, data)                                     # once, before any draw
+    on_scorer_start(state)                                    # before each of several experts
     for epoch in range(epochs):
         for indices, images in loader:
             logits = network(images)
-            loss = weighted_cross_entropy(logits, state.targets(indices), state.weight[indices])
+            w = state.training_weights(indices)
+            loss = weighted_cross_entropy(logits, state.targets(indices), w)
             loss = on_scorer_batch(state, indices, logits, loss)       # TAD: + consistency term
-            loss.backward(); optimiser.step()                 # sharpness-aware: once more, on_scorer_again
+            loss.backward(); optimiser.step()                 # sharpness-aware: a second pass, on_scorer_again
         on_scorer_epoch(state, network, data)                 # TAD: divide, then recalibrate
 
 Distribution matching (DM, IDM)::
 
     on_start(state, data)
     for iteration in range(iterations):
-        network = fresh_network()                             # IDM: one of a queue of trained ones
+        network = fresh_network()                             # IDM: one of a queue of trained networks
         for c in range(num_classes):
             indices = state.sample(c, batch_real)
-            real = augment(images[indices]); syn = augment(synthetic[c])      # one shared draw
+            real = augment(images[indices]); syn = augment(synthetic[c])      # same augmentation draw
             w = state.weights(indices)
             loss += ||mean(w * embed(real)) - mean(embed(syn))||^2
         on_match(state, match(loss, w, indices, synthetic, network))   # IWD: explicit influence
@@ -52,42 +53,39 @@ Trajectory matching (MTT, DATM)::
         on_segment(state, segment(loss, start, target, ...))  # IWD: implicit influence
         loss.backward(); optimiser.step()
 
-Every event takes keyword arguments by name. A method subclasses :class:`Callback` and overrides
-only what it needs; a watcher subclasses :class:`Observer` and cannot write the state.
+Every event takes keyword arguments. A method subclasses :class:`Callback` and overrides the events that it needs.
+An :class:`tad_plugin.Observer` only watches and cannot write the state.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from tad_plugin.core.events import Match, Segment
 from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import build_config
 
-if TYPE_CHECKING:
-    from tad_plugin.data.real import RealData
-
-__all__ = ["Callback", "Match", "Segment"]
+__all__ = ["Callback"]
 
 
 class Callback:
-    """A method: decides from what it sees which real samples count, with what label and how much.
+    """A method: decides which real samples count, with which label and which weight.
 
     Class attributes:
         name: the name in ``attach("name")`` and in the entry-point group ``tad_plugin.methods``.
-        Config: a dataclass of settings, each with a default.
-        needs_scorer: wants ``on_scorer_*``; where the loop trains nothing on real data, the hook trains a scorer.
-        needs_images: looks at the real images in ``on_start`` or later, so labels alone are not enough.
-        needs_graph: may want ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
+        Config: the :class:`tad_plugin.utils.settings.Settings` of the method; every field has a default.
+        needs_scorer: needs ``on_scorer_*``. If the loop trains nothing on real data, the hook trains a scorer.
+        needs_images: needs the real images; labels alone are not enough.
+        needs_graph: may need ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
         needs_true_labels: cannot run without the true labels (an oracle).
-        decides_late: leaves every sample as it is until the synthetic set is updated, so that what is trained on the
-            real data before (experts) is the same without it.
+        decides_late: True if the method changes nothing before the first update, so that experts can be shared.
     """
 
     name: ClassVar[str] = "callback"
@@ -102,9 +100,9 @@ class Callback:
         if config is None and self.Config is not None:
             config = self.Config()
         self.config = config
-        #: every draw of a callback comes from here; part of its checkpoint
-        self.generator = torch.Generator().manual_seed(seed)
-        #: where :meth:`report` sends records; the hook sets it
+        #: the source of every draw of the callback; part of its checkpoint
+        self.generator = seeded_generator(seed)
+        #: receives the records of :meth:`report`; the hook sets it
         self.sink: Callable[[dict[str, Any]], None] | None = None
 
     @classmethod
@@ -127,24 +125,28 @@ class Callback:
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Once, before anything is drawn; not again on resume, where ``load_state_dict`` restores what it set up."""
+        """Once, before any draw. Not on resume: there ``load_state_dict`` restores the method."""
 
     def on_scorer_batch(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Inside the training of an expert or scorer; returns the loss to minimise, a scalar.
+        """For each batch in the training of an expert or scorer. Returns the loss to minimise, a scalar.
 
-        ``indices`` int64 [B], ``logits`` [B,K] with a graph, ``loss`` the scalar so far.
+        Args:
+            state: the sample state.
+            indices: int64 [B], positions of the samples.
+            logits: [B,K], with a graph.
+            loss: the scalar loss so far.
         """
         return loss
 
     def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Where the batch of the last ``on_scorer_batch`` is evaluated once more (sharpness-aware training).
+        """When the batch of the last ``on_scorer_batch`` is evaluated again (sharpness-aware training).
 
-        To be the same objective at other parameters; nothing is to be counted twice.
+        Return the same objective at the new parameters, and count nothing twice.
         """
         return loss
 
     def on_scorer_start(self, *, state: SampleState) -> None:
-        """Before each of several experts that a loop trains in turn: what was learned of networks starts anew."""
+        """Before each of several experts that a loop trains in turn. Reset per-network state here."""
 
     def on_scorer_epoch(self, *, state: SampleState, network: nn.Module, data: RealData) -> None:
         """After each epoch of an expert or scorer."""
@@ -159,10 +161,14 @@ class Callback:
     def on_segment_term(
         self, *, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor
     ) -> None:
-        """Before ``on_segment`` in a loop that differentiates its loss term by term and keeps no graph of it (TESLA).
+        """Before ``on_segment``, in a loop that differentiates its loss term by term and keeps no graph (TESLA).
 
-        ``term`` is a scalar whose gradient in ``images`` [B,C,H,W], rows ``indices`` of the synthetic images, is part
-        of the loss's; its graph lasts for this event only. ``segment.loss`` is not known yet.
+        Args:
+            state: the sample state.
+            segment: the segment; its ``loss`` is not known yet.
+            term: a scalar whose gradient in ``images`` is part of the loss's. Its graph lasts for this event only.
+            images: [B,C,H,W], rows of the synthetic images.
+            indices: int64 [B], which rows.
         """
 
     def on_segment(self, *, state: SampleState, segment: Segment) -> None:
@@ -173,7 +179,7 @@ class Callback:
 
     # -- resume ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on with the same bits; tensors and plain values only."""
+        """All that is needed to continue with the same bits: tensors and plain values only."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How good a division is where the true labels are known: an observer that only reads."""
+"""Quality of a division and of influences, where the true labels are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["InfluenceDiagnostics", "SplitDiagnostics", "area_under_roc", "influe
 
 
 def area_under_roc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve, in [0, 1]; ties count half. NaN where one of the two groups is empty. O(N log N).
+    """Area under the ROC curve, in [0, 1]; ties count half. NaN if one of the two groups is empty. O(N log N).
 
     Args:
         score: float [N], higher means more positive.
@@ -37,9 +37,9 @@ def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tens
     Returns:
         precision: share of trusted samples whose target is the true label.
         recall: share of correctly labelled samples that are trusted with their true label.
-        auc: of ``trust`` for "the observed label is the true one"; NaN where all samples are trusted alike.
+        auc: of ``trust`` for "the observed label is the true one"; NaN if all samples have the same trust.
         relabel_accuracy: share of relabelled trusted samples whose new target is true; NaN if there is none.
-        relabelled: how many there are.
+        relabelled: number of relabelled trusted samples.
     """
     right = target == true
     clean = observed == true
@@ -63,9 +63,9 @@ def influence_quality(
     """How well influences rank correctly labelled samples before mislabelled ones; all arguments [N].
 
     Returns:
-        auc: of ``-influence`` for "the target is the true label", over scored usable samples; NaN where
-            only one of the two kinds is there.
-        clean_weight: share of those samples' weight that correctly labelled ones have.
+        auc: of ``-influence`` for "the target is the true label", over scored usable samples. NaN if only right or
+            only wrong targets are among them.
+        clean_weight: share of these samples' weight that falls on correctly labelled ones.
     """
     inside = usable & (count > 0)
     clean = (target == true)[inside]
@@ -75,7 +75,7 @@ def influence_quality(
 
 
 class InfluenceDiagnostics(Observer):
-    """Logs :func:`influence_quality` after each refresh of influences; keeps the last one in ``last``."""
+    """Logs :func:`influence_quality` after each refresh of influences; keeps the last result in ``last``."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] | None = None
@@ -91,7 +91,7 @@ class InfluenceDiagnostics(Observer):
 
 
 class SplitDiagnostics(Observer):
-    """Logs :func:`split_quality` after each scorer epoch; keeps the last one in ``last``."""
+    """Logs :func:`split_quality` after each scorer epoch; keeps the last result in ``last``."""
 
     def __init__(self) -> None:
         self.last: dict[str, float] | None = None

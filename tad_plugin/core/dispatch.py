@@ -1,28 +1,33 @@
-"""CallbackList: dispatches each event to the callbacks, then to the observers."""
+"""CallbackList: sends each event to the callbacks, then to the observers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from tad_plugin.core.events import Match, Segment
-from tad_plugin.core.state import SampleState
-from tad_plugin.errors import ConfigError, explain
-
-if TYPE_CHECKING:
-    from tad_plugin.data.real import RealData
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.events import Match, Segment
 from tad_plugin.core.observer import Observer, StateView
+from tad_plugin.core.state import SampleState
+from tad_plugin.data.real import RealData
+from tad_plugin.errors import ConfigError, explain
 
 __all__ = ["CallbackList"]
 
 
 @dataclass
 class CallbackList:
-    """Dispatches each event to the callbacks in the order given, then to the observers."""
+    """Sends each event to the callbacks in the order given, then to the observers.
+
+    Attributes:
+        callbacks: the methods.
+        observers: read-only watchers.
+        log: receives each log record.
+        fields: added to each log record; see :meth:`position`.
+    """
 
     callbacks: Sequence[Callback] = ()
     observers: Sequence[Observer] = ()
@@ -35,7 +40,7 @@ class CallbackList:
             callback.sink = self.record
 
     def record(self, record: dict[str, Any]) -> None:
-        """Adds the current position (iteration, scorer epoch) to a record and hands it to the log and the observers."""
+        """Adds the current position (iteration, scorer epoch) to a record. Sends it to the log and the observers."""
         self._reports += 1
         record = {**self.fields, **record}
         if self.log is not None:
@@ -44,7 +49,7 @@ class CallbackList:
             observer.on_log(record=record)
 
     def position(self, **fields: Any) -> None:
-        """Fields that every later record carries (iteration=..., scorer_epoch=...)."""
+        """Sets fields of every later record (iteration=..., scorer_epoch=...)."""
         self.fields.update(fields)
 
     def start(self, state: SampleState, data: RealData) -> None:
@@ -53,13 +58,13 @@ class CallbackList:
             callback.on_start(state=state, data=data)
 
     def scorer_batch(self, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Fires on_scorer_batch, passing each callback the loss of the one before."""
+        """Fires on_scorer_batch. Each callback gets the loss that the previous one returned."""
         for callback in self.callbacks:
             loss = callback.on_scorer_batch(state=state, indices=indices, logits=logits, loss=loss)
         return loss
 
     def scorer_again(self, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """Fires on_scorer_again, passing each callback the loss of the one before."""
+        """Fires on_scorer_again. Each callback gets the loss that the previous one returned."""
         for callback in self.callbacks:
             loss = callback.on_scorer_again(state=state, indices=indices, logits=logits, loss=loss)
         return loss
@@ -70,7 +75,7 @@ class CallbackList:
             callback.on_scorer_start(state=state)
 
     def scorer_epoch(self, state: SampleState, network: nn.Module, data: RealData) -> None:
-        """Fires on_scorer_epoch, then the observers' one, and logs what those return."""
+        """Fires on_scorer_epoch of the callbacks, then of the observers. Logs the observers' results."""
         for callback in self.callbacks:
             callback.on_scorer_epoch(state=state, network=network, data=data)
         for observer in self.observers:
@@ -83,7 +88,7 @@ class CallbackList:
         return any(c.needs_graph and c.wants_graph(iteration) for c in self.callbacks)
 
     def match(self, state: SampleState, match: Match) -> None:
-        """Fires on_match, then on_refresh of the observers if a callback reported something."""
+        """Fires on_match, then on_refresh of the observers if a callback sent a report."""
         before = self._reports
         for callback in self.callbacks:
             callback.on_match(state=state, match=match)
@@ -95,7 +100,7 @@ class CallbackList:
             callback.on_segment_term(state=state, segment=segment, term=term, images=images, indices=indices)
 
     def segment(self, state: SampleState, segment: Segment) -> None:
-        """Fires on_segment, then on_refresh of the observers if a callback reported something."""
+        """Fires on_segment, then on_refresh of the observers if a callback sent a report."""
         before = self._reports
         for callback in self.callbacks:
             callback.on_segment(state=state, segment=segment)
@@ -124,10 +129,7 @@ class CallbackList:
         """Restores :meth:`state_dict`. Raises ConfigError if the callbacks differ."""
         mine = [f"{i}:{c.name}" for i, c in enumerate(self.callbacks)]
         if sorted(mine) != sorted(state):
-            raise ConfigError(
-                explain(
-                    f"a checkpoint of {mine}", f"one of {sorted(state)}", "Attach the same methods in the same order"
-                )
-            )
+            do = "Attach the same methods in the same order"
+            raise ConfigError(explain(f"a checkpoint of {mine}", f"one of {sorted(state)}", do))
         for key, callback in zip(mine, self.callbacks, strict=True):
             callback.load_state_dict(state[key])

@@ -1,28 +1,26 @@
-"""What the events before an update of the synthetic set hand to a method."""
+"""Match, Segment, Learning: the arguments of the events before an update of the synthetic set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tad_plugin.data.real import RealData
+from tad_plugin.data.real import RealData
 
 __all__ = ["Learning", "Match", "Segment"]
 
 
 @dataclass(frozen=True)
 class Learning:
-    """Training of a network on the real data, by SGD on the weighted mean loss of a batch.
+    """How a loop trains its networks on the real data: SGD on the weighted mean loss of a batch.
 
     Attributes:
         rate: learning rate, divided by 1 - momentum.
         batch: samples per step.
-        network: CPU generator -> a copy of one of the networks as they are.
+        network: CPU generator -> a copy of one of the networks in their current state.
     """
 
     rate: float
@@ -32,28 +30,28 @@ class Learning:
 
 @dataclass
 class Match:
-    """What :meth:`Callback.on_match` sees of one matching step.
+    """One matching step, as :meth:`Callback.on_match` gets it.
 
     Attributes:
-        loss: the matching loss, a scalar; with its graph where a callback wants one (a loop may detach it otherwise).
-        weights: float32 [N], zeros that were added to the samples' weights: a leaf that requires grad if a callback
-            asked for it, so that ``grad(..., weights)[indices]`` is the derivative in each drawn sample's weight.
+        loss: the matching loss, a scalar. It has its graph if a callback wants one; otherwise it may be detached.
+        weights: float32 [N], zeros that were added to the samples' weights. If a callback wants the graph it is a leaf
+            that requires grad: ``grad(..., weights)[indices]`` is then the derivative in each drawn sample's weight.
         indices: int64 [B], positions of the real samples.
         synthetic: the tensors that the loss updates (images [M,C,H,W] first).
         synthetic_labels: int64 [M] or soft float [M,K].
         network: the network on which the statistic was matched.
         iteration: 0-based.
         kind: "distribution" (class means of embeddings) or "gradient" (class gradients).
-        fresh_network: makes another network of the same kind from a CPU generator, or None where the loop cannot.
-        data: the real data, or None where attach() got labels only.
-        expand: (images, labels) -> the images and labels that the network sees, where they are not the synthetic ones
-            themselves (IDM); differentiable and linear in the images.
+        fresh_network: CPU generator -> another network of the same kind, or None if the loop cannot make one.
+        data: the real data, or None if attach() got labels only.
+        expand: (images, labels) -> the images and labels that the network sees, if they are not the synthetic ones
+            themselves (IDM). Differentiable and linear in the images.
         last: whether the iteration ends with this match. A loop that updates class after class (IDM's public script)
-            has one match for each, with the samples of that class.
-        distance: of a gradient match: (synthetic gradients, real gradients), one tensor for each parameter of the
-            network -> scalar, or None where the loop does not tell.
-        learning: how the loop trains its networks on the real data with the samples' weights, or None where it does
-            not (IDM does).
+            has one match for each class, with the samples of that class.
+        distance: for gradient matching: (synthetic gradients, real gradients), one tensor for each parameter of the
+            network -> scalar. None if the loop does not give it.
+        learning: how the loop trains its networks on the real data with the samples' weights, or None if it does not.
+            IDM does.
     """
 
     loss: Tensor
@@ -74,23 +72,23 @@ class Match:
 
 @dataclass
 class Segment:
-    """What :meth:`Callback.on_segment` sees of one trajectory-matching step.
+    """One step of trajectory matching, as :meth:`Callback.on_segment` gets it.
 
     Attributes:
-        loss: the matching loss, a scalar; with its graph where a callback wants one (a loop may detach it otherwise).
+        loss: the matching loss, a scalar. It has its graph if a callback wants one; otherwise it may be detached.
         start: float32 [P], flat parameters at which the student starts.
-        target: float32 [P], flat parameters of the expert; a leaf that requires grad if a callback asked for it.
+        target: float32 [P], flat parameters of the expert; a leaf that requires grad if a callback wants the graph.
         synthetic: the tensors that the loss updates (images first; learning rate and soft labels after it).
         synthetic_labels: int64 [M] or soft float [M,K].
         network: the architecture, for functional calls.
-        expert: index of the expert.
+        expert: index of the expert; -1 if unknown.
         start_epoch: the epoch at which the segment starts.
         epochs: its length.
-        iteration: 0-based.
+        iteration: 0-based; the hook sets it.
         expert_lr: learning rate of the expert along the segment, or None if unknown.
-        checkpoints: flat parameters [epochs+1, P] along the segment, where the loop has them.
-        data: the real data, or None where attach() got labels only; the hook sets it.
-        direction: float32 [P], dM/dtarget as a method summed it over ``on_segment_term``, in loops that fire it.
+        checkpoints: flat parameters [epochs+1, P] along the segment, if the loop has them.
+        data: the real data, or None if attach() got labels only; the hook sets it.
+        direction: float32 [P], dM/dtarget summed by a method over ``on_segment_term``, in loops that fire it.
     """
 
     loss: Tensor

@@ -1,7 +1,7 @@
 """Methods found by name through the entry-point group ``tad_plugin.methods``.
 
-Ours are registered the same way as a stranger's: a package that names a Callback in that group can
-be used as ``attach("its-name")`` without a change here.
+Our methods are registered in the same way as those of other packages. If a package names a Callback in that group,
+``attach("its-name")`` finds it without a change here.
 """
 
 from __future__ import annotations
@@ -38,49 +38,35 @@ def load_method(name: str) -> type[Callback]:
     entries = _entries()
     if name not in entries:
         if not entries:
-            raise ConfigError(
-                explain(
-                    f"the entry points of group {GROUP!r}",
-                    "none",
-                    "Install the package (pip install -e .), not only put it on the path",
-                )
-            )
+            do = "Install the package (pip install -e .); it is not enough to put it on the path"
+            raise ConfigError(explain(f"the entry points of group {GROUP!r}", "none", do))
         raise unknown_name("method", name, ["none", *entries])
     try:
         cls = entries[name].load()
     except MissingExtraError:
         raise
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            explain(
-                f"the method {name!r} to be importable from {entries[name].value!r}",
-                f"{type(error).__name__}: {error}",
-                "Install or mend the package that provides it",
-            )
-        ) from error
+        expected = f"the method {name!r} to be importable from {entries[name].value!r}"
+        do = "Install or repair the package that provides it"
+        raise ConfigError(explain(expected, f"{type(error).__name__}: {error}", do)) from error
     if not (isinstance(cls, type) and issubclass(cls, Callback)):
-        raise ConfigError(
-            explain(
-                f"a Callback class behind the method {name!r}",
-                repr(cls),
-                f"Correct the entry point {entries[name].value!r}",
-            )
-        )
+        do = f"Correct the entry point {entries[name].value!r}"
+        raise ConfigError(explain(f"a Callback class behind the method {name!r}", repr(cls), do))
     return cls
 
 
 def method_names(method: str) -> list[str]:
-    """ "tad+iwd" -> ["tad", "iwd"]; "none" or "" -> []. The names are not checked."""
+    """ "a+b" -> ["a", "b"]; "none" or "" -> []. The names are not checked."""
     return [] if method in ("none", "") else [n.strip() for n in method.split("+")]
 
 
 def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0) -> list[Callback]:
-    """The callbacks of "none", "tad", "tad+iwd"..., in the order given.
+    """The callbacks of "none", "a", "a+b"..., in the order given.
 
     Args:
         method: names joined by "+", or "none".
-        settings: method name -> its settings; a name that is not in ``method`` is an error.
-        seed: each callback's generator is seeded with it and with its position.
+        settings: method name -> its settings. Only names in ``method``, and "scorer", are allowed.
+        seed: with its position it seeds the generator of each callback.
 
     Raises:
         UnknownNameError: an unknown method.
@@ -94,11 +80,6 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
     settings = dict(settings or {})
     extra = sorted(set(settings) - set(names) - {"scorer"})
     if extra:
-        raise ConfigError(
-            explain(
-                f"settings for {', '.join([*names, 'scorer'])}",
-                f"some for {', '.join(extra)}",
-                "Remove them, or add the method",
-            )
-        )
+        expected, got = f"settings for {', '.join([*names, 'scorer'])}", f"settings for {', '.join(extra)}"
+        raise ConfigError(explain(expected, got, "Remove them, or add the method"))
     return [load_method(n).from_settings(settings.get(n), seed=method_seed(seed, i)) for i, n in enumerate(names)]

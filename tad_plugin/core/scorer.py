@@ -1,12 +1,13 @@
-"""The scorer: a network trained on the real data, whose losses and features methods read.
+"""The scorer: a network trained on the real data, whose losses and features methods read. [ours]
 
-MTT and DATM have one already (the expert in training), and so has IDM. For loops that train
-nothing on real data (DM, DC) the hook trains this small one before distillation [METHODS 1.1].
+MTT and DATM have such a network already: the expert in training. So has IDM. DM and DC train nothing on real data,
+so the hook trains this small network before distillation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
 from tad_plugin.nn.training import EpochTrainer
+from tad_plugin.utils.seeds import seeded_generator
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
 
@@ -33,7 +36,7 @@ class Scores:
 
 
 def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward pass; features are the input of the network's last ``nn.Linear``, so foreign networks work too.
+    """One forward pass. Features are the input of the last ``nn.Linear``, so that any such network works.
 
     Returns:
         (features [B,D], logits [B,K]).
@@ -46,9 +49,8 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
         if isinstance(module, nn.Linear):
             last = module
     if last is None:
-        raise InvalidInputError(
-            explain("a network with an nn.Linear classifier", type(network).__name__, "Give it a linear last layer")
-        )
+        expected, got = "a network with an nn.Linear classifier", type(network).__name__
+        raise InvalidInputError(explain(expected, got, "Give it a linear last layer"))
     caught: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
     try:
@@ -71,7 +73,7 @@ def score_all(network: nn.Module, data: RealData) -> Scores:
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i CE_i / sum_i w_i, a scalar; 0 with a graph where every weight is 0.
+    """sum_i w_i CE_i / sum_i w_i, a scalar; 0 with a graph if every weight is 0.
 
     Args:
         logits: [B,K].
@@ -83,7 +85,7 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
 
 
 @dataclass
-class ScorerConfig:
+class ScorerConfig(Settings):
     """Settings of the plugin's own scorer [ours].
 
     Attributes:
@@ -100,30 +102,23 @@ class ScorerConfig:
         refresh_every: iterations of distillation between further epochs; 0 never.
     """
 
-    network: str = "convnet"
-    width: int = 32
-    depth: int = 0
-    norm: str = "instance"
-    epochs: int = 10
-    batch_size: int = 0
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: str = "auto"
-    refresh_every: int = 0
+    prefix: ClassVar[str] = "scorer."
 
-    def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 0), ("width", 1), ("depth", 0), ("refresh_every", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    explain(f"scorer.{name} of at least {low}", str(getattr(self, name)), "Correct the setting")
-                )
-        if not self.lr > 0:
-            raise ConfigError(explain("scorer.lr above 0", str(self.lr), "Correct the setting"))
+    network: str = "convnet"
+    width: int = setting(32, at_least=1)
+    depth: int = setting(0, at_least=0)
+    norm: str = "instance"
+    epochs: int = setting(10, at_least=1)
+    batch_size: int = setting(0, at_least=0)
+    lr: float = setting(0.02, above=0)
+    momentum: float = setting(0.9, at_least=0, below=1)
+    weight_decay: float = setting(5e-4, at_least=0)
+    augment: str = "auto"
+    refresh_every: int = setting(0, at_least=0)
 
 
 class Scorer(EpochTrainer):
-    """Trains a network on the real data with the state's targets and weights, firing the scorer events.
+    """Trains a network on the real data with the state's targets and training weights. Fires the scorer events.
 
     Args:
         data: the real data.
@@ -134,7 +129,7 @@ class Scorer(EpochTrainer):
     def __init__(self, data: RealData, config: ScorerConfig | None = None, *, seed: int = 0) -> None:
         self.data = data
         self.config = config = config or ScorerConfig()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded_generator(seed)
         shape = data.images.shape
         flat = data.images.ndim == 2
         size = int(shape[-1])
@@ -157,9 +152,9 @@ class Scorer(EpochTrainer):
         self.epoch = 0
 
     def run_epoch(self, state: SampleState, events: CallbackList) -> float:
-        """One epoch; fires on_scorer_batch for each batch and on_scorer_epoch at the end; returns the mean loss.
+        """Trains one epoch. Fires on_scorer_batch for each batch and on_scorer_epoch at the end. Returns the mean loss.
 
-        Samples that are not trusted weigh 0 in the cross-entropy and still take part in what callbacks add.
+        Samples that are not trusted weigh 0 in the cross-entropy. They still take part in the terms that callbacks add.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -168,12 +163,11 @@ class Scorer(EpochTrainer):
         self.network.train()
         order = torch.randperm(n, generator=self.generator).to(self.data.images.device)
         batches = order.split(config.batch_size or max(8, min(128, n // 50)))
-        # The mean 1 of the state's weights holds over the trusted samples only.
-        effective = state.weight * state.trusted
+        weights = state.training_weights()
         total = 0.0
         for step, indices in enumerate(batches):
             progress = min(1.0, (self.epoch + step / len(batches)) / config.epochs)
-            # Refreshes after the schedule go on with a small constant rate.
+            # Refreshes after the schedule continue with a small constant rate.
             rate = config.lr * max(0.05, 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi)))))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -181,16 +175,12 @@ class Scorer(EpochTrainer):
             if self.augmentation.strategies:
                 images = self.augmentation(images, generator=self.generator)
             logits = self.network(images)
-            loss = weighted_cross_entropy(logits, state.target[indices], effective[indices])
+            loss = weighted_cross_entropy(logits, state.target[indices], weights[indices])
             loss = events.scorer_batch(state, indices, logits, loss)
             if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(
-                    explain(
-                        "a finite scorer loss",
-                        f"{float(loss.detach())} in epoch {self.epoch}",
-                        "Lower scorer.lr, and check the images for NaN",
-                    )
-                )
+                got = f"{float(loss.detach())} in epoch {self.epoch}"
+                do = "Lower scorer.lr, and check the images for NaN"
+                raise NonFiniteError(explain("a finite scorer loss", got, do))
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -206,5 +196,5 @@ def _strategy(name: str, data: RealData) -> str:
         return name
     if data.images.ndim != 4:
         return ""
-    # A mirrored digit is no digit; turning and stretching it a little takes the mirror's place.
+    # A mirrored digit is no digit. Small rotations and scalings replace the flip.
     return "crop_scale_rotate" if data.dataset.lower() in ("digits", "mnist", "svhn") else "crop_flip"

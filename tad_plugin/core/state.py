@@ -1,7 +1,6 @@
 """SampleState: which real samples count, with what label, and how much.
 
-One object per real dataset. Methods write it, loops read it, and nothing else passes between them.
-This module imports no method and no loop.
+One object per real dataset. Methods write it and loops read it. It is the only thing that they share.
 """
 
 from __future__ import annotations
@@ -13,32 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
 from tad_plugin.data.labels import check_labels, label_digest
+from tad_plugin.data.real import RealData
 from tad_plugin.errors import (
     EmptyClassError,
-    FileFormatError,
     InvalidInputError,
+    InvalidLabelsError,
     StateMismatchError,
     explain,
     unknown_name,
 )
-from tad_plugin.utils.tensor_file import TensorFile
 
-__all__ = ["SampleState", "check_labels", "label_digest"]
+__all__ = ["SampleState"]
 
 
 class SampleState:
-    """What is believed of each of N real samples; all tensors are indexed by position in the dataset.
+    """Label, weight and trust of each of N real samples; all tensors are indexed by position in the dataset.
 
     Attributes:
         observed: int64 [N], the labels as given. Never changes.
         target: int64 [N], the label that a loop trains on; starts as ``observed``.
-        weight: float32 [N], >= 0, how much the sample counts; starts at 1.
+        weight: float32 [N], >= 0, how much the sample counts; starts at 1. Use :meth:`weights` in a matching loss and
+            :meth:`training_weights` in a training loss.
         trusted: bool [N], whether loops may draw it; starts True.
         trust: float32 [N] in [0, 1], posterior of being correctly labelled; starts at 1.
 
-    A callback adds tensors of its own with :meth:`register`. With the starting values every loop
-    gives the baseline's result bit for bit.
+    A callback adds tensors of its own with :meth:`register`. With the starting values every loop gives the
+    baseline's result bit for bit.
 
     Args:
         labels: integers [N] in [0, num_classes).
@@ -51,7 +52,7 @@ class SampleState:
         EmptyClassError: a class has no sample.
     """
 
-    FIELDS = ("target", "weight", "trusted", "trust")
+    FIELDS = FIELDS
 
     def __init__(
         self,
@@ -62,45 +63,48 @@ class SampleState:
         allow_empty: bool = False,
     ) -> None:
         observed = check_labels(labels, num_classes)
-        if device is not None:
-            observed = observed.to(device)
+        self._begin(observed if device is None else observed.to(device), num_classes, allow_empty)
+
+    @classmethod
+    def of(cls, data: RealData, *, allow_empty: bool = False) -> SampleState:
+        """The state of ``data`` on its device. RealData has checked the labels, so they are not checked again.
+
+        Raises:
+            EmptyClassError: a class has no sample and ``allow_empty`` is False.
+        """
+        state = cls.__new__(cls)
+        state._begin(data.labels, data.num_classes, allow_empty)
+        return state
+
+    def _begin(self, observed: Tensor, num_classes: int, allow_empty: bool) -> None:
         counts = torch.bincount(observed, minlength=num_classes)
         if not allow_empty and bool((counts == 0).any()):
-            missing = (counts == 0).nonzero().flatten().tolist()
-            raise EmptyClassError(
-                explain(
-                    f"at least one sample in each of {num_classes} classes",
-                    f"no sample of class {', '.join(map(str, missing))}",
-                    "Remove the class and renumber the labels, or load more data",
-                )
-            )
+            missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
+            expected = f"at least one sample in each of {num_classes} classes"
+            do = "Remove the class and renumber the labels, or load more data"
+            raise EmptyClassError(explain(expected, f"no sample of class {missing}", do))
         self.num_classes = num_classes
         self.observed = observed.clone()
         self.digest = label_digest(observed)
-        n, where = len(observed), observed.device
         self.target = observed.clone()
+        n, where = len(observed), observed.device
         self.weight = torch.ones(n, dtype=torch.float32, device=where)
         self.trusted = torch.ones(n, dtype=torch.bool, device=where)
         self.trust = torch.ones(n, dtype=torch.float32, device=where)
         self._extra: dict[str, Tensor] = {}
-        # What each factor of the weight was set to, by method: weights multiply (TAD's, then IWD's).
+        # Each method's factor of the weight. Factors multiply.
         self._factors: dict[str, Tensor] = {}
         self._version = 0
         self._pools: tuple[int, list[Tensor]] | None = None
 
     # -- description -------------------------------------------------------------------------------
     @property
-    def num_samples(self) -> int:
-        """N."""
-        return len(self.observed)
-
-    @property
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.observed.device
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(self.observed)
 
     def __repr__(self) -> str:
         s = self.summary()
@@ -109,7 +113,8 @@ class SampleState:
     def summary(self) -> dict[str, Any]:
         """Counts as plain numbers: samples, trusted, untrusted, relabelled, smallest_pool, effective_sample_size.
 
-        The last is a share, (sum w)^2 / (n sum w^2) over the usable samples, in (0, 1]; 0 where there is none.
+        The effective sample size is a share in (0, 1]: (sum w)^2 / (n sum w^2) over the usable samples. It is 0 if
+        no sample is usable.
         """
         usable = self.usable()
         w = self.weight[usable].double()
@@ -131,27 +136,18 @@ class SampleState:
         trusted: Tensor | None = None,
         trust: Tensor | None = None,
     ) -> None:
-        """Replaces whole fields (each [N]); the pools are rebuilt at their next use.
+        """Replaces whole fields, each [N]. The pools are rebuilt at their next use.
 
         Raises:
             InvalidInputError: a wrong shape, or a trust outside [0, 1].
-            InvalidLabelsError: a target out of range.
+            InvalidLabelsError: a target of a wrong shape or type, or out of range.
         """
         if target is not None:
-            self.target.copy_(check_labels(target, self.num_classes, len(self), "target"))
+            self.target.copy_(self._checked("target", target, torch.int64, self.num_classes - 1, InvalidLabelsError))
         if trusted is not None:
-            self.trusted.copy_(self._checked(trusted, "trusted").to(torch.bool))
+            self.trusted.copy_(self._checked("trusted", trusted, torch.bool, 1))
         if trust is not None:
-            values = self._checked(trust, "trust").float()
-            if bool(((values < 0) | (values > 1) | ~torch.isfinite(values)).any()):
-                raise InvalidInputError(
-                    explain(
-                        "`trust` in [0, 1]",
-                        f"values from {float(values.min())} to {float(values.max())}",
-                        "Pass a posterior",
-                    )
-                )
-            self.trust.copy_(values)
+            self.trust.copy_(self._checked("trust", trust, torch.float32, 1))
         self._version += 1
 
     def set_weights(self, factor: str, values: Tensor) -> None:
@@ -166,21 +162,15 @@ class SampleState:
         Raises:
             InvalidInputError: a wrong shape, negative or non-finite values.
         """
-        values = self._checked(values, "weights").float()
-        if bool((~torch.isfinite(values) | (values < 0)).any()):
-            bad = int((~torch.isfinite(values) | (values < 0)).nonzero()[0])
-            raise InvalidInputError(
-                explain(
-                    "finite weights >= 0",
-                    f"{float(values[bad])} at position {bad}",
-                    "Check the method that computed them",
-                )
-            )
-        self._factors[factor] = values.detach().clone()
+        largest = torch.finfo(torch.float32).max
+        self._factors[factor] = self._checked("weights", values, torch.float32, largest).clone()
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        """Recomputes ``weight`` from the factors, with mean 1 over each class's trusted samples (0/0 gives 1)."""
+        """Recomputes ``weight`` from the factors, with mean 1 over each class's trusted samples.
+
+        Call it after ``trusted`` or ``target`` changed. A class whose trusted samples all weigh 0 gets weight 1.
+        """
         product = torch.ones_like(self.weight)
         for values in self._factors.values():
             product = product * values
@@ -191,23 +181,33 @@ class SampleState:
         scale = torch.where(
             total > 0, count / total.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(total)
         )
-        # A class whose every weight vanished would divide by zero: it counts evenly instead.
+        # A class without any weight would divide by zero. It counts evenly instead.
         product = torch.where((total > 0)[self.target], product * scale[self.target], torch.ones_like(product))
         self.weight.copy_(product)
         self._version += 1
 
-    def _checked(self, values: Tensor, name: str) -> Tensor:
+    def _checked(
+        self, name: str, values: Tensor, dtype: torch.dtype, high: float, error: type[Exception] = InvalidInputError
+    ) -> Tensor:
+        """``values`` as ``dtype`` on this device, after a check of shape, kind and range [0, high]. NaN fails."""
         values = torch.as_tensor(values, device=self.device).detach()
         if values.shape != (len(self),):
-            raise InvalidInputError(
-                explain(f"`{name}` of shape [{len(self)}]", f"shape {list(values.shape)}", "Pass one value per sample")
-            )
+            expected, got = f"`{name}` of shape [{len(self)}]", f"shape {list(values.shape)}"
+            raise error(explain(expected, got, "Pass one value per sample"))
+        if dtype == torch.int64 and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+            raise error(explain(f"integer `{name}`", f"dtype {values.dtype}", "Convert with .long()"))
+        values = values.to(dtype)
+        wrong = ~((values >= 0) & (values <= high))
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0])
+            got = f"{values[place].item()} at position {place}"
+            raise error(explain(f"`{name}` in [0, {high}]", got, "Check the method that computed it"))
         return values
 
     def register(self, name: str, values: Tensor) -> Tensor:
-        """Adds a tensor whose first dimension is N, saved and loaded with the state; returns the stored tensor.
+        """Adds a tensor with first dimension N. It is saved and loaded with the state. Returns the stored tensor.
 
-        A name that exists already keeps its values (so a resumed callback finds its own).
+        A name that exists already keeps its values, so a resumed callback finds its own.
 
         Raises:
             InvalidInputError: the first dimension is not N, or the name is a built-in field.
@@ -217,18 +217,13 @@ class SampleState:
         if name not in self._extra:
             values = torch.as_tensor(values, device=self.device)
             if values.ndim == 0 or values.shape[0] != len(self):
-                raise InvalidInputError(
-                    explain(
-                        f"`{name}` with first dimension {len(self)}",
-                        f"shape {list(values.shape)}",
-                        "Pass one row per sample",
-                    )
-                )
+                expected, got = f"`{name}` with first dimension {len(self)}", f"shape {list(values.shape)}"
+                raise InvalidInputError(explain(expected, got, "Pass one row per sample"))
             self._extra[name] = values.detach().clone()
         return self._extra[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of that name: a field, ``observed``, or one that a callback registered; else UnknownNameError."""
+        """A field, ``observed``, or a tensor that a callback registered. Raises UnknownNameError for another name."""
         if name in (*self.FIELDS, "observed"):
             tensor: Tensor = getattr(self, name)
             return tensor
@@ -244,8 +239,12 @@ class SampleState:
         """Bool [N]: trusted, and with a weight above zero."""
         return self.trusted & (self.weight > 0)
 
+    def untouched(self) -> bool:
+        """True if every sample is trusted, weighs 1 and has its observed label as target."""
+        return bool((self.trusted & (self.weight == 1) & (self.target == self.observed)).all())
+
     def pools(self) -> list[Tensor]:
-        """For each class the int64 indices of usable samples with that target, ascending. Cached until a write."""
+        """One tensor per class: int64 indices of its usable samples, ascending. Cached until the next write."""
         if self._pools is None or self._pools[0] != self._version:
             usable = self.usable()
             self._pools = (
@@ -265,7 +264,7 @@ class SampleState:
         return self.pools()[c]
 
     def sample(self, c: int, n: int, generator: torch.Generator) -> Tensor:
-        """Up to n indices of class c, drawn without replacement (a smaller pool gives all of it, shuffled).
+        """Up to n indices of class c, drawn without replacement. A smaller pool is returned whole and shuffled.
 
         The draw is one CPU permutation of the pool, so a CPU and a CUDA state draw the same samples.
 
@@ -281,21 +280,17 @@ class SampleState:
         if n < 1:
             raise InvalidInputError(explain("n of at least 1", str(n), "Ask for at least one sample"))
         if len(pool) == 0:
-            raise EmptyClassError(
-                explain(
-                    f"a usable sample of class {c}",
-                    "an empty pool",
-                    "Lower the threshold or raise min_per_class of the method",
-                )
-            )
+            do = "Lower the threshold or raise min_per_class of the method"
+            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
         order = torch.randperm(len(pool), generator=generator)[:n]
         return pool[order.to(pool.device)]
 
     def weights(self, indices: Tensor) -> Tensor:
-        """Weights of a batch, float32 [B], with mean 1 over the batch's samples of each target class.
+        """Weights for a matching loss: float32 [B], mean 1 over the batch's samples of each target class.
 
-        An untrusted sample weighs 0. A class whose trusted samples in the batch all weigh 0 counts them evenly, and a
-        class without a trusted sample in the batch drops out. Trusted samples of equal weight give exactly 1.
+        With mean 1 each class keeps its share of the loss. An untrusted sample weighs 0. If all trusted samples of a
+        class in the batch weigh 0, they count evenly. A class without a trusted sample in the batch drops out.
+        Trusted samples of equal weight give exactly 1.
         """
         w, inside = self.weight[indices], self.trusted[indices]
         if bool((inside & (w == w[:1])).all()):
@@ -312,6 +307,15 @@ class SampleState:
         scale = torch.bincount(y, minlength=k).double() / per_class(own).clamp_min(1e-300)
         return torch.where(inside, (own * scale[y]).float(), torch.zeros_like(w))
 
+    def training_weights(self, indices: Tensor | None = None) -> Tensor:
+        """Weights for a loss that trains a network on real data: float32 [B], ``weight``, or 0 if not trusted.
+
+        They are not rescaled in the batch. None stands for all samples.
+        """
+        if indices is None:
+            return self.weight * self.trusted
+        return self.weight[indices] * self.trusted[indices]
+
     def targets(self, indices: Tensor) -> Tensor:
         """Target labels of a batch, int64 [B]."""
         return self.target[indices]
@@ -327,15 +331,15 @@ class SampleState:
             "factors": {k: v.clone() for k, v in self._factors.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave.
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the given state") -> None:
+        """Restores :meth:`state_dict`. ``source`` names it in messages.
 
         Raises:
             StateMismatchError: it belongs to data with other observed labels.
         """
         digest, k = str(state["digest"]), int(state["num_classes"])
         if digest != self.digest or k != self.num_classes:
-            _mismatch(self.num_classes, self.digest, k, digest, "the given state")
+            _mismatch(self.num_classes, self.digest, k, digest, source)
         for name in self.FIELDS:
             getattr(self, name).copy_(state[name])
         self._extra = {k: v.to(self.device).clone() for k, v in state["extra"].items()}
@@ -347,20 +351,13 @@ class SampleState:
 
         The header holds format, version, num_classes, the label hash and ``configs`` (method name -> settings).
         """
-        tensors = {"observed": self.observed, **{name: getattr(self, name) for name in self.FIELDS}}
-        tensors |= {f"extra/{k}": v for k, v in self._extra.items()}
-        tensors |= {f"factors/{k}": v for k, v in self._factors.items()}
-        header = {"num_classes": self.num_classes, "digest": self.digest, "configs": dict(configs or {})}
-        _FILE.write(path, tensors, header)
+        state = {**self.state_dict(), "observed": self.observed}
+        write_state_file(path, state, dict(configs or {}))
 
     @classmethod
     def read_header(cls, path: str | Path) -> dict[str, Any]:
-        """The JSON header of a state file.
-
-        Raises:
-            FileFormatError: missing, truncated, or not a state file of a version that this package reads.
-        """
-        return _read(path)[0]
+        """The JSON header of a state file. Raises FileFormatError if it is missing or damaged."""
+        return read_state_file(path)[0]
 
     @classmethod
     def load(
@@ -377,46 +374,22 @@ class SampleState:
             FileFormatError: missing, truncated, or not a state file.
             StateMismatchError: it belongs to other labels; both hashes are shown.
         """
-        header, tensors = _read(path)
-        theirs, k = str(header["digest"]), int(header["num_classes"])
-        if labels is not None and label_digest(torch.as_tensor(labels)) != theirs:
-            _mismatch(k, label_digest(torch.as_tensor(labels)), k, theirs, f"the file {path}")
-        # An empty class was either accepted when the state was made, or refused then.
-        where = tensors["observed"] if labels is None else torch.as_tensor(labels)
-        state = cls(where, k, device=device, allow_empty=True)
-        groups: dict[str, dict[str, Tensor]] = {"extra": {}, "factors": {}}
-        for key, value in tensors.items():
-            group, _, name = key.partition("/")
-            if group in groups:
-                groups[group][name] = value
-        fields = {name: tensors[name] for name in cls.FIELDS}
-        state.load_state_dict({"digest": theirs, "num_classes": k, **fields, **groups})
+        _, saved = read_state_file(path)
+        observed = saved["observed"] if labels is None else torch.as_tensor(labels)
+        k, own = int(saved["num_classes"]), label_digest(observed)
+        if own != saved["digest"]:
+            _mismatch(k, own, k, saved["digest"], f"the file {path}")
+        # Whether a class may be empty was decided when the state was made.
+        state = cls(observed, k, device=device, allow_empty=True)
+        state.load_state_dict(saved)
         return state
 
 
-_FILE = TensorFile(
-    "tad_plugin.state",
-    "a state file",
-    "Pass the file that SampleState.save wrote, or delete it and let the method compute it anew",
-    tensors=("observed", *SampleState.FIELDS),
-    fields=("digest", "num_classes", "configs"),
-)
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    header, tensors = _FILE.read(path)
-    if label_digest(tensors["observed"]) != header["digest"]:
-        got = f"another one in {path}"
-        raise FileFormatError(explain("labels that match the header's label hash", got, _FILE.way_out))
-    return header, tensors
-
-
 def _mismatch(num_classes: int, digest: str, their_classes: int, theirs: str, source: str) -> None:
-    raise StateMismatchError(
-        explain(
-            f"a state for {num_classes} classes with label hash {digest[:16]}",
-            f"{their_classes} classes with label hash {theirs[:16]} in {source}",
-            "Load the data with the same files, order, --per_class and noise (kind, rate, seed) as when the state"
-            " was written, or start without this state",
-        )
+    expected = f"a state for {num_classes} classes with label hash {digest[:16]}"
+    got = f"{their_classes} classes with label hash {theirs[:16]} in {source}"
+    do = (
+        "Load the data with the files, order, --per_class and noise (kind, rate, seed) that the state was written"
+        " with, or start without this state"
     )
+    raise StateMismatchError(explain(expected, got, do))

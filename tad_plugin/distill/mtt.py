@@ -355,5 +355,5 @@ def _digest(hook: Hook | None) -> str:
     if hook is None or not hook.enabled:
         return ""
     state: SampleState = hook.state
-    parts = (state.target, (state.weight * state.trusted).float())
+    parts = (state.target, state.training_weights())
     return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in parts)).hexdigest()

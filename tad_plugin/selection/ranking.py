@@ -56,7 +56,7 @@ def train_logits(
     """
     training = data if on is None else data.subset(on)
     # A fold may lose a small class altogether.
-    state = SampleState(training.labels, data.num_classes, allow_empty=True)
+    state = SampleState.of(training, allow_empty=True)
     scorer = Scorer(training, config, seed=seed)
     kept: list[Tensor] = []
     for epoch in range(config.epochs):

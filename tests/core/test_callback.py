@@ -105,9 +105,9 @@ def test_an_observer_reads_copies_and_cannot_write() -> None:
     view["weight"].zero_()
     view.weight.zero_()
     assert torch.equal(state.weight, torch.ones(2)) and view.summary() == state.summary()
-    with pytest.raises(AttributeError, match="reading only, but got an assignment to 'weight'. Make it a Callback"):
+    with pytest.raises(AttributeError, match="'weight'"):
         view.weight = torch.zeros(2)
-    with pytest.raises(AttributeError, match="a tensor of the state, but got 'update'"):
+    with pytest.raises(AttributeError, match="'update'"):
         view.update(trusted=torch.zeros(2))
 
 
@@ -127,7 +127,7 @@ def test_an_observer_with_the_hook_changes_no_bit() -> None:
 
 def test_a_checkpoint_of_other_methods_is_refused() -> None:
     events = CallbackList([Callback()])
-    with pytest.raises(ConfigError, match="Attach the same methods in the same order"):
+    with pytest.raises(ConfigError, match="0:tad"):
         events.load_state_dict({"0:tad": {}})
 
 

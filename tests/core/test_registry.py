@@ -60,16 +60,16 @@ def test_callbacks_come_in_the_order_given_with_settings_and_seeds_of_their_own(
 @pytest.mark.parametrize(
     ("method", "settings", "error", "message"),
     [
-        ("tadd", {}, UnknownNameError, "Expected a method out of .*tad.*, but got 'tadd'. Did you mean 'tad'"),
-        ("tad++iwd", {}, UnknownNameError, "but got ''"),
-        ("random+random", {}, ConfigError, "each method once"),
-        ("tad+none", {}, ConfigError, '"none" alone'),
-        ("random", {"tad": {}}, ConfigError, "settings for random, scorer, but got some for tad. Remove them"),
-        ("random", {"random": {"kep": 1}}, ConfigError, "settings of the method 'random' out of keep, but got kep"),
-        ("random", {"random": 3}, ConfigError, "a mapping of settings of the method 'random', but got 3"),
-        ("random", {"random": {"keep": "many"}}, ConfigError, "of the right types, but got keep='many'"),
-        ("random", {"random": {"keep": 2}}, ConfigError, r"keep in \(0, 1\]"),
-        ("oracle", {"oracle": {"x": 1}}, ConfigError, "no settings for 'oracle', but got x"),
+        ("tadd", {}, UnknownNameError, "tadd.*'tad'"),
+        ("tad++iwd", {}, UnknownNameError, "''"),
+        ("random+random", {}, ConfigError, "random\\+random"),
+        ("tad+none", {}, ConfigError, r"tad\+none"),
+        ("random", {"tad": {}}, ConfigError, "tad"),
+        ("random", {"random": {"kep": 1}}, ConfigError, "'random'.*keep.*kep"),
+        ("random", {"random": 3}, ConfigError, "'random'.* 3"),
+        ("random", {"random": {"keep": "many"}}, ConfigError, "keep.*many"),
+        ("random", {"random": {"keep": 2}}, ConfigError, "keep.* 2"),
+        ("oracle", {"oracle": {"x": 1}}, ConfigError, "'oracle'.* x"),
     ],
 )
 def test_mistakes_are_named(method: str, settings: dict[str, Any], error: type, message: str) -> None:
@@ -84,9 +84,9 @@ def test_a_strangers_method_is_used_like_ours(strangers: None) -> None:
 
 def test_a_broken_entry_point_is_named(strangers: None) -> None:
     for name, message in (
-        ("gone", "the method 'gone' to be importable from 'no_such_package:Thing'.*no_such_package"),
-        ("lost", "importable from 'stranger_package:Thing'"),
-        ("number", "a Callback class behind the method 'number', but got 3"),
+        ("gone", "'gone'.*no_such_package:Thing"),
+        ("lost", "stranger_package:Thing"),
+        ("number", "'number'.* 3"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_method(name)
@@ -94,7 +94,7 @@ def test_a_broken_entry_point_is_named(strangers: None) -> None:
 
 def test_a_package_that_is_only_on_the_path_is_told_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entries", dict)
-    with pytest.raises(ConfigError, match="entry points of group 'tad_plugin.methods', but got none. Install"):
+    with pytest.raises(ConfigError, match="tad_plugin.methods"):
         load_method("tad")
 
 

@@ -58,7 +58,7 @@ def test_features_are_the_input_of_the_classifier() -> None:
     features, logits = features_and_logits(theirs, images)
     assert torch.equal(features, theirs.body(images).flatten(1)) and torch.equal(theirs.head(features), logits)
     assert not theirs.head._forward_pre_hooks  # nothing is left behind
-    with pytest.raises(InvalidInputError, match=r"an nn.Linear classifier, but got Conv2d"):
+    with pytest.raises(InvalidInputError, match="Conv2d"):
         features_and_logits(nn.Conv2d(1, 3, 8), images)
 
 
@@ -188,20 +188,18 @@ def test_flat_small_and_large_images_are_served(shape: tuple[int, ...]) -> None:
 def test_images_that_are_not_numbers_stop_the_scorer() -> None:
     data, state = real()
     data.images[7] = float("nan")
-    with pytest.raises(
-        NonFiniteError, match="a finite scorer loss, but got nan in epoch 0. .*check the images for NaN"
-    ):
+    with pytest.raises(NonFiniteError, match="nan"):
         Scorer(data, SMALL).run_epoch(state, CallbackList())
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"images": torch.zeros(60, 1, 8, 8, dtype=torch.uint8)}, InvalidInputError, "a float tensor"),
-        ({"images": torch.zeros(60)}, InvalidInputError, r"\[N,C,H,W\]"),
-        ({"labels": torch.arange(60)}, InvalidLabelsError, r"in \[0, 3\)"),
-        ({"labels": torch.zeros(5, dtype=torch.int64)}, InvalidLabelsError, "length 60, but got length 5"),
-        ({"true_labels": torch.full((60,), 3)}, InvalidLabelsError, "`true_labels` in"),
+        ({"images": torch.zeros(60, 1, 8, 8, dtype=torch.uint8)}, InvalidInputError, "uint8"),
+        ({"images": torch.zeros(60)}, InvalidInputError, r"\[60\]"),
+        ({"labels": torch.arange(60)}, InvalidLabelsError, "59"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, InvalidLabelsError, "60.* 5"),
+        ({"true_labels": torch.full((60,), 3)}, InvalidLabelsError, "true_labels"),
     ],
 )
 def test_bad_data_are_named(given: dict[str, Any], error: type, message: str) -> None:
@@ -210,9 +208,15 @@ def test_bad_data_are_named(given: dict[str, Any], error: type, message: str) ->
         RealData(**{"images": images, "labels": labels, "num_classes": 3, **given})
 
 
-@pytest.mark.parametrize("given", [{"epochs": 0}, {"batch_size": -1}, {"width": 0}, {"depth": -1}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"epochs": 0}, {"batch_size": -1}, {"width": 0}, {"depth": -1}, {"lr": 0.0}, {"momentum": 1.0},
+        {"weight_decay": -1e-4}, {"refresh_every": -1}, {"epochs": "ten"}, {"lr": float("nan")},
+    ],
+)  # fmt: skip
 def test_bad_settings_are_named(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"scorer.{next(iter(given))} .*but got"):
+    with pytest.raises(ConfigError, match=f"scorer.{next(iter(given))}"):
         ScorerConfig(**given)
 
 

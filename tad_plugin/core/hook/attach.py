@@ -1,9 +1,8 @@
-"""attach(): from labels, images and a method's name to the hook of a training script."""
+"""attach(): makes the hook of a training script from labels, images and a method's name."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from tad_plugin.core.observer import Observer
 from tad_plugin.core.registry import make_callbacks
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
-from tad_plugin.data.labels import check_labels
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, InvalidInputError, explain, missing_extra
+from tad_plugin.errors import ConfigError, InvalidInputError, explain
+from tad_plugin.utils.files import read_json, read_yaml
 from tad_plugin.utils.settings import build_config
 
 __all__ = ["add_arguments", "attach"]
@@ -56,19 +55,19 @@ def attach(
         labels: observed labels of all real samples, integers [N].
         data: normalised images float32 [N,C,H,W], or a map-style dataset of (image, label) that is stacked once.
         num_classes: K; by default the largest label + 1.
-        seed: seeds the hook's, the scorer's and each method's own generator. The global ones are never touched.
+        seed: seeds the generators of the hook, the scorer and each method. The global generators are never touched.
         config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
-        true_labels: integers [N] where they are known; used by oracles and for logging only.
+        true_labels: integers [N] if they are known; used by oracles and for logging only.
         dataset: name of the dataset, for label-preserving augmentation of the scorer.
-        ipc: images per class of the synthetic set: at least that many samples per class stay trusted.
-        noise_rate: nominal share of wrong labels where the experiment set it; only the pruning rivals read it.
-        noise: "kind:rate" to corrupt ``labels`` first (they are then taken as the true ones), for experiments.
-            With it ``hook.loader`` and ``hook.criterion`` train on the corrupted labels even under "none".
-        trains_on_real: the loop trains networks on the real data through ``hook.loader``/``hook.criterion``/
-            ``hook.epoch_end``, so no scorer of the plugin's own is trained.
-        state: state file: loaded if it exists (nothing is then scored anew), and written by ``hook.finish()``.
-        device: where the networks are, if the images are elsewhere: what a method works with is copied there. By
-            default everything stays where the images are.
+        ipc: images per class of the synthetic set. At least that many samples per class stay trusted.
+        noise_rate: nominal share of wrong labels if the experiment set it; only the pruning rivals read it.
+        noise: "kind:rate" corrupts ``labels`` first, for experiments. ``labels`` are then the true labels.
+            ``hook.loader`` and ``hook.criterion`` train on the corrupted labels even under "none".
+        trains_on_real: the loop trains networks on the real data through ``hook.loader``, ``hook.criterion`` and
+            ``hook.epoch_end``. Then the plugin trains no scorer of its own.
+        state: state file. If it exists it is loaded, and nothing is scored again. ``hook.finish()`` writes it.
+        device: device of the networks, if the images are on another one. Images and state then move there, if a
+            method is on. By default everything stays on the images' device.
         observers: read-only watchers.
         log: receives each log record (a dict).
         args: a namespace with the flags of :func:`add_arguments`; explicit arguments win over it.
@@ -81,7 +80,7 @@ def attach(
     Raises:
         InvalidLabelsError, EmptyClassError, InvalidInputError: bad labels or data.
         UnknownNameError, ConfigError: unknown method, unknown or missing settings.
-        FileFormatError: ``state`` is not a whole state file.
+        FileFormatError: ``config`` cannot be read, or ``state`` is not a whole state file.
         StateMismatchError: ``state`` belongs to other data, other methods or other settings.
     """
     if args is not None:
@@ -95,28 +94,24 @@ def attach(
     observed = torch.as_tensor(labels)
     if num_classes is None:
         num_classes = int(observed.max()) + 1 if observed.numel() else 1
-    observed = check_labels(observed, num_classes)
     images = _stack(data)
     spec = NoiseSpec.parse(noise) if isinstance(noise, str) else noise
     corrupted = spec is not None and spec.kind != "none"
+    # Images [N,0] stand for "labels only". All else that is known still reaches the methods.
+    shown = images if images is not None else torch.zeros(observed.numel(), 0, device=observed.device)
+    # RealData checks images and labels, and nothing after it checks them again.
+    real = RealData(shown, observed, num_classes, None if corrupted else true_labels, dataset, noise_rate, ipc)
     if spec is not None and corrupted:
-        noisy = spec.apply(observed, num_classes, images=images, dataset=dataset or None)
-        true_labels, observed = observed, noisy.labels.to(observed.device)
-        if noise_rate is None and spec.kind not in ("human", "matrix"):
-            noise_rate = spec.rate
+        _corrupt(real, spec, images)
     settings = _read_config(config)
     callbacks = make_callbacks(method, settings, seed=seed)
     if device is not None and images is not None and callbacks:
-        images = images.to(device)
-    sample_state = SampleState(observed, num_classes, device=images.device if images is not None else None)
-    # Images [N,0] stand for "labels only": what else is known still reaches the methods.
-    shown = images if images is not None else torch.zeros(len(observed), 0, device=sample_state.device)
-    real = RealData(shown, sample_state.observed, num_classes, true_labels, dataset, noise_rate, ipc)
+        _move(real, device)
     watchers = list(observers)
-    if callbacks and true_labels is not None:
+    if callbacks and real.true_labels is not None:
         watchers += [SplitDiagnostics(), InfluenceDiagnostics()]
     hook = Hook(
-        sample_state,
+        SampleState.of(real),
         real,
         callbacks,
         method=method,
@@ -142,46 +137,36 @@ def _stack(data: Tensor | Dataset[Any] | None) -> Tensor | None:
         rows = [torch.as_tensor(data[i][0]) for i in range(len(data))]  # type: ignore[arg-type]
         return torch.stack(rows).float()
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise InvalidInputError(
-            explain(
-                "`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)",
-                f"{type(data).__name__}: {error}",
-                "Stack the images first",
-            )
-        ) from error
+        expected = "`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)"
+        got = f"{type(data).__name__}: {error}"
+        raise InvalidInputError(explain(expected, got, "Stack the images first")) from error
 
 
-def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if isinstance(config, Mapping):
-        return dict(config)
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigError(explain("a YAML or JSON file of settings", f"nothing at {path}", "Check the path"))
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if path.suffix == ".json" else _yaml(text)
-    except ValueError as error:
-        raise ConfigError(explain(f"settings that parse in {path}", str(error), "Correct the file")) from error
+def _corrupt(real: RealData, spec: NoiseSpec, images: Tensor | None) -> None:
+    """Puts label noise on ``real``, whose labels become the true labels."""
+    noisy = spec.apply(real.labels, real.num_classes, images=images, dataset=real.dataset or None)
+    real.true_labels, real.labels = real.labels, noisy.labels.to(real.labels.device)
+    if real.noise_rate is None and spec.kind not in ("human", "matrix"):
+        real.noise_rate = spec.rate
+
+
+def _move(real: RealData, device: torch.device | str) -> None:
+    real.images, real.labels = real.images.to(device), real.labels.to(device)
+    if real.true_labels is not None:
+        real.true_labels = real.true_labels.to(device)
+
+
+def _read_config(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    # YAML 1.1 reads the JSON number 1e-3 as text.
+    values = (read_json if Path(config).suffix == ".json" else read_yaml)(config)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            explain("a mapping of method -> settings", f"{type(values).__name__} in {path}", "See the README's example")
-        )
+        got = f"{type(values).__name__} in {config}"
+        raise ConfigError(explain("a mapping of method -> settings", got, "See the README's example"))
     return values
-
-
-def _yaml(text: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise missing_extra("yaml", "reproduce", "a YAML settings file") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,61 +1,67 @@
-"""Which samples, with what label, how much: the part of the hook that a loop asks for each batch.
+"""Batches: the real samples that a loop draws, and their weights in a loss.
 
-A script that can only be given further lines (a patched one) cannot pass the indices of a batch to where its rows are
-averaged. It says ``hook.drawn(indices)`` where it draws, and the handles after it find the indices of their rows.
+A patched script cannot pass the indices of a batch to the place where its rows are averaged. It calls
+``hook.drawn(indices)`` where it draws. Later handles without indices find the indices of their rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
 
-__all__ = ["BatchHandles"]
+__all__ = ["Batches"]
 
 
-class BatchHandles:
-    """Base of :class:`tad_plugin.core.hook.Hook`; with no method on every handle is an identity that draws nothing."""
+class Batches:
+    """The batches since the last update of the synthetic set. With no method every handle is an identity.
 
-    state: SampleState
-    events: CallbackList
-    enabled: bool
-    generator: torch.Generator
-    iteration: int
-    _ones: Tensor
-    _offset: Tensor | None
-    _drawn: list[Tensor]
-    _noted: list[Any]
-    _lists: tuple[list[Tensor], list[list[int]]] | None = None
+    All weights here are matching weights (:meth:`SampleState.weights`).
 
-    # -- which samples -------------------------------------------------------------------------------
-    def sample(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Up to n indices (int64) of usable samples of class c, without replacement.
+    Args:
+        state: the sample state.
+        enabled: whether a method is on.
+        wants_graph: whether the weights of this iteration must carry a graph.
 
-        Args:
-            c: class.
-            n: how many.
-            generator: CPU generator of the loop; by default the hook's own, seeded by ``attach(seed=...)``.
+    Attributes:
+        noted: draws that :meth:`drawn` noted.
+        offset: float32 [N], zeros that :meth:`weights` adds; the leaf of the graph, or None without a graph.
+        weighted: indices whose weights carry the graph.
+    """
 
-        Raises:
-            EmptyClassError: the class has no usable sample.
-        """
-        return self.state.sample(c, n, self.generator if generator is None else generator)
+    def __init__(self, state: SampleState, enabled: bool, wants_graph: Callable[[], bool]) -> None:
+        self.state = state
+        self.enabled = enabled
+        self.wants_graph = wants_graph
+        self.noted: list[Any] = []
+        self.offset: Tensor | None = None
+        self.weighted: list[Tensor] = []
+        self._one = torch.ones(1, device=state.device)
+        self._lists: tuple[list[Tensor], list[list[int]]] | None = None
 
-    def pool(self, c: int) -> Tensor:
-        """Indices (int64) of usable samples with target c, ascending."""
-        return self.state.pool(c)
+    def forget(self) -> None:
+        """Forgets every draw. Called after each update of the synthetic set."""
+        self.noted, self.offset, self.weighted = [], None, []
+
+    def leaf(self) -> Tensor:
+        """The leaf of the graph, float32 [N]; zeros without a graph where no weight carries one."""
+        return torch.zeros(len(self.state), device=self.state.device) if self.offset is None else self.offset
+
+    def positions(self) -> Tensor:
+        """Indices int64 [B] of all samples whose weights carry the graph."""
+        empty = torch.zeros(0, dtype=torch.int64, device=self.state.device)
+        return torch.cat(self.weighted) if self.weighted else empty
 
     def pools(self) -> list[list[int]]:
-        """For each class the list of usable indices: a drop-in for the public codebases' ``indices_class``.
+        """Usable indices of each class: a drop-in for ``indices_class`` of the public codebases.
 
-        The lists are made anew only after a method has written the state, so a loop may ask in each iteration.
+        The lists are rebuilt only after a method has written the state, so a loop may ask in each iteration.
         """
         pools = self.state.pools()
         if self._lists is None or self._lists[0] is not pools:
@@ -63,97 +69,93 @@ class BatchHandles:
         return list(self._lists[1])
 
     def drawn(self, indices: Tensor | Sequence[int]) -> None:
-        """Notes what the script has just drawn (a tensor, an array or a list [B]), for handles called without indices.
+        """Notes a draw (a tensor, array or list [B]) for handles that are called without indices.
 
-        Forgotten after each update of the synthetic set.
+        Draws are forgotten after each update of the synthetic set.
         """
         if self.enabled:
-            self._noted.append(indices)
+            self.noted.append(indices)
 
     def kept(self, rows: Tensor | Sequence[int]) -> None:
-        """Notes that the script goes on with these rows (positions or a bool mask) of its latest draw only."""
-        if self.enabled and self._noted:
-            self._noted[-1] = torch.as_tensor(self._noted[-1], device=self.state.device)[rows]
+        """Reduces the latest noted draw to these rows (positions or a bool mask)."""
+        if self.enabled and self.noted:
+            self.noted[-1] = torch.as_tensor(self.noted[-1], device=self.state.device)[rows]
 
-    def _indices(self, count: int, indices: Tensor | Sequence[int] | None) -> Tensor:
-        """The given indices, or the latest noted ones that make up ``count`` rows; int64 on the state's device."""
-        if indices is not None:
-            if len(indices) != count:
-                raise InvalidInputError(
-                    explain(f"{count} indices", str(len(indices)), "Pass the indices of exactly these rows")
-                )
-            return torch.as_tensor(indices, device=self.state.device)
+    def indices(self, count: int, given: Tensor | Sequence[int] | None) -> Tensor:
+        """``given``, or the latest noted draws that make up ``count`` rows; int64 [count] on the state's device.
+
+        Raises:
+            InvalidInputError: another number of indices than ``count``.
+        """
+        if given is not None:
+            if len(given) != count:
+                do = "Pass the indices of exactly these rows"
+                raise InvalidInputError(explain(f"{count} indices", str(len(given)), do))
+            return torch.as_tensor(given, device=self.state.device)
         found, parts = 0, []
-        for part in reversed(self._noted):
+        for part in reversed(self.noted):
             if found >= count:
                 break
             found += len(part)
             parts.append(torch.as_tensor(part, device=self.state.device))
         if found != count or not parts:
-            raise InvalidInputError(
-                explain(
-                    f"draws noted by hook.drawn() that make up {count} rows",
-                    f"{found} indices in the latest {len(parts)}",
-                    "Call hook.drawn(indices) for each draw of the batch, in the order of its rows, or pass indices",
-                )
-            )
+            expected = f"draws noted by hook.drawn() that make up {count} rows"
+            do = "Call hook.drawn(indices) for each draw of the batch, in the order of its rows, or pass indices"
+            raise InvalidInputError(explain(expected, f"{found} indices in the latest {len(parts)}", do))
         return torch.cat(parts[::-1])
 
-    # -- what label, how much ------------------------------------------------------------------------
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Weights float32 [B] with mean 1 over the batch's samples of each class; the one line in a loop.
+        """Matching weights float32 [B], mean 1 over the batch's samples of each class; see :meth:`SampleState.weights`.
 
-        With no method on it is a view of a single 1. Where a method wants the influence of this
-        iteration, the result carries a graph.
+        Without a method it is a view of a single 1. Where a method wants the influence of this iteration, the result
+        carries a graph.
         """
         if not self.enabled:
-            return self._ones.expand(len(indices))
+            return self._one.expand(len(indices))
         index = torch.as_tensor(indices, device=self.state.device)
         w = self.state.weights(index)
-        if self.events.wants_graph(self.iteration):
-            if self._offset is None:
-                self._offset = torch.zeros(len(self.state), device=self.state.device, requires_grad=True)
-            self._drawn.append(index)
-            w = w + self._offset[index]
+        if self.wants_graph():
+            if self.offset is None:
+                self.offset = torch.zeros(len(self.state), device=self.state.device, requires_grad=True)
+            self.weighted.append(index)
+            w = w + self.offset[index]
         return w
 
-    def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Target labels int64 [B]."""
-        return self.state.targets(torch.as_tensor(indices, device=self.state.device))
+    def reweight(self, rows: Tensor, indices: Tensor | Sequence[int] | None) -> Tensor:
+        """Rows [B,...] scaled by the matching weights, so that their plain mean is the weighted mean.
 
-    def reweight(self, rows: Tensor, indices: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Rows [B,...] scaled so that a plain mean over them is the weighted mean; the same object with no method on.
+        Without a method it returns the same object.
 
         Args:
             rows: one row per real sample.
-            indices: their positions [B]; None takes the latest that :meth:`drawn` noted.
+            indices: their positions [B]; None takes the latest noted by :meth:`drawn`.
 
         Raises:
             InvalidInputError: another number of indices than of rows.
         """
         if not self.enabled:
             return rows
-        index = self._indices(len(rows), indices)
+        index = self.indices(len(rows), indices)
         return rows * self.weights(index).to(rows.device).view(-1, *[1] * (rows.ndim - 1))
 
     def weighted_loss(
-        self, loss: Tensor, logits: Tensor, labels: Tensor, indices: Tensor | Sequence[int] | None = None
+        self, loss: Tensor, logits: Tensor, labels: Tensor, indices: Tensor | Sequence[int] | None
     ) -> Tensor:
-        """The mean cross-entropy of a batch of real samples, weighted; ``loss`` itself where every weight is 1.
+        """Mean cross-entropy of a batch of real samples with the matching weights; ``loss`` itself if all are 1.
 
         Args:
-            loss: what the script computed, the scalar mean cross-entropy.
+            loss: the script's own loss, the scalar mean cross-entropy.
             logits: [B,K], with a graph.
             labels: int64 [B].
-            indices: positions [B]; None takes the latest that :meth:`drawn` noted.
+            indices: positions [B]; None takes the latest noted by :meth:`drawn`.
 
         Raises:
             InvalidInputError: another number of indices than of rows.
         """
         if not self.enabled:
             return loss
-        weights = self.state.weights(self._indices(len(logits), indices)).to(logits.device)
-        # The same bits as the baseline while nothing is weighted: another reduction would round differently.
+        weights = self.state.weights(self.indices(len(logits), indices)).to(logits.device)
+        # Another reduction would round differently. The baseline's bits must stay while nothing is weighted.
         if bool((weights == 1).all()):
             return loss
         return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
@@ -164,31 +166,31 @@ class BatchHandles:
         network: nn.Module,
         images: Tensor,
         labels: Tensor,
-        indices: Tensor | Sequence[int] | None = None,
+        indices: Tensor | Sequence[int] | None,
     ) -> list[Tensor]:
-        """The gradient of real samples that a loop matches (DC, DSA), in iterations that need it with a graph.
+        """The gradient of real samples that a loop matches (DC, DSA), with a graph where a method needs one.
 
-        The values are those of ``gradient`` to the last bit; where a method wants the influence of this iteration, a
-        second pass over the batch gives them the derivative in each sample's weight. Else ``gradient`` itself.
+        The values are those of ``gradient`` to the last bit. Where a method wants the influence of this iteration, a
+        second pass over the batch adds the derivative in each sample's matching weight.
 
         Args:
             gradient: detached gradient of the (weighted) mean cross-entropy in each parameter of the network.
-            network: in the mode in which that was taken.
+            network: in the mode in which ``gradient`` was computed.
             images: float32 [B,C,H,W], augmented as for ``gradient``.
             labels: int64 [B].
-            indices: positions [B]; None takes the latest that :meth:`drawn` noted.
+            indices: positions [B]; None takes the latest noted by :meth:`drawn`.
 
         Raises:
             InvalidInputError: another number of indices than of images, or of gradients than of parameters.
         """
         given = list(gradient)
-        if not (self.enabled and self.events.wants_graph(self.iteration)):
+        if not self.wants_graph():
             return given
-        index, parameters = self._indices(len(images), indices), list(network.parameters())
+        index, parameters = self.indices(len(images), indices), list(network.parameters())
         if len(parameters) != len(given):
-            got = f"{len(given)} gradients"
             do = "Pass one gradient for each of network.parameters(), in their order"
-            raise InvalidInputError(explain(f"gradients of {len(parameters)} parameters", got, do))
+            expected = f"gradients of {len(parameters)} parameters"
+            raise InvalidInputError(explain(expected, f"{len(given)} gradients", do))
         rows = F.cross_entropy(network(images), labels, reduction="none")
         loss = (self.weights(index).to(rows.device) * rows).mean()
         found = torch.autograd.grad(loss, parameters, create_graph=True)

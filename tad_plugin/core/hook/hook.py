@@ -1,14 +1,13 @@
-"""Hook: the seam between a loop and the methods.
+"""Hook: the object that connects a distillation loop with the methods.
 
-A script asks the hook which samples to draw, with what weights and targets; the hook asks the methods.
-With no method every handle is an identity that draws no random number.
+A script asks the hook which samples to draw, and with which weights and targets. The hook asks the methods.
+Without a method every handle is an identity and draws no random number.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -20,33 +19,38 @@ from torch.utils.data import DataLoader
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.events import Learning, Match, Segment
-from tad_plugin.core.hook.batches import BatchHandles
-from tad_plugin.core.hook.loader import BatchIndex, IndexedLoader, TrustedCriterion
-from tad_plugin.core.hook.segments import SegmentHandles
+from tad_plugin.core.hook.batches import Batches
+from tad_plugin.core.hook.checks import check_needs, new_methods, warn_undecided
+from tad_plugin.core.hook.loader import RealTraining, TrustedCriterion
+from tad_plugin.core.hook.segments import Segments
 from tad_plugin.core.observer import Observer
 from tad_plugin.core.scorer import Scorer, ScorerConfig
 from tad_plugin.core.state import SampleState
+from tad_plugin.core.state_file import read_state_file
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, StateMismatchError, TadPluginWarning, explain
+from tad_plugin.errors import ConfigError, explain
 from tad_plugin.utils.progress import bar
-from tad_plugin.utils.seeds import scorer_seed
+from tad_plugin.utils.seeds import scorer_seed, seeded_generator
 
 __all__ = ["Hook"]
 
 C = TypeVar("C")
 
 
-class Hook(BatchHandles, SegmentHandles):
-    """The seam between a loop and the methods. Made by :func:`tad_plugin.attach`.
+class Hook:
+    """Connects a loop with the methods. Made by :func:`tad_plugin.attach`.
 
     Attributes:
         state: the SampleState.
-        data: the real data, or None where there are no images (``images`` of shape [N,0] stand for "labels only").
+        data: the real data, or None without images (``images`` of shape [N,0] stand for "labels only").
         callbacks: the methods.
         enabled: False for ``attach("none")``.
         generator: CPU generator of the hook's own draws.
         iteration: updates of the synthetic set so far.
         scoring_seconds: seconds spent in scoring and in the methods' decisions so far.
+        batches: what was drawn since the last update.
+        segments: the trajectory segment that a script is reporting.
+        training: wrappers for a loop that trains networks on the real data.
     """
 
     def __init__(
@@ -68,71 +72,54 @@ class Hook(BatchHandles, SegmentHandles):
         if data is None:
             data = RealData(torch.zeros(len(state), 0), state.observed.cpu(), state.num_classes)
         self.data = data if data.images.numel() else None
-        # What on_start sees: labels, ipc and noise rate are there even where the images are not.
+        # on_start gets labels, ipc and noise rate even without images.
         self._known = data
         self.method = method
         self.callbacks = list(callbacks)
         self.enabled = bool(callbacks)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded_generator(seed)
         self.events = CallbackList(self.callbacks, list(observers), log)
         self.trains_on_real = trains_on_real
         self.scorer_config = scorer or ScorerConfig()
         self.scorer: Scorer | None = None
         self.scoring_seconds = 0.0
         self.state_path = state_path
-        self.iteration = 0
+        self.iteration, self._expert = 0, -1
+        self.batches = Batches(state, self.enabled, self.wants_graph)
+        self.segments = Segments(self.data, self.wants_graph)
+        # Labels that attach() corrupted must reach a training loop with and without a method.
+        given = data.true_labels if corrupted else state.observed
+        self.training = RealTraining(state, given, active=self.enabled or corrupted)
         self._seed = seed
         self._started = False
         self._decided = False
-        self._corrupted = corrupted
-        # Labels that attach() corrupted must reach a training loop with and without a method.
-        self._wraps = self.enabled or corrupted
-        self._index = BatchIndex()
-        self._expert = -1
-        self._student: nn.Module | None = None
-        self._segment: Segment | None = None
-        self._offset: Tensor | None = None
-        self._drawn: list[Tensor] = []
-        self._noted: list[Any] = []
-        self._ones = torch.ones(1, device=state.device)
         for callback in self.callbacks:
-            self._check_needs(callback)
+            check_needs(callback, data, trains_on_real)
 
-    def _check_needs(self, callback: Callback) -> None:
-        if self.data is None and (callback.needs_images or (callback.needs_scorer and not self.trains_on_real)):
-            do = "Pass data=images [N,C,H,W]"
-            if not callback.needs_images:
-                do += (
-                    ", or trains_on_real=True if your loop trains a network through hook.loader and hook.criterion"
-                    " and calls hook.epoch_end"
-                )
-            got = "labels only"
-            raise ConfigError(
-                explain(f"`data` for the method {callback.name!r}, which looks at the real images", got, do)
-            )
-        if callback.needs_true_labels and self._known.true_labels is None:
-            do = "Pass true_labels=..., or use a method that needs none"
-            raise ConfigError(explain(f"true_labels for the method {callback.name!r}", "none", do))
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self.scoring_seconds += perf_counter() - began
 
     # -- starting ----------------------------------------------------------------------------------
     def start(
         self, *, progress: bool = False, checkpoint: Callable[[], None] | None = None, epochs: int | None = None
     ) -> Hook:
-        """Fires on_start and, for methods that need a scorer where the loop trains none, trains the plugin's own.
+        """Fires on_start. If a method needs a scorer and the loop trains none, trains the plugin's own.
 
-        :func:`attach` calls it; a loop that resumes calls ``attach(..., start=False)``, loads, then starts.
+        :func:`attach` calls it. A loop that resumes calls ``attach(..., start=False)``, loads, then starts.
 
         Args:
             progress: show a progress bar (needs tqdm).
-            checkpoint: called after each scorer epoch.
+            checkpoint: called after on_start and after each scorer epoch.
             epochs: scorer epochs, by default ``scorer.epochs``.
         """
         if not self.enabled:
             return self
         if not self._started:
-            began = perf_counter()
-            self.events.start(self.state, self._known)
-            self.scoring_seconds += perf_counter() - began
+            with self._scoring():
+                self.events.start(self.state, self._known)
             self._started = True
             if checkpoint is not None:
                 checkpoint()
@@ -147,73 +134,99 @@ class Hook(BatchHandles, SegmentHandles):
         return self
 
     def _make_scorer(self) -> Scorer:
+        return Scorer(self._images(), self.scorer_config, seed=scorer_seed(self._seed))
+
+    def _images(self) -> RealData:
         if self.data is None:
-            raise ConfigError(explain("`data` for a scorer", "none", "Pass data=images to attach()"))
-        return Scorer(self.data, self.scorer_config, seed=scorer_seed(self._seed))
+            raise ConfigError(explain("`data` for scoring with a network", "none", "Pass data=images to attach()"))
+        return self.data
 
     def _scorer_epoch(self, scorer: Scorer) -> None:
-        began = perf_counter()
-        scorer.run_epoch(self.state, self.events)
-        self.scoring_seconds += perf_counter() - began
+        with self._scoring():
+            scorer.run_epoch(self.state, self.events)
 
     def adopt(self, path: str | Path) -> None:
-        """Takes over a saved state: its methods have decided already, so they are not started and nothing is scored.
+        """Takes over a saved state. Its methods have decided already, so they are not started and nothing is scored.
 
-        A method that the file knows nothing of (IWD on top of a saved TAD state) starts on what the others left.
-
-        Raises:
-            FileFormatError: not a state file.
-            StateMismatchError: of other data, of methods that are not attached, or written with other settings.
-            ConfigError: a method that the file does not know needs a scorer.
+        A method that the file does not know starts on the loaded state. Raises FileFormatError, StateMismatchError or
+        ConfigError for a file that does not fit (:func:`new_methods`).
         """
-        header = SampleState.read_header(path)
-        theirs = header["configs"]
-        way_out = f"Attach what the file was written with, or delete {path} to compute it anew"
-        foreign = sorted(set(theirs) - {c.name for c in self.callbacks})
-        if foreign:
-            got = f"one that {', '.join(foreign)} wrote, in {path}"
-            raise StateMismatchError(explain(f"a state of the method {self.method!r}", got, way_out))
-        late = [c for c in self.callbacks if c.name not in theirs]
-        for callback in self.callbacks:
-            mine = json.loads(json.dumps(callback.settings(), default=str))
-            old = theirs.get(callback.name, mine)
-            if old != mine:
-                keys = sorted(k for k in {*old, *mine} if old.get(k) != mine.get(k))
-                got = "; ".join(f"{k}: {old.get(k)!r} in the file, {mine.get(k)!r} now" for k in keys)
-                expected = f"a state written with the same settings of {callback.name!r}"
-                raise StateMismatchError(explain(expected, got, way_out))
-        if theirs and any(c.needs_scorer for c in late):
-            names = ", ".join(c.name for c in late if c.needs_scorer)
-            raise ConfigError(explain(f"a state file that {names} had a part in", f"{path} without it", way_out))
-        self.state.load_state_dict(SampleState.load(path, self.state.observed).state_dict())
-        if not theirs:
-            return
-        for callback in late:
-            callback.on_start(state=self.state, data=self._known)
-        self._started = self._decided = True
+        header, saved = read_state_file(path)
+        new = new_methods(header["configs"], self.callbacks, self.method, path)
+        self.state.load_state_dict(saved, source=f"the file {path}")
+        if header["configs"]:
+            for callback in new:
+                callback.on_start(state=self.state, data=self._known)
+            self._started = self._decided = True
+
+    # -- which samples -----------------------------------------------------------------------------
+    def sample(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Up to n indices (int64) of usable samples of class c, without replacement. See :meth:`SampleState.sample`.
+
+        ``generator`` is a CPU generator of the loop, by default the hook's own, seeded by ``attach(seed=...)``.
+        """
+        return self.state.sample(c, n, self.generator if generator is None else generator)
+
+    def pool(self, c: int) -> Tensor:
+        """Indices (int64) of usable samples with target c, ascending."""
+        return self.state.pool(c)
+
+    def pools(self) -> list[list[int]]:
+        """Usable indices of each class, for ``indices_class`` of the public codebases. See :meth:`Batches.pools`."""
+        return self.batches.pools()
+
+    def drawn(self, indices: Tensor | Sequence[int]) -> None:
+        """Notes a draw [B] for handles that are called without indices. See :meth:`Batches.drawn`."""
+        self.batches.drawn(indices)
+
+    def kept(self, rows: Tensor | Sequence[int]) -> None:
+        """Reduces the latest noted draw to these rows (positions or a bool mask)."""
+        self.batches.kept(rows)
+
+    # -- which label, which weight -------------------------------------------------------------------
+    def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Target labels int64 [B]."""
+        return self.state.targets(torch.as_tensor(indices, device=self.state.device))
+
+    def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Matching weights float32 [B], mean 1 per class; the one line in a loop. See :meth:`Batches.weights`."""
+        return self.batches.weights(indices)
+
+    def reweight(self, rows: Tensor, indices: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Rows [B,...] times their matching weights, for a plain mean. See :meth:`Batches.reweight`."""
+        return self.batches.reweight(rows, indices)
+
+    def weighted_loss(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, indices: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """Mean cross-entropy with matching weights, a scalar. See :meth:`Batches.weighted_loss`."""
+        return self.batches.weighted_loss(loss, logits, labels, indices)
+
+    def matched_gradient(
+        self,
+        gradient: Sequence[Tensor],
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor | Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """``gradient``, with a graph in the matching weights where needed. See :meth:`Batches.matched_gradient`."""
+        return self.batches.matched_gradient(gradient, network, images, labels, indices)
 
     # -- a loop that trains networks on the real data ------------------------------------------------
     def loader(self, loader: DataLoader[Any]) -> Any:
-        """The loader, made to note which samples each batch holds; the same object when no method is on."""
-        return IndexedLoader(loader, self._index, len(self.state)) if self._wraps else loader
+        """The loader, which now notes the sample indices of each batch; the same object without a method."""
+        return self.training.loader(loader)
 
     def criterion(self, criterion: C) -> C | TrustedCriterion:
-        """The criterion, made weighted and relabelled on batches of :meth:`loader`; the same object with no method on.
-
-        See :class:`tad_plugin.core.hook.loader.TrustedCriterion` for what it may be.
-        """
-        if not self._wraps:
-            return criterion
-        labels = self._known.true_labels if self._corrupted else None
-        # Where a file has decided already, its weights and targets are all that enters.
-        events = CallbackList() if self._decided else self.events
-        return TrustedCriterion(criterion, self.state, self._index, events, labels)
+        """Criterion with targets and training weights on batches of :meth:`loader`. See :class:`TrustedCriterion`."""
+        # After a file has decided, only its weights and targets enter.
+        return self.training.criterion(criterion, CallbackList() if self._decided else self.events)
 
     def begin_expert(self) -> None:
-        """Call it before each of several networks that the loop trains on the real data in turn (MTT's experts).
+        """Call before training each expert. Resets per-network state and keeps decisions.
 
-        What methods learned of the one before begins anew, what they decided stands until they decide again, and the
-        state so far is written where attach() got a path, so that a run that is stopped leaves it.
+        If attach() got a state path, the state so far is written there, so that an interrupted run leaves it.
         """
         if self.enabled and not self._decided:
             if self._expert >= 0 and self.state_path is not None:
@@ -223,29 +236,25 @@ class Hook(BatchHandles, SegmentHandles):
             self.events.scorer_start(self.state)
 
     def epoch_end(self, network: nn.Module) -> None:
-        """Call it after each epoch of a network that the loop trains on the real data.
-
-        Where the methods have decided already (see :attr:`decided`) it does nothing.
-        """
+        """Call after each epoch of a network that the loop trains on the real data. No effect if :attr:`decided`."""
         if self.enabled and not self._decided:
-            if self.data is None:
-                raise ConfigError(explain("`data` to score with this network", "none", "Pass data=images to attach()"))
-            if isinstance(network, nn.DataParallel):
-                network = network.module
-            began = perf_counter()
-            self.events.scorer_epoch(self.state, network, self.data)
-            self.scoring_seconds += perf_counter() - began
+            with self._scoring():
+                self.events.scorer_epoch(self.state, _inner(network), self._images())
 
     @property
     def decided(self) -> bool:
-        """Whether the methods that score have decided for good: the state came from a file, or :meth:`settle`."""
+        """True if the scoring methods will not decide again: the state came from a file, or :meth:`settle` ran."""
         return self._decided
 
     def settle(self) -> None:
-        """Call it when the loop's training on the real data is over: from then on :meth:`epoch_end` does nothing."""
+        """Call when the loop's training on the real data is over. From then on :meth:`epoch_end` has no effect."""
         self._decided = True
 
     # -- before the synthetic set is updated ---------------------------------------------------------
+    def wants_graph(self) -> bool:
+        """Whether this iteration's weights (or segment target) carry a graph for a method."""
+        return self.enabled and self.events.wants_graph(self.iteration)
+
     def before_update(
         self,
         loss: Tensor,
@@ -260,74 +269,104 @@ class Hook(BatchHandles, SegmentHandles):
         distance: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None,
         learning: Learning | None = None,
     ) -> None:
-        """Call it after the matching loss is built and before ``backward``; fires on_match and refreshes the scorer.
+        """Call after the matching loss is built and before ``backward``. Fires on_match and refreshes the scorer.
 
         Args:
-            loss: scalar matching loss, with its graph where :meth:`wants_graph` says so.
+            loss: scalar matching loss, with its graph where :meth:`wants_graph` is true.
             synthetic: the tensors that the loss updates, images first.
             network: the network of this match.
             labels: labels of the synthetic images, int64 [M] or soft [M,K].
-            kind: "distribution" or "gradient".
-            fresh_network: generator -> another network of this kind.
-            expand: (images, labels) -> those that the network sees, where the loop expands its images (IDM).
-            last: False where further updates of the same iteration follow (a loop that goes class by class).
-            distance: of the kind "gradient": (synthetic gradients, real gradients) of all parameters -> scalar. IWD's
-                mode "all" needs it there.
-            learning: how the loop trains its networks on the real data, where it does.
+            kind, fresh_network, expand, last, distance, learning: see :class:`tad_plugin.Match`.
         """
         if not self.enabled:
             return
-        if isinstance(network, nn.DataParallel):
-            network = network.module
         self.events.position(iteration=self.iteration)
-        tensors = (synthetic,) if isinstance(synthetic, Tensor) else tuple(synthetic)
-        empty = torch.zeros(0, dtype=torch.int64, device=self.state.device)
-        indices = torch.cat(self._drawn) if self._drawn else empty
-        offset = self._offset if self._offset is not None else torch.zeros(len(self.state), device=self.state.device)
-        context = (self.iteration, kind, fresh_network, self.data, expand, last, distance, learning)
-        match = Match(loss, offset, indices, tensors, labels, network, *context)
-        began = perf_counter()
-        self.events.match(self.state, match)
-        self.scoring_seconds += perf_counter() - began
+        batches, tensors = self.batches, (synthetic,) if isinstance(synthetic, Tensor) else tuple(synthetic)
+        about = (self.iteration, kind, fresh_network, self.data, expand, last, distance, learning)
+        match = Match(loss, batches.leaf(), batches.positions(), tensors, labels, _inner(network), *about)
+        with self._scoring():
+            self.events.match(self.state, match)
+        batches.forget()
         if last:
             self._next_iteration()
-        else:
-            self._forget_batch()
-
-    def _forget_batch(self) -> None:
-        self._offset = None
-        self._drawn, self._noted = [], []
 
     def _next_iteration(self) -> None:
-        self._forget_batch()
-        super()._next_iteration()
+        self.batches.forget()
+        self.iteration += 1
         every = self.scorer_config.refresh_every
         if self.scorer is not None and every and self.iteration % every == 0:
             self._scorer_epoch(self.scorer)
 
-    def finish(self) -> None:
-        """Fires on_end and, if attach() got a state path, writes the state there.
+    def before_segment_update(self, segment: Segment) -> None:
+        """As :meth:`before_update`, for trajectory matching. Sets the segment's ``iteration`` and ``data``."""
+        if self.enabled:
+            segment.iteration, segment.data = self.iteration, self.data
+            self.events.position(iteration=self.iteration)
+            with self._scoring():
+                self.events.segment(self.state, segment)
+            self._next_iteration()
 
-        Warns (TadPluginWarning) where the loop's networks were to divide the data and none was trained long enough.
+    # -- handles for scripts that report a segment step by step --------------------------------------
+    def student(self, network: nn.Module) -> None:
+        """Call with the student's network before it is made functional. See :meth:`Segments.student`."""
+        self.segments.student(network)
+
+    def begin_segment(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        target: Tensor,
+        trajectory: Sequence[Sequence[Tensor]],
+        start_epoch: int,
+        epochs: int,
+        *,
+        logits: bool = False,
+    ) -> Tensor:
+        """Call when a segment has been drawn; returns the target to use from here on. See :meth:`Segments.begin`."""
+        segment = (images, labels, start, target, trajectory, start_epoch, epochs)
+        return self.segments.begin(*segment, iteration=self.iteration, logits=logits)
+
+    def segment_term(self, term: Tensor, images: Tensor, indices: Tensor) -> None:
+        """Call for each term of a loss that is differentiated term by term, before its graph is freed (TESLA).
+
+        Args:
+            term: a scalar whose gradient in ``images`` is part of the loss's.
+            images: [B,C,H,W], rows of the synthetic images before augmentation.
+            indices: int64 [B], which rows.
+        """
+        segment = self.segments.current
+        if segment is not None:
+            with self._scoring():
+                self.events.segment_term(self.state, segment, term, images, indices.to(images.device))
+
+    def end_segment(self, loss: Tensor) -> None:
+        """Call when the segment's loss is computed and before it is differentiated. Counts the iteration."""
+        segment = self.segments.end(loss)
+        if segment is not None:
+            self.before_segment_update(segment)
+        elif self.enabled:
+            self._next_iteration()
+
+    # -- end, files and resume -----------------------------------------------------------------------
+    def finish(self) -> None:
+        """Fires on_end. If attach() got a state path, writes the state there.
+
+        Warns (TadPluginWarning) if the loop's networks were to divide the data and none was trained long enough.
         """
         if self.enabled:
             self.events.end(self.state)
-            state, scorers = self.state, [c.name for c in self.callbacks if c.needs_scorer]
-            untouched = state.trusted & (state.weight == 1) & (state.target == state.observed)
-            if scorers and self.trains_on_real and not self._decided and bool(untouched.all()):
-                do = "Train each network for more epochs than the method's warm-up takes, or lower that"
-                got = "none: every sample is trusted with its label and weight 1"
-                warnings.warn(explain(f"decisions of {', '.join(scorers)}", got, do), TadPluginWarning, stacklevel=2)
+            if self.trains_on_real and not self._decided and self.state.untouched():
+                warn_undecided(self.callbacks)
         if self.state_path is not None:
             self.save_state(self.state_path)
 
-    # -- files and resume ----------------------------------------------------------------------------
     def save_state(self, path: str | Path) -> None:
         """Writes the SampleState with the methods' settings in its header (atomic)."""
         self.state.save(path, configs={c.name: c.settings() for c in self.callbacks})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on with the same bits."""
+        """All that is needed to continue with the same bits."""
         return {
             "state": self.state.state_dict(),
             "callbacks": self.events.state_dict(),
@@ -341,11 +380,7 @@ class Hook(BatchHandles, SegmentHandles):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`; call it before :meth:`start`.
-
-        Raises:
-            StateMismatchError: other data. ConfigError: other methods.
-        """
+        """Restores :meth:`state_dict`. Raises StateMismatchError for other data, ConfigError for other methods."""
         self.state.load_state_dict(state["state"])
         self.events.load_state_dict(state["callbacks"])
         self.events.position(**state["position"])
@@ -357,3 +392,9 @@ class Hook(BatchHandles, SegmentHandles):
         self._started = bool(state["started"])
         self._decided = bool(state["decided"])
         self.scoring_seconds = float(state["scoring_seconds"])
+
+
+def _inner(network: nn.Module) -> nn.Module:
+    """The network inside nn.DataParallel."""
+    inner: nn.Module = network.module if isinstance(network, nn.DataParallel) else network
+    return inner

@@ -1,15 +1,14 @@
 """Wrappers that carry the state into a training loop through the two objects it already has.
 
-``hook.loader(loader)`` remembers which samples each batch holds, ``hook.criterion(criterion)`` uses
-that to weight and relabel. Neither draws a random number of its own: the wrapped loader makes the
-same calls to the same generators as the plain one.
+``hook.loader(loader)`` notes the sample indices of each batch. ``hook.criterion(criterion)`` uses them to weight and
+relabel. Neither draws a random number: the wrapped loader makes the same calls to the same generators as the plain one.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,13 @@ from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
 
-__all__ = ["BatchIndex", "IndexedLoader", "TrustedCriterion"]
+__all__ = ["BatchIndex", "IndexedLoader", "RealTraining", "TrustedCriterion"]
+
+C = TypeVar("C")
 
 
 class BatchIndex:
-    """Which samples the batch in flight holds: int64 [B], or None outside a training batch."""
+    """Indices of the batch in flight: int64 [B], or None outside a training batch."""
 
     def __init__(self) -> None:
         self.current: Tensor | None = None
@@ -52,11 +53,11 @@ class _Collate:
 
 
 class IndexedLoader:
-    """A DataLoader that yields what the wrapped one yields, and notes each batch's sample indices.
+    """A DataLoader that yields the batches of the wrapped one and notes their sample indices.
 
     Args:
         loader: a map-style DataLoader over the whole real dataset, in the state's order.
-        index: where the indices are noted; cleared when the epoch is over.
+        index: receives the indices; cleared when the epoch is over.
         length: N of the state.
 
     Raises:
@@ -94,7 +95,7 @@ class IndexedLoader:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not set yet: a copy in the making
+        if name == "loader":  # not set yet, while a copy is made
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -104,24 +105,24 @@ class IndexedLoader:
                 self.index.current = indices
                 yield batch
         finally:
-            # A test epoch after this one must see the plain criterion.
+            # A test after this epoch must see the plain criterion.
             self.index.current = None
 
 
 class TrustedCriterion(nn.Module):
-    """The wrapped criterion on the state's targets, weighted, while a training batch is in flight; else as it is.
+    """The wrapped criterion with the state's targets and training weights; outside training it is the plain one.
 
-    The loss of a training batch is sum_i w_i l_i / sum_i w_i with the criterion's own l_i (label smoothing and class
-    weights included), and sum_i w_i l_i where its reduction is "sum". A sample that is not trusted weighs 0. A batch
-    is in flight between the loader's yields and only counts where the logits have a graph, so testing inside or
-    after an epoch gets the plain criterion. A batch may be evaluated twice, as sharpness-aware training does.
+    The loss of a training batch is sum_i w_i l_i / sum_i w_i, or sum_i w_i l_i if its reduction is "sum". w_i is
+    :meth:`SampleState.training_weights`, and l_i the criterion's own loss, label smoothing and class weights included.
+    A call counts as training if a batch of the wrapped loader is in flight and the logits have a graph. So a test
+    inside or after an epoch gets the plain criterion. A batch may be evaluated twice (sharpness-aware training).
 
     Args:
         criterion: a loss module with a ``reduction`` of "mean" or "sum" (``nn.CrossEntropyLoss()``), or
             ``torch.nn.functional.cross_entropy``.
         state: the sample state.
         index: the batch in flight.
-        events: fires on_scorer_batch, and on_scorer_again where a batch is evaluated once more.
+        events: fires on_scorer_batch, and on_scorer_again if a batch is evaluated once more.
         labels: int64 [N], the labels that the loader gives; compared in the first batch. By default the observed ones.
 
     Raises:
@@ -147,7 +148,7 @@ class TrustedCriterion(nn.Module):
         """Scalar loss of logits [B,K] and labels int64 [B].
 
         Raises:
-            InvalidInputError: not the whole batch, or a batch whose labels are not those of its samples.
+            InvalidInputError: not the whole batch, or labels in another order than attach() got them.
         """
         indices = self._index.current
         if indices is None or not logits.requires_grad:
@@ -160,8 +161,8 @@ class TrustedCriterion(nn.Module):
         again, self._seen = indices is self._seen, indices
         state, indices = self._state, indices.to(self._state.device)
         self._check_order(indices, labels)
-        weights = (state.weight[indices] * state.trusted[indices]).to(logits.device)
-        loss = self._weighted(logits, state.target[indices].to(logits.device), weights)
+        weights = state.training_weights(indices).to(logits.device)
+        loss = self._weighted(logits, state.targets(indices).to(logits.device), weights)
         fire = self._events.scorer_again if again else self._events.scorer_batch
         return fire(state, indices, logits, loss)
 
@@ -188,10 +189,32 @@ class TrustedCriterion(nn.Module):
         expected, self._labels = self._labels[indices].to(labels.device), None
         if not torch.equal(expected, labels.long()):
             first = int((expected != labels).nonzero()[0])
-            raise InvalidInputError(
-                explain(
-                    f"label {int(expected[first])} for sample {int(indices[first])}, as attach() got it",
-                    f"{int(labels[first])} from the loader",
-                    "Give attach() the labels in the order of the loader's dataset",
-                )
-            )
+            wanted = f"label {int(expected[first])} for sample {int(indices[first])}, as attach() got it"
+            do = "Give attach() the labels in the order of the loader's dataset"
+            raise InvalidInputError(explain(wanted, f"{int(labels[first])} from the loader", do))
+
+
+class RealTraining:
+    """The wrappers of a loop that trains networks on real data. They share the batch in flight.
+
+    Args:
+        state: the sample state.
+        labels: int64 [N], the labels that the loader gives.
+        active: False makes both wrappers identities.
+    """
+
+    def __init__(self, state: SampleState, labels: Tensor | None, *, active: bool) -> None:
+        self.state = state
+        self.labels = labels
+        self.active = active
+        self.index = BatchIndex()
+
+    def loader(self, loader: DataLoader[Any]) -> Any:
+        """The :class:`IndexedLoader` of a loader, or the same object."""
+        return IndexedLoader(loader, self.index, len(self.state)) if self.active else loader
+
+    def criterion(self, criterion: C, events: CallbackList) -> C | TrustedCriterion:
+        """The :class:`TrustedCriterion` of a criterion, or the same object."""
+        if not self.active:
+            return criterion
+        return TrustedCriterion(criterion, self.state, self.index, events, self.labels)

@@ -281,7 +281,7 @@ class _Experts:
 
     def _changed(self) -> bool:
         state = self.hook.state if self.hook is not None else None
-        return state is None or not bool((state.trusted & (state.weight == 1) & (state.target == state.observed)).all())
+        return state is None or not state.untouched()
 
     # -- files ---------------------------------------------------------------------------------------
     def _keep(self) -> None:

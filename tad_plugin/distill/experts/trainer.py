@@ -227,7 +227,7 @@ class ExpertTrainer(EpochTrainer):
         state = self.state
         if state is None:
             return self.data.labels[indices], torch.ones(len(indices), device=indices.device)
-        return state.target[indices], state.weight[indices] * state.trusted[indices]
+        return state.targets(indices), state.training_weights(indices)
 
     @torch.no_grad()
     def _climb_and_operate(self, indices: Tensor, images: Tensor) -> None:

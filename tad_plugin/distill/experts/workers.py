@@ -146,7 +146,7 @@ def _unpacked(packed: bytes, device: str) -> Share:
     data = RealData(tree["images"], tree["labels"], tree["num_classes"], dataset=tree["dataset"])
     state = None
     if tree["state"] is not None:
-        state = SampleState(data.labels, data.num_classes, allow_empty=True)
+        state = SampleState.of(data, allow_empty=True)
         state.load_state_dict(tree["state"])
     return Share(ExpertConfig(**tree["config"]), data, state, tree["seed"], tree["every"])
 

