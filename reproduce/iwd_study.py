@@ -1,10 +1,10 @@
-"""The study behind tad_plugin/iwd/README.md: variants of IWD beside the baseline, on a fixed small CIFAR-10.
+"""Study behind tad_plugin/iwd/README.md: variants of IWD and the baseline on a small fixed part of CIFAR-10.
 
-Run ``bash reproduce/iwd_cifar10.sh`` (or this file with ``--help``). Each variant x seed is one entry of the results
-file, written when it is finished; a second start goes on with what is missing. A seed fixes the noise, the initial
-images, the order of the draws of DM and the evaluation networks, the same for all variants; the split into training
-and held-out images is the same for all seeds. Accuracies are measured on the test images, which choose nothing; the
-accuracy on the held-out images (with labels as noisy as the training ones) stands beside them for choosing.
+Run ``bash reproduce/iwd_cifar10.sh`` (or this file with ``--help``). Each variant and seed is one entry of the results
+file, written when it is finished. A second start runs the missing ones. A seed fixes the noise, the initial images, the
+draws of DM and the evaluation networks, equally for all variants. The split into training and held-out images is the
+same for all seeds. Accuracies are measured on the test images, which choose nothing. For choosing, the file also has
+the accuracy on the held-out images, whose labels are as noisy as the training ones.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tad_plugin.evaluate import EvaluateConfig, accuracy, train_on_synthetic
 from tad_plugin.nn.networks import make_network
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import versions
+from tad_plugin.utils.seeds import seeded_generator
 
 NOISE = "symmetric:0.4"
 BASE = {"networks": 2, "early": 10, "every": 500, "ess": 0.9, "saturate": 0.0}
@@ -41,8 +42,8 @@ def iwd(v: str = "observed", noise: str = NOISE, method: str = "iwd", **settings
     return {"method": method, "v": v, "noise": noise, "iwd": settings}
 
 
-# name -> method, its settings beside BASE, label noise, where V comes from ("observed": any sample, with its observed
-# label; "trusted": only samples that are known to be labelled correctly, about as many).
+# name -> method, settings that override BASE, label noise, source of V. "observed": any sample with its observed label.
+# "trusted": only samples that are known to be labelled correctly, about as many.
 VARIANTS: dict[str, dict[str, Any]] = {
     "noisy": {},
     "iwd": iwd(),
@@ -77,7 +78,7 @@ DEFAULT = ["noisy", "iwd", "iwd, V trusted", "clean", "clean iwd", "clean iwd re
 
 
 def seeded(*parts: Any) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
+    return seeded_generator(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
 
 
 def observed_labels(labels: Tensor, noise: str, seed: int) -> Tensor:
@@ -85,7 +86,7 @@ def observed_labels(labels: Tensor, noise: str, seed: int) -> Tensor:
 
 
 def study(splits: DataSplits, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One variant with one seed."""
+    """Runs one variant with one seed."""
     variant, x, true = VARIANTS[name], splits.train_images, splits.train_labels
     noise, method = variant.get("noise", NOISE), variant.get("method", "none")
     observed = observed_labels(true, noise, seed)
@@ -97,7 +98,7 @@ def study(splits: DataSplits, name: str, seed: int, args: argparse.Namespace) ->
         dataset="cifar10", ipc=10, log=records.append,
     )  # fmt: skip
     if variant.get("v") == "trusted":
-        drawn = torch.rand(len(true), generator=torch.Generator().manual_seed(seed + 9)) < 0.166
+        drawn = torch.rand(len(true), generator=seeded_generator(seed + 9)) < 0.166
         hook.state.register("held_out", drawn & (observed == true))
     loop_generator = seeded(seed, "loop")
     config = DMConfig(ipc=10, iterations=args.iterations, lr_img=1.0, width=32, batch_real=args.batch_real)
@@ -128,7 +129,7 @@ def study(splits: DataSplits, name: str, seed: int, args: argparse.Namespace) ->
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each variant, in the order of VARIANTS."""
+    """Markdown table with a row for each variant, in the order of VARIANTS."""
     lines = [
         "| variant | seeds | test accuracy, mean (each seed) | held-out | AUC first -> last refresh"
         " | scoring s / loop s |",
@@ -158,7 +159,8 @@ def main() -> None:
         "--dataset", default="cifar10", help="cifar10, or folder:PATH of an image folder or a zip of it"
     )
     parser.add_argument("--root", default="data", help="where cifar10 is, or is downloaded to")
-    parser.add_argument("--variants", default=";".join(DEFAULT), help=f"joined by semicolons, of {', '.join(VARIANTS)}")
+    known = ", ".join(VARIANTS).replace("%", "%%")  # argparse formats the help text
+    parser.add_argument("--variants", default=";".join(DEFAULT), help=f"joined by semicolons, of {known}")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--batch_real", type=int, default=64)

@@ -1,12 +1,12 @@
-"""Implicit influence beside captum, dattri and kronfluence: agreement and samples per second on one network and data.
+"""Compares implicit influence with captum, dattri and kronfluence: agreement, and samples per second.
 
-Install the other libraries first: ``pip install captum dattri kronfluence`` (the project itself needs none of them),
-and the extra ``reproduce``. Run ``python reproduce/benchmarks/implicit_influence.py``; prints tables, writes JSON.
+Install the other libraries first: ``pip install captum dattri kronfluence`` (the project needs none of them), and the
+extra ``reproduce``. Run ``python reproduce/benchmarks/implicit_influence.py``; it prints tables and writes JSON.
 
-The question is the same for all: how much does each of N training samples move the mean loss of V held-out samples?
-The network is a small ConvNet trained on digits with 30% symmetric label noise; all run in one process, float32,
-alternating, best of ``--repeats``. Signs are turned to "negative = helpful". AUC: how well the influence alone finds
-the mislabelled samples. Rank correlation and relative difference are against the first row of each table.
+All answer one question: how much does each of N training samples move the mean loss of V held-out samples? The network
+is a small ConvNet, trained on digits with 30% symmetric label noise. All run in one process, float32, in turns, best of
+``--repeats``. Signs are turned to "negative = helpful". AUC says how well the influence alone finds the mislabelled
+samples. Rank correlation and relative difference compare with the first row of each table.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tad_plugin.nn.derivatives.curvature import conjugate_gradient
 from tad_plugin.nn.derivatives.per_sample import as_parameters, per_sample_gradients
 from tad_plugin.nn.derivatives.vectors import flatten
 from tad_plugin.nn.networks import make_network, seeded
+from tad_plugin.utils.files import atomic_write
 
 
 @dataclass
@@ -147,7 +148,7 @@ def dattri_task(p: Problem, checkpoints: list[dict[str, Tensor]], batched: bool)
         return F.cross_entropy(torch.func.functional_call(p.network, parameters, (image,)), label)
 
     def target(parameters: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-        image, label = (data[0][0], data[1][0]) if batched else data  # all held-out samples are one target
+        image, label = (data[0][0], data[1][0]) if batched else data  # all held-out samples form one target
         return F.cross_entropy(torch.func.functional_call(p.network, parameters, (image,)), label)
 
     return AttributionTask(loss_func=loss, target_func=target, model=p.network, checkpoints=checkpoints)
@@ -220,7 +221,7 @@ def steps_needed(p: Problem) -> int:
 
 
 def ours_without_norms(p: Problem) -> Tensor:
-    """Only the layers that kronfluence tracks."""
+    """Gauss-Newton without the norm layers, which kronfluence does not track."""
     norms = [q for m in p.network.modules() if isinstance(m, nn.GroupNorm) for q in m.parameters()]
     try:
         for parameter in norms:
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="channels of the ConvNet")
     parser.add_argument("--checkpoints", type=int, default=4, help="checkpoints, three epochs apart")
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate of the training")
-    # The network is not at an optimum (lowest Hessian eigenvalue about -7): less damping leaves no inverse to agree on.
+    # The network is not at an optimum (lowest Hessian eigenvalue about -7). With less damping there is no inverse.
     parser.add_argument(
         "--hessian-damping", type=float, default=10.0, help="multiple of the identity added to the Hessian"
     )
@@ -359,7 +360,6 @@ def main() -> None:
     print(f"\nOurs stops at the tolerance ({p.steps} CG steps); dattri's CG always makes {p.iterations}.")
     print("Different by design: captum's batched mode and kronfluence leave out the norm layers' parameters,")
     print("dattri's TracIn projects gradients to 512 random dimensions, EK-FAC approximates Gauss-Newton.")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "captum", "dattri", "kronfluence")
     result = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -371,9 +371,7 @@ def main() -> None:
         "inverse_gauss_newton": gauss_newton,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2))
-    temporary.replace(args.out)
+    atomic_write(args.out, json.dumps(result, indent=2))
     print(f"written: {args.out}")
 
 

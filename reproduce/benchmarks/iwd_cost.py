@@ -1,12 +1,11 @@
-"""What IWD costs: a refresh beside DM iterations, in one run, extrapolated to the published length.
+"""Measures the cost of IWD in DM: one refresh against DM iterations, extrapolated to the published length.
 
-Run ``python reproduce/benchmarks/iwd_cost.py``; prints tables and writes JSON and Markdown.
+Run ``python reproduce/benchmarks/iwd_cost.py``; it prints tables and writes JSON and Markdown.
 
-Two DM loops on the same data, one without any hook and one with IWD, take turns, so that a busy machine slows both.
-What IWD adds to an iteration is the time inside its event (the hook counts it); a refresh is one that is due. A
-refresh passes all N samples through a fresh network, so its time is measured at ``--samples`` and at half of them, and
-scaled linearly from the larger one to ``--full``. The iteration of DM does not depend on N. Random images stand for
-the real ones: no arithmetic depends on what they show.
+Two DM loops on the same data take turns, one without a hook and one with IWD, so that a busy machine slows both. The
+cost of IWD in an iteration is the time inside its event, which the hook counts. A refresh passes all N samples through
+a fresh network. So its time is measured at ``--samples`` and at half of them, and scaled linearly from the larger one
+to ``--full``. A DM iteration does not depend on N. Images are random: no running time depends on their content.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def timed(loop: DM, iteration: int, device: str) -> tuple[float, int]:
 
 
 def measure(args: argparse.Namespace, n: int) -> dict[str, Any]:
-    """Seconds of a plain iteration, of one with IWD that is not due, and of a refresh on one network."""
+    """Seconds of a plain iteration, of an iteration with IWD but no refresh, and of a refresh on one network."""
     plain, _ = loop_of(args, n, False)
     weighted, hook = loop_of(args, n, True)
     assert hook is not None
@@ -82,7 +81,7 @@ def measure(args: argparse.Namespace, n: int) -> dict[str, Any]:
         before = hook.scoring_seconds
         whole, weighted_peak = timed(weighted, iteration, args.device)
         inside = hook.scoring_seconds - before
-        if iteration < 2:  # the first of each kind warms up
+        if iteration < 2:  # warm-up, one iteration of each kind
             continue
         found["plain"].append(seconds)
         found["plain_peak"].append(peak)
@@ -152,11 +151,11 @@ def used(device: str) -> dict[str, Any]:
 
 
 def extrapolate(setting: dict[str, Any], half: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """What a run of full length takes, from the two measurements."""
+    """Cost of a run of full length, from the two measurements."""
     n, full, iterations = setting["samples"], setting["full"], setting["iterations"]
     seconds, smaller = whole["refresh_seconds_per_network"], half["refresh_seconds_per_network"]
     at_full = seconds * full / n
-    # A refresh has a part that does not grow with N (gradients on S); linear scaling blows it up too.
+    # A part of a refresh does not grow with N (gradients on S). Linear scaling scales it too; this does not.
     affine = seconds + (seconds - smaller) / (n - half["samples"]) * (full - n)
     default = IWDConfig()
 

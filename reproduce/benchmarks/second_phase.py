@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""How weights that IWD finds during trajectory matching act on experts that are trained already: two ways and none.
+"""Compares ways to use IWD's weights in trajectory matching, where the experts are trained already.
 
     python reproduce/benchmarks/second_phase.py cifar10-jpeg.zip --seeds 100,101 --out second_phase.json
 
-MTT, IPC 10, the setting of ``trajectories_cifar10.sh`` with two experts. The first half of the updates matches experts
-of the noisy labels while IWD scores; then three copies of the run go on:
+MTT, IPC 10, the setting of ``trajectories_cifar10.sh`` with two experts. In the first half of the updates, experts of
+the noisy labels are matched and IWD scores. Then three copies of the run continue:
 
 none       with the same experts
 again      with experts trained anew under the weights, from the same seeds
-finetuned  with segments that start at the old experts' checkpoints and end after one further epoch under the weights,
-           one for each checkpoint: as many epochs of training as ``again``, and no mistake of a start carried on
+finetuned  with one segment per checkpoint of the old experts: it starts there and ends after one further epoch under
+           the weights. As many epochs of training as ``again``; errors of a start are not carried on.
 
-Accuracy is that on 5,000 further training images, which neither the experts nor the synthetic set have seen; test
-images take no part.
+Accuracy is measured on 5,000 further training images that neither the experts nor the synthetic set have seen. Test
+images are not used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tad_plugin.experiments.arm_hook import arm_hook
 from tad_plugin.experiments.config import RunConfig, load_noisy
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import command_line, versions
-from tad_plugin.utils.seeds import expert_generator, generator_of
+from tad_plugin.utils.seeds import expert_generator, generator_of, seeded_generator
 
 EXPERT = ExpertConfig(width=16, epochs=13, batch_train=64, lr=0.1, experts=2)
 LOOP = MTTConfig(
@@ -63,7 +63,7 @@ def trained(data: RealData, hook: Hook | None, seed: int) -> list[Trajectory]:
 
 
 def finetuned(data: RealData, hook: Hook, seed: int, old: list[Trajectory]) -> list[Trajectory]:
-    """Trajectories of one segment each."""
+    """Trajectories with one segment each, started at the checkpoints of the old ones."""
     found = []
     for number, trajectory in enumerate(old):
         trainer = ExpertTrainer(EXPERT, data, hook, expert_generator(seed, 1000 + number))
@@ -74,7 +74,7 @@ def finetuned(data: RealData, hook: Hook, seed: int, old: list[Trajectory]) -> l
             trainer.trajectory.clear()
             trainer.run_epoch()
             end = trainer.trajectory[-1]
-            found.append([[v.clone() for v in start], end, end])  # the last entry is asked for and never matched
+            found.append([[v.clone() for v in start], end, end])  # MTT needs a last entry; it is never matched
     return found
 
 
@@ -124,7 +124,7 @@ def main() -> None:
                 settings = dataclasses.replace(LOOP, max_start_epoch=1)
                 experts = Experts([finetuned(data, hook, seed, first)], None)
             training = process_time() - began
-            # Without the hook: only the experts differ from here on.
+            # Without the hook, so that only the experts differ from here on.
             again = MTT(settings, data, None, copy.deepcopy(start), generator_of(seed, "second"), experts)
             again.load_state_dict(
                 {**saved, "cycle": {"files": [], "order": [], "file": -1}, "generator": saved["generator"]}
@@ -133,7 +133,7 @@ def main() -> None:
                 again.step(iteration)
             found = evaluate(
                 again.result(), (splits.preprocessing(pixels), labels), EvaluateConfig(width=16, runs=2, epochs=300),
-                preprocessing=splits.preprocessing, generator=torch.Generator().manual_seed(3),
+                preprocessing=splits.preprocessing, generator=seeded_generator(3),
             )  # fmt: skip
             rows.append(
                 {"seed": seed, "way": way, "accuracy": found.mean, "training_seconds": training, "clean_weight": share}

@@ -1,20 +1,20 @@
-"""IWD: influence of every real sample on the distillation objective, as weights. See METHODS.md section 2.
+"""IWD: weights real samples by their influence on the distillation objective. README.md has the definitions.
 
-Pure functions; each says in its docstring what is **[paper]** (arXiv 2510.27253) and what is **[ours]**.
-Influence is dM/dw with M a loss of the synthetic set, so **negative = helpful** everywhere.
+These are the public functions. Each says in its docstring what is **[paper]** (arXiv 2510.27253) and what **[ours]**.
+Influence is dM/dw, M being a loss of the synthetic set, so **negative = helpful** everywhere.
 """
 
 from __future__ import annotations
 
 from tad_plugin.iwd.explicit import dm_influence, embedding_directions, explicit_influence, influence, target_direction
+from tad_plugin.iwd.explicit_gradients import gradient_influence
 from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
 from tad_plugin.iwd.implicit_segment import segment_influence
-from tad_plugin.iwd.scoring import held_out_folds, score_on_network, target_gradient
+from tad_plugin.iwd.scoring import Fold, cross_fit, held_out_folds, score_on_network
 from tad_plugin.iwd.targets import (
-    Fold,
     class_mean_distance,
-    cross_fit,
     matching_target,
+    target_gradient,
     validation_gradient,
     validation_target,
 )
@@ -23,6 +23,7 @@ from tad_plugin.iwd.weighting import (
     Temperature,
     effective_sample_size,
     fit_temperature,
+    saturate,
     softmax_weights,
     standardise,
     weights_from_scores,
@@ -55,6 +56,7 @@ __all__ = [
     "explicit_influence",
     "fit_temperature",
     "gauss_newton_vector_product",
+    "gradient_influence",
     "held_out_folds",
     "hessian_vector_product",
     "influence",
@@ -63,6 +65,7 @@ __all__ = [
     "per_sample_directional",
     "per_sample_gradient_chunks",
     "per_sample_gradients",
+    "saturate",
     "score_on_network",
     "segment_influence",
     "softmax_weights",

@@ -1,11 +1,11 @@
-"""Explicit influence of every real sample through a matching of class gradients (DC, DSA). [ours: METHODS.md 2.1]
+"""Explicit influence through the matching of class gradients (DC, DSA). [ours: README.md, 2]
 
-For L = sum_c D(G_c(S), g_c) with g_c = sum w_i grad l_i / sum w_i over the real samples of class c,
+The loss is L = sum_c D(G_c(S), g_c), with g_c = sum w_i grad l_i / sum w_i over the real samples of class c. Then
 
     I_i = -eta < u_c, grad l_i - g_c > / sum w_i,    u_c = d/dg_c < grad M, grad_S D(G_c(S), g_c) >.
 
-u_c has the shape of the parameters and costs one derivative of third order in the few synthetic images; then one
-forward-mode pass along it gives < u_c, grad l_i > for every real sample of the class. No per-sample gradient is formed.
+u_c has the shape of the parameters. It costs one third-order derivative in the few synthetic images. One forward-mode
+pass along u_c then gives < u_c, grad l_i > for every real sample of the class. No per-sample gradient is stored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 from tad_plugin.nn.derivatives.vectors import require_finite
 
-__all__ = ["GradientDistance", "gradient_influence"]
+__all__ = ["GradientDistance", "class_gradient_influence", "gradient_influence"]
 
 GradientDistance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""(gradients of synthetic images, of real ones), a tensor for each parameter -> scalar, differentiable in both."""
+"""(synthetic gradients, real gradients), one tensor per parameter each -> scalar, differentiable in both."""
 
 
 def gradient_influence(
@@ -42,40 +42,63 @@ def gradient_influence(
     eta: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """dM/dw of every real sample for a loss of class gradients. It equals ``explicit_influence`` on the same loss.
+    """Computes dM/dw of every real sample for a loss of class gradients. Equals ``explicit_influence`` on that loss.
 
     Args:
         network: logits [B, K]; must treat samples independently. Its parameters are not changed.
         images: real images [N, C, H, W].
-        labels: their classes in the loss, int64 [N] in [0, num_classes).
+        labels: classes in the loss, int64 [N] in [0, num_classes).
         synthetic: images [M, C, H, W].
         synthetic_labels: int64 [M]. A real sample of a class without synthetic images has influence 0.
         target_gradient: grad_S M, same shape as ``synthetic``.
         num_classes: K.
-        distance: D; it gets the gradients of all parameters and may ignore some.
+        distance: D; receives the gradients of all parameters and may ignore some.
         weights: current weights [N] >= 0, with a positive sum in each class; None for 1.
         eta: step size of S > 0.
         chunk_size: real images per pass.
 
     Returns:
-        [N], detached. Negative = helpful.
+        [N], detached, in the images' dtype. Negative = helpful.
 
     Raises:
         InvalidLabelsError: labels out of range or of another length.
-        InvalidInputError: shapes or weights do not fit, or the network's samples depend on each other.
+        InvalidInputError: shapes, weights or sizes do not fit, or the network mixes samples (batch norm in train mode).
         NonFiniteError: an influence is NaN or infinite.
     """
     labels = check_labels(labels, num_classes, len(images)).to(images.device)
-    w = torch.ones(len(images), device=images.device) if weights is None else weights.detach().to(images.device)
-    total = torch.zeros(num_classes, dtype=w.dtype, device=w.device).index_add_(0, labels, w) if w.ndim == 1 else w
-    if w.shape != labels.shape or bool((w < 0).any()) or not bool((total[labels] > 0).all()):
-        expected = f"weights >= 0 of shape [{len(labels)}] with a positive sum in each class"
-        raise InvalidInputError(explain(expected, f"shape {list(w.shape)}", "Pass one weight for each real image"))
-    if target_gradient.shape != synthetic.shape or len(synthetic_labels) != len(synthetic) or not eta > 0:
-        got = f"{list(target_gradient.shape)} for {list(synthetic.shape)}, {len(synthetic_labels)} labels, eta {eta}"
-        raise InvalidInputError(
-            explain("a gradient in the shape of S, a label for each and eta > 0", got, "Check them")
-        )
+    own_labels = check_labels(synthetic_labels, num_classes, len(synthetic), "synthetic_labels")
+    if target_gradient.shape != synthetic.shape or not eta > 0 or chunk_size < 1:
+        got = f"{list(target_gradient.shape)} for {list(synthetic.shape)}, eta {eta}, chunk_size {chunk_size}"
+        expected = "target_gradient in the shape of synthetic, eta > 0 and chunk_size >= 1"
+        raise InvalidInputError(explain(expected, got, "Correct the argument"))
+    if weights is not None:
+        weights = weights.detach().to(images.device)
+        good = weights.shape == labels.shape and not bool((weights < 0).any())
+        if not good or not bool((weights.new_zeros(num_classes).index_add_(0, labels, weights)[labels] > 0).all()):
+            expected = f"weights >= 0 of shape [{len(labels)}] with a positive sum in each class"
+            got = f"shape {list(weights.shape)}"
+            raise InvalidInputError(explain(expected, got, "Pass one weight for each real image"))
+    return class_gradient_influence(
+        network, images, labels, synthetic, own_labels, target_gradient, distance, weights=weights, eta=eta,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def class_gradient_influence(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    target_gradient: Tensor,
+    distance: GradientDistance,
+    *,
+    weights: Tensor | None = None,
+    eta: float = 1.0,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """:func:`gradient_influence` for arguments that are checked already."""
+    w = torch.ones(len(images), device=images.device) if weights is None else weights.detach()
     influence = torch.zeros(len(images), dtype=images.dtype, device=images.device)
     values = {n: p.detach().requires_grad_() for n, p in network.named_parameters()}
     parameters = list(values.values())
@@ -109,7 +132,7 @@ def _direction(
     real: list[Tensor],
     distance: GradientDistance,
 ) -> dict[str, Tensor]:
-    """u_c by parameter name; 0 for those that the distance ignores."""
+    """u_c by parameter name; 0 for parameters that the distance ignores."""
     leaf, held = synthetic.detach().requires_grad_(), [g.requires_grad_() for g in real]
     with torch.enable_grad():
         loss = F.cross_entropy(torch.func.functional_call(network, values, (leaf,)), labels)

@@ -1,15 +1,15 @@
-"""Implicit influence: the sample shaped a network that the synthetic set is matched to. [ours: METHODS.md 2.1]
+"""Implicit influence: the sample trained a network that the synthetic set is matched to. [ours: README.md, 2]
 
-A network was trained on real data with weights, theta_{t+1} = theta_t - eta_t / B * sum_i w_i grad l_i(theta_t), and
-M depends on the result theta_T; u = dM/dtheta_T is the *direction* (``influence.target_direction``, or dL/dtheta_T with
+The network was trained on real data with weights, theta_{t+1} = theta_t - eta_t / B * sum_i w_i grad l_i(theta_t).
+M depends on the result theta_T. The *direction* is u = dM/dtheta_T (``explicit.target_direction``, or dL/dtheta_T for
 the target `matching`). More weight on sample i moves theta_T against grad l_i, hence the minus signs:
 
     unrolled          I_i = - sum_t eta_t / B * < u_t, grad l_i(theta_t) >,  u_T = u, u_t = (1 - eta_t H_t) u_{t+1}
-    TracIn-like       the same with u_t = u: curvature along the segment neglected, exact for one step
+    TracIn-like       the same with u_t = u: neglects curvature along the segment, exact for one step
     at an optimum     I_i = - 1/n * < u, (H + damping)^-1 grad l_i >
 
-**Negative = helpful.** All are linear in grad l_i, so each costs forward-mode passes only, besides the
-products with H; no per-sample gradient is stored.
+**Negative = helpful.** All three are linear in grad l_i. Each costs forward-mode passes and the products with H; no
+per-sample gradient is stored.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class SegmentStep:
     Attributes:
         parameters: theta_t *before* the update, by name or flat [P].
         learning_rate: eta_t > 0.
-        indices: int64, positions in the images of the batch; None for all images.
-        divisor: B, what the sum of weighted losses was divided by; None for the number of samples in the
-            step. Where only one theta per epoch is kept, one step may stand for the epoch: indices None, and
-            the batch size here, because each sample then took part once in a mean over B.
+        indices: int64, positions of the batch's images; None for all images.
+        divisor: B, by which the sum of weighted losses was divided; None for the number of samples in the step.
+            One step may stand for a whole epoch if only one theta per epoch is kept. Then ``indices`` is None and
+            ``divisor`` the batch size, because each sample took part once in a mean over B.
     """
 
     parameters: Parameters | Tensor
@@ -73,24 +73,24 @@ def unrolled_influence(
     loss_fn: LossFunction = cross_entropy,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """Influence of every real sample through a segment of SGD, dM/dw_i.
+    """Computes the influence of every real sample through a segment of SGD, dM/dw_i.
 
-    With ``curvature`` it is the exact derivative through the segment (the adjoint of plain SGD as torch.optim.SGD
-    does it, with momentum and weight decay), at one Hessian-vector product per step. Without, the Hessian along
-    the way is neglected (TracIn-like): exact for one step, first order in the learning rate for more.
+    With ``curvature`` this is the exact derivative through the segment, at one Hessian-vector product per step: the
+    adjoint of torch.optim.SGD with momentum and weight decay. Without it, Hessians along the segment are neglected
+    (TracIn-like): exact for one step, first order in the learning rate for more.
 
     Args:
         network: logits [B, K]; must treat samples independently (instance or group norm, or eval mode).
-        steps: the segment's updates in the order in which they were made.
+        steps: the updates of the segment, first to last.
         images: real images [N, C, H, W], augmented as in training if the augmentation was the same for all.
-        labels: the labels trained on, int64 [N] or probabilities [N, K].
+        labels: labels of the training, int64 [N] or probabilities [N, K].
         direction: u = dM/dtheta_T, by name or flat [P].
         curvature: propagate u through the Hessians of the steps.
-        weights: w_i during training, [N]; None for 1. Only the Hessians depend on them.
+        weights: w_i of the training, [N]; None for 1. Only the Hessians depend on them.
         momentum: of the SGD, in [0, 1).
         weight_decay: of the SGD, >= 0.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
-        memory_budget: bytes for one chunk, see ``per_sample``.
+        memory_budget: bytes for one chunk, see ``nn.derivatives.per_sample``.
 
     Returns:
         [N] in the parameters' dtype; 0 for a sample that no step used. Negative = helpful.
@@ -111,7 +111,7 @@ def unrolled_influence(
             raise InvalidInputError(explain("a learning rate and divisor > 0", got, "Pass those of the training"))
 
     adjoint = flatten(as_parameters(network, direction))  # dM/dtheta_{t+1}, walking backwards
-    velocity = torch.zeros_like(adjoint)  # dM/dv_{t+1} by way of later steps
+    velocity = torch.zeros_like(adjoint)  # dM/dv_{t+1} through later steps
     total = torch.zeros(len(images), dtype=adjoint.dtype, device=adjoint.device)
     for step in reversed(steps):
         # theta' = theta - eta v',  v' = momentum v + grad + weight_decay theta
@@ -160,10 +160,10 @@ def inverse_hessian_influence(
     strict: bool = False,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """Influence of every real sample on M by way of the optimum, -1/n <u, (H + damping I)^-1 grad l_i>.
+    """Computes the influence of every real sample on M through an optimum, -1/n <u, (H + damping I)^-1 grad l_i>.
 
-    theta is taken to minimise 1/n sum_i w_i l_i(theta) + damping/2 |theta|^2 over n training samples: there this is
-    dM/dw_i, and leaving i out changes M by about -I_i. Away from an optimum the damping only makes the inverse exist.
+    If theta minimises 1/n sum_i w_i l_i(theta) + damping/2 |theta|^2 over n training samples, this is dM/dw_i, and
+    leaving i out changes M by about -I_i. Away from an optimum, damping only makes the inverse exist.
 
     Args:
         network: logits [B, K]; must treat samples independently.
@@ -171,15 +171,15 @@ def inverse_hessian_influence(
         labels: int64 [n] or probabilities [n, K].
         direction: u = dM/dtheta, by name or flat [P].
         damping: > 0, added to the curvature (an L2 penalty of the training belongs here too).
-        curvature: "hessian", or "gauss_newton", which is positive semi-definite for cross-entropy at any theta.
+        curvature: "hessian", or "gauss_newton" (positive semi-definite for cross-entropy at every theta).
         scored: (images, labels) to score instead of the training samples.
         weights: w_i of the training, [n]; None for 1.
         parameters: theta, by name or flat [P]; by default the network's values.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
         tolerance: of the conjugate gradients (relative residual).
         max_iterations: of the conjugate gradients.
-        strict: raise instead of warning when they do not converge.
-        memory_budget: bytes for one chunk, see ``per_sample``.
+        strict: raise instead of warning if they do not converge.
+        memory_budget: bytes for one chunk, see ``nn.derivatives.per_sample``.
 
     Returns:
         [number of scored samples], in the parameters' dtype. Negative = helpful.
@@ -230,7 +230,7 @@ def curvature_product(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     reuse: bool = True,
 ) -> MatVec:
-    """The map v -> H v with H the curvature of 1/n sum_i w_i l_i over a dataset, in chunks that fit the budget.
+    """Makes the map v -> H v, H being the curvature of 1/n sum_i w_i l_i over a dataset, in chunks.
 
     Args:
         network: logits [B, K]; must treat samples independently.
@@ -239,10 +239,10 @@ def curvature_product(
         kind: "hessian" or "gauss_newton".
         parameters: where, by name or flat [P]; by default the network's values.
         weights: w_i, [n]; None for 1.
-        divisor: to use instead of n.
+        divisor: used instead of n.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
-        memory_budget: bytes for one chunk's graph, taken as six times the activations that a sample keeps.
-        reuse: where all samples fit into one chunk, keep its graph between products (faster from the second on).
+        memory_budget: bytes for the graph of one chunk, estimated as six times the activations of its samples.
+        reuse: if all samples fit into one chunk, keep its graph between products (faster from the second on).
 
     Returns:
         A closure [P] -> [P].
@@ -258,7 +258,7 @@ def curvature_product(
     values = as_parameters(network, parameters)
     names, parts = tuple(values), tuple(values.values())
     scale = float(len(images)) if divisor is None else divisor
-    # A Hessian product's graph holds the activations about three times over, and its backward pass as much again.
+    # The graph of a Hessian product holds the activations about three times, its backward pass as much again.
     chunk = max(1, memory_budget // max(1, 6 * activation_bytes(network, images[0], values)))
     starts = range(0, len(images), chunk)
 

@@ -1,13 +1,14 @@
-"""Implicit influence in a loop that matches class means on networks that learn from the real data (IDM).
+"""Implicit influence through networks trained on real data, in a loop that matches class means (IDM).
 
-[ours: METHODS.md 2.1]. A real sample enters the means of L = sum_c |mu_c - nu_c(S)|^2 (the explicit path,
-``influence.dm_influence``), and it shaped the network theta on which they are taken. With g = grad_S M held fixed,
-v_c = J_c g, and one epoch of the network's training as a single step at its present parameters,
+[ours: README.md, 2]. A real sample enters the means of L = sum_c |mu_c - nu_c(S)|^2 (explicit path,
+``explicit.dm_influence``). It also trained the network theta on which the means are taken. Hold g = grad_S M fixed,
+let v_c = J_c g, and count one epoch of the training as a single step at the present parameters. Then
 
     u = dM/dtheta = -d/dtheta < g, grad_S L > = 2 d/dtheta sum_c < v_c, mu_c - nu_c >,   I_i = -rate/B < u, grad l_i >.
 
-u is summed over passes: first the synthetic images with their tangents, class by class, then the real ones. Forward
-mode along u gives every sample. Curvature along the training and a loss on S without real samples are neglected.
+u is summed over passes: first the synthetic images with their tangents, class by class, then the real images. One
+forward-mode pass along u gives every sample. Neglected: curvature along the training, and terms of the loss on S that
+contain no real sample.
 """
 
 from __future__ import annotations
@@ -39,21 +40,24 @@ def learned_influence(
     chunk_size: int = 1024,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """dM/dw of every real sample per epoch of the network's training and unit step of S, by way of the network.
+    """Computes dM/dw of every real sample through the network, per epoch of its training and unit step of S.
+
+    Arguments are trusted: ``scoring`` calls it with values that were checked before.
 
     Args:
         network: logits [B, K]; its parameters require a gradient and are not changed.
         embed: images [B, C, H, W] -> features [B, D] of this network.
         images: real images [N, C, H, W].
-        labels: the labels that it learns and the classes in L, int64 [N] in [0, num_classes).
+        labels: int64 [N] in [0, num_classes); the labels of its training and the classes in L.
         synthetic: images [M, C, H, W] as the network sees them.
         synthetic_labels: int64 [M].
-        target_gradient: what a step of S along grad M makes of them, same shape as ``synthetic``.
+        target_gradient: grad_S M, mapped like the images where the network sees S expanded; same shape as
+            ``synthetic``.
         num_classes: K.
-        learning: of the network's training.
+        learning: rate and batch size of the network's training.
         weights: current weights [N] >= 0, with a positive sum in each class; None for 1.
         chunk_size: real images per pass.
-        memory_budget: see ``per_sample``.
+        memory_budget: bytes for one chunk, see ``nn.derivatives.per_sample``.
 
     Returns:
         [N], detached. Negative = helpful.

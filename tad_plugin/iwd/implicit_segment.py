@@ -1,6 +1,6 @@
-"""Implicit influence in trajectory matching: the sample shaped the expert that the student is matched to.
+"""Implicit influence in trajectory matching: the sample trained the expert that the student is matched to.
 
-[ours: METHODS.md 2.1]. u = dM(S')/dtheta_target, then the unrolled (TracIn-like) sum along the segment.
+[ours: README.md, 2]. u = dM(S')/dtheta_target, then the unrolled (TracIn-like) sum along the segment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tad_plugin.core.events import Segment
 from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
 from tad_plugin.iwd.explicit import target_direction
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
-from tad_plugin.iwd.scoring import target_gradient
+from tad_plugin.iwd.targets import validation_gradient
 from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
 
 __all__ = ["add_term", "segment_influence", "synthetic_gradient"]
@@ -32,24 +32,24 @@ def segment_influence(
     steps: int = 1,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """Influence of real samples through one expert segment, dM/dw per unit step of S and per full-batch epoch.
+    """Computes the influence of real samples through one expert segment: dM/dw per unit step of S and per epoch.
 
-    ``validation``: M is the held-out loss of a network that starts where the student does and learns from S.
+    ``validation``: M is the held-out loss of a network that starts at the student's start and learns from S. If
+    :func:`add_term` has summed ``segment.direction``, that is used.
     ``matching``: M is the segment's own loss, so u = dL/dtheta_target and no held-out sample is needed.
-    Every epoch of the segment counts as one step at its starting parameters with the expert's learning rate;
-    curvature along it is neglected.
-    A ``segment.direction`` that :func:`add_term` summed is taken as it is for ``validation``.
+
+    Each epoch of the segment counts as one full-batch step at its starting parameters, with the expert's learning
+    rate. Curvature along the segment is neglected.
 
     Args:
-        segment: with ``target`` as a leaf that requires a gradient and, for segments of several epochs,
-            ``checkpoints``.
+        segment: ``target`` must be a leaf that requires a gradient. Segments of several epochs need ``checkpoints``.
         images: real images [B, C, H, W].
-        labels: int64 [B], the labels that the expert was trained on.
+        labels: int64 [B], labels of the expert's training.
         held_out: (images, labels) of V.
         target: "validation" or "matching".
         weights: weights of the expert's training [B]; None for 1.
         alpha: inner step size of "validation".
-        steps: its inner steps.
+        steps: inner steps of "validation".
         memory_budget: bytes for one chunk of per-sample derivatives.
 
     Returns:
@@ -59,14 +59,14 @@ def segment_influence(
         DisconnectedGraphError: the loss does not depend on the target parameters.
         MemoryBudgetError: a single sample does not fit the budget.
         NonFiniteError: an influence is NaN or infinite.
-        ConfigError: unknown target.
+        ConfigError: unknown target, or no labels of S for "validation".
     """
     if not (segment.target.requires_grad and segment.target.is_leaf):
         raise DisconnectedGraphError(
             explain(
                 "segment.target as a leaf that requires a gradient",
                 f"requires_grad={segment.target.requires_grad}, is_leaf={segment.target.is_leaf}",
-                "Where hook.wants_graph() is true, make it with .detach().clone().requires_grad_() before the loss",
+                "If hook.wants_graph() is true, make it with .detach().clone().requires_grad_() before the loss",
             )
         )
     if target == "matching":
@@ -88,7 +88,7 @@ def segment_influence(
         (direction,) = target_direction(segment.loss, segment.target, synthetic, gradient)
     else:
         raise ConfigError(explain("target 'validation' or 'matching'", repr(target), "Correct iwd.target"))
-    rate = segment.expert_lr if segment.expert_lr is not None else 1.0  # a common scale: ranks do not change
+    rate = segment.expert_lr if segment.expert_lr is not None else 1.0  # a common factor does not change the ranks
     where = [segment.start] if segment.checkpoints is None else list(segment.checkpoints[:-1])
     along = [SegmentStep(parameters=theta.detach(), learning_rate=rate) for theta in where]
     return unrolled_influence(
@@ -99,7 +99,7 @@ def segment_influence(
 def synthetic_gradient(
     segment: Segment, held_out: tuple[Tensor, Tensor], *, alpha: float = 0.01, steps: int = 1
 ) -> Tensor:
-    """Gradient of the target "validation" in the synthetic images [M, C, H, W], on the student at the segment's start.
+    """Computes grad_S M of the target "validation", [M, C, H, W], on the student at the segment's start.
 
     Arguments and errors as for :func:`segment_influence`.
     """
@@ -109,21 +109,19 @@ def synthetic_gradient(
             explain("segment.synthetic_labels for the target 'validation'", "none", "Pass the labels of S")
         )
     student = _at(segment.network, segment.start)
-    _, gradient = target_gradient(
-        "validation", [student], synthetic, labels, *held_out, num_classes=0, alpha=alpha, steps=steps
-    )
+    _, gradient = validation_gradient(student, synthetic, labels, *held_out, alpha=alpha, steps=steps)
     return gradient
 
 
 def add_term(segment: Segment, term: Tensor, images: Tensor, gradient: Tensor) -> None:
-    """Adds one term of the loss to ``segment.direction``, for loops that keep no graph of the whole loss (TESLA).
+    """Adds the share of one loss term to ``segment.direction``, for loops that keep no graph of the loss (TESLA).
 
-    The direction of the target "validation" is linear in the loss's gradient in S, so the terms that make up that
-    gradient give it one by one; :func:`segment_influence` then takes the sum.
+    The direction of the target "validation" is linear in the gradient of the loss in S. So each term of that gradient
+    adds its part, and :func:`segment_influence` uses the sum.
 
     Args:
-        segment: with ``target`` as a leaf that requires a gradient.
-        term: a scalar with its graph, whose gradient in ``images`` is part of the loss's.
+        segment: ``target`` must be a leaf that requires a gradient.
+        term: a scalar with its graph; its gradient in ``images`` is one part of the loss gradient.
         images: rows of the synthetic images [B, C, H, W].
         gradient: the same rows of :func:`synthetic_gradient`.
 

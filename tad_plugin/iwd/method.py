@@ -1,4 +1,4 @@
-"""IWD: influence-weighted distillation (arXiv 2510.27253) as a callback, made of the functions beside this file."""
+"""IWD: influence-weighted distillation (arXiv 2510.27253) as a callback."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
 from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_segment import add_term, segment_influence, synthetic_gradient
-from tad_plugin.iwd.scoring import held_out_folds, score_on_network, target_gradient
-from tad_plugin.iwd.targets import Fold
-from tad_plugin.iwd.weighting import RunningScore, fit_temperature, saturate, softmax_weights, standardise
+from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
+from tad_plugin.iwd.weighting import Classes, RunningScore
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.nn.passes import chunk_size
 
-__all__ = ["DEFAULT_EVERY", "IWD", "IWDConfig"]
+__all__ = ["IWD"]
 
 
 class IWD(Callback):
@@ -32,13 +31,17 @@ class IWD(Callback):
 
     [paper]: influence functions on the objective, an explicit and an implicit term, a softmax with a temperature.
     [ours]: the target, held-out cross-fitting, scoring of all samples at once, the temperature by effective
-    sample size, the refresh schedule.
+    sample size, the refresh schedule. README.md in this folder has the definitions.
 
-    It keeps in the state: ``influence`` (float32 [N], mean standardised influence, slightly shrunk, negative =
-    helpful), ``influence_count`` (int64 [N], how often the sample was scored) and ``influence_weight`` (float32 [N],
-    its factor of the weight). Only usable samples (``trusted``) are held out or scored, with ``target`` as label, so
-    after TAD V is drawn from the trusted space and the weights multiply TAD's. Who knows some labels to be right names
-    them with ``state.register("held_out", mask)`` (bool [N]) before the first refresh: V is then drawn from those only.
+    A refresh scores samples (negative = helpful) and turns the running scores into weights. In the state it keeps:
+
+    - ``influence``: float32 [N], mean standardised influence, slightly shrunk.
+    - ``influence_count``: int64 [N], number of scores.
+    - ``influence_weight``: float32 [N], IWD's factor of the weight.
+
+    Only usable samples (``trusted``) are held out or scored, with ``target`` as label. So after TAD, V comes from the
+    trusted samples, and IWD's weights multiply TAD's. Register known-correct labels before the first refresh with
+    ``state.register("held_out", mask)`` (bool [N]); then V is drawn from those samples only.
     """
 
     name: ClassVar[str] = "iwd"
@@ -53,15 +56,17 @@ class IWD(Callback):
         #: refreshes made so far
         self.refreshes = 0
         self._running: RunningScore | None = None
+        # Target labels at the last score. A relabelled sample starts anew.
         self._scored_as: Tensor | None = None
         self._seen_match = False
+        # Seconds of the matches of this iteration, in a loop that goes class by class.
         self._spent = 0.0
-        # What on_segment_term and on_segment of one iteration share: who is held out, and the gradient in S.
+        # Shared by on_segment_term and on_segment of one iteration: the fold, and the gradient in S.
         self._terms: tuple[Fold, Tensor] | None = None
 
     # -- when --------------------------------------------------------------------------------------
     def due(self, iteration: int) -> bool:
-        """Whether scores are refreshed in this iteration."""
+        """True if scores are refreshed in this iteration."""
         config = self.config
         every = config.every or DEFAULT_EVERY[config.mode]
         if iteration % every == 0:
@@ -72,54 +77,46 @@ class IWD(Callback):
         return times & (times - 1) == 0
 
     def wants_graph(self, iteration: int) -> bool:
-        """See :class:`Callback`. Mode "all" differentiates nothing of the loop, except a trajectory's target."""
+        """See :class:`Callback`. Mode "all" differentiates nothing of the loop, except the target of a trajectory."""
         batch = self.config.mode == "batch"
         trajectory = self.config.implicit and not self._seen_match
         return (batch or trajectory) and self.due(iteration)
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Registers the score store."""
+        """Registers the scores in the state."""
         self._store(state)
 
     def on_match(self, *, state: SampleState, match: Match) -> None:
-        """Scores (if this iteration is due) and, after the warm-up, sets the weights.
+        """Scores if this iteration is due. Sets the weights after the warm-up.
 
         Raises:
-            ConfigError: the explicit path is switched off in a loop that has no other, no data, or mode "all" in
-                a loop that does not match class means.
-            DisconnectedGraphError: mode "batch" in a loop whose loss does not contain the weights.
+            ConfigError: the loop has no path that is switched on, no data, no labels of S, or no distance for
+                ``statistic="loop"``.
+            DisconnectedGraphError: mode "batch", and the loss does not contain the weights.
             NoHeldOutError: too few usable samples to hold any out.
             NonFiniteError: a loss, gradient or influence is NaN or infinite.
         """
         self._seen_match = True
-        config = self.config
-        if not (config.explicit or (config.learned and config.mode == "all" and match.learning is not None)):
-            raise ConfigError(
-                explain(
-                    "iwd.explicit=True in a loop that matches real samples directly",
-                    "False, and nothing else: such a loop has no implicit influence, or IWD is not to take it",
-                    'Switch explicit on; in a loop that trains networks on real data (IDM), learned in mode "all"',
-                )
-            )
-        if not self.due(match.iteration) or (config.mode == "all" and not match.last):
+        self._check_paths(match)
+        if not self.due(match.iteration) or (self.config.mode == "all" and not match.last):
             return
-        data, labels = self._data(match.data), match.synthetic_labels
-        if labels is None:
-            raise ConfigError(
-                explain("labels of the synthetic images", "none", "Pass labels=... to hook.before_update()")
-            )
+        refresh = self._refresh(state, match)
         began = perf_counter() - self._spent
-        values = (self._all if config.mode == "all" else self._batch)(state, match, data, labels)
-        self._spent = 0.0 if match.last else perf_counter() - began
-        if not match.last:
-            return  # the other classes of this iteration follow
-        self._finish(state, began, sum(values) / len(values))
+        if self.config.mode == "all":
+            level = self._score_all(state, match, refresh)
+        else:
+            level = self._score_batch(state, match, refresh)
+        if match.last:
+            self._spent = 0.0
+            self._finish(state, began, level)
+        else:  # the other classes of this iteration follow
+            self._spent = perf_counter() - began
 
     def on_segment_term(
         self, *, state: SampleState, segment: Segment, term: Tensor, images: Tensor, indices: Tensor
     ) -> None:
-        """Sums the direction of the target "validation" over the terms; for "matching" the loss itself is enough."""
+        """Adds the term's share of the direction for "validation". The target "matching" needs the loss only."""
         config = self.config
         if not (config.implicit and config.target == "validation" and self.due(segment.iteration)):
             return
@@ -131,20 +128,16 @@ class IWD(Callback):
         add_term(segment, term, images, self._terms[1][indices])
 
     def on_segment(self, *, state: SampleState, segment: Segment) -> None:
-        """The same for trajectory matching: all usable samples by the implicit path.
+        """Scores all usable samples by the implicit path if this iteration is due. Then as :meth:`on_match`.
 
         Raises:
-            ConfigError: the implicit path is switched off, or no data. Others as :func:`segment_influence`.
+            ConfigError: the implicit path is switched off, or there is no data. Others as :func:`segment_influence`.
         """
         config = self.config
         if not config.implicit:
-            raise ConfigError(
-                explain(
-                    "iwd.implicit=True in a trajectory-matching loop",
-                    "False, and there no real sample enters the loss directly, so the explicit influence is zero",
-                    "Switch implicit on",
-                )
-            )
+            expected = "iwd.implicit=True in a trajectory-matching loop"
+            got = "False; no real sample enters the loss directly there, so the explicit influence is zero"
+            raise ConfigError(explain(expected, got, "Switch implicit on"))
         if not self.due(segment.iteration):
             return
         data = self._data(segment.data)
@@ -162,89 +155,84 @@ class IWD(Callback):
             steps=config.steps,
             memory_budget=config.memory_budget,
         )
-        self._add(state, fold.scored, standardise(found, state.target[fold.scored], state.num_classes))
+        self._add(state, fold.scored, _z_scores(state, fold.scored, found))
         self._finish(state, began, float("nan"))
 
-    # -- scoring -----------------------------------------------------------------------------------
-    def _all(self, state: SampleState, match: Match, data: RealData, labels: Tensor) -> list[float]:
-        config = self.config
-        through_loop = config.statistic == "loop"
-        if through_loop and match.kind != "distribution" and match.distance is None:
-            raise ConfigError(
-                explain(
-                    'a loop that matches class means, or tells the distance of its gradients, for iwd.statistic="loop"',
-                    f"kind {match.kind!r} without a distance",
-                    'Pass distance=... to hook.before_update(), or set iwd.statistic="means"',
-                )
-            )
-        folds = self._folds(state)
-        learning = match.learning if config.learned else None
-        values = []
-        for number in range(config.networks):
-            found = score_on_network(
-                self._fresh(match) if learning is None else learning.network(self.generator),
-                data.images,
-                state.target,
-                folds[number % len(folds)],
-                match.synthetic[0].detach(),
-                labels.detach(),
-                state.num_classes,
-                target=config.target,
-                weights=state.weight,
-                alpha=config.alpha,
-                steps=config.steps,
-                chunk_size=config.chunk_size or chunk_size(data.images.device),
-                expand=match.expand,
-                distance=match.distance if through_loop else None,
-                explicit=config.explicit,
-                learning=learning,
-            )
+    # -- what is scored ----------------------------------------------------------------------------
+    def _score_all(self, state: SampleState, match: Match, refresh: Refresh) -> float:
+        """Scores all usable samples on several networks. Returns the mean of the target."""
+        folds, levels = self._folds(state), []
+        for number in range(self.config.networks):
+            learning = refresh.learning
+            network = self._fresh(match) if learning is None else learning.network(self.generator)
+            found = refresh.score(network, folds[number % len(folds)])
             self._add(state, found.indices, found.standardised)
-            values.append(found.target)
-        return values
+            levels.append(found.target)
+        return sum(levels) / len(levels)
 
-    def _batch(self, state: SampleState, match: Match, data: RealData, labels: Tensor) -> list[float]:
-        config = self.config
+    def _score_batch(self, state: SampleState, match: Match, refresh: Refresh) -> float:
+        """Scores the samples of the batch through the graph of the loop's loss. Returns the target."""
         if not match.weights.requires_grad or not len(match.indices):
-            raise DisconnectedGraphError(
-                explain(
-                    "a loss that contains the samples' weights",
-                    "one for which hook.weights() or hook.reweight() was not called in this iteration",
-                    'Weight the real samples with it, or set iwd.mode="all"',
-                )
-            )
+            got = "one for which hook.weights() or hook.reweight() was not called in this iteration"
+            do = 'Weight the real samples with it, or set iwd.mode="all"'
+            raise DisconnectedGraphError(explain("a loss that contains the samples' weights", got, do))
         fold = self._folds(state)[0]
-        # M on another network than the one just matched on: there the loss is at its own minimum.
-        networks = [self._fresh(match)] if config.target == "matching" else [match.network]
-        value, gradient = target_gradient(
-            config.target,
-            networks,
-            match.synthetic[0].detach(),
-            labels.detach(),
-            data.images[fold.held_out],
-            state.target[fold.held_out],
-            state.num_classes,
+        # "matching" needs another network than the one just matched on: there the loss is small already.
+        network = self._fresh(match) if self.config.target == "matching" else match.network
+        level, gradient = refresh.target_gradient(network, fold)
+        found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
+        drawn = match.indices.unique()
+        drawn = drawn[torch.isin(drawn, fold.scored)]
+        self._add(state, drawn, _z_scores(state, drawn, found[drawn]))
+        return level
+
+    def _refresh(self, state: SampleState, match: Match) -> Refresh:
+        config, data = self.config, self._data(match.data)
+        if match.synthetic_labels is None:
+            do = "Pass labels=... to hook.before_update()"
+            raise ConfigError(explain("labels of the synthetic images", "none", do))
+        through_loop = config.statistic == "loop"
+        if config.mode == "all" and through_loop and match.kind != "distribution" and match.distance is None:
+            expected = 'class means, or a distance between gradients, for iwd.statistic="loop"'
+            do = 'Pass distance=... to hook.before_update(), or set iwd.statistic="means"'
+            raise ConfigError(explain(expected, f"kind {match.kind!r} without a distance", do))
+        return Refresh(
+            images=data.images,
+            targets=state.target,
+            synthetic=match.synthetic[0].detach(),
+            synthetic_labels=match.synthetic_labels.detach(),
+            num_classes=state.num_classes,
+            target=config.target,
+            weights=state.weight,
             alpha=config.alpha,
             steps=config.steps,
             chunk_size=config.chunk_size or chunk_size(data.images.device),
             expand=match.expand,
+            distance=match.distance if through_loop else None,
+            explicit=config.explicit,
+            learning=match.learning if config.learned else None,
         )
-        found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
-        drawn = match.indices.unique()
-        drawn = drawn[torch.isin(drawn, fold.scored)]
-        self._add(state, drawn, standardise(found[drawn], state.target[drawn], state.num_classes))
-        return [value]
+
+    def _check_paths(self, match: Match) -> None:
+        config = self.config
+        if not (config.explicit or (config.learned and config.mode == "all" and match.learning is not None)):
+            raise ConfigError(
+                explain(
+                    "iwd.explicit=True in a loop that matches real samples directly",
+                    "False, and no implicit path that is switched on",
+                    'Switch explicit on, or, in a loop that trains networks on real data (IDM), learned in mode "all"',
+                )
+            )
+
+    def _data(self, data: RealData | None) -> RealData:
+        if data is None or data.images.ndim < 4:
+            raise ConfigError(explain("`data` to score", "none", "Pass data=images [N,C,H,W] to attach()"))
+        return data
 
     def _folds(self, state: SampleState) -> list[Fold]:
         vouched = state["held_out"].bool() if "held_out" in state else None
-        return held_out_folds(
-            state.target,
-            state.num_classes,
-            self.config.held_out,
-            state.trusted,
-            vouched=vouched,
-            generator=self.generator,
-        )
+        size, usable = self.config.held_out, state.trusted
+        return draw_folds(state.target, state.num_classes, size, usable, vouched, self.generator)
 
     def _fresh(self, match: Match) -> nn.Module:
         if match.fresh_network is not None:
@@ -253,14 +241,52 @@ class IWD(Callback):
         reinitialise(made, self.generator)
         return made
 
-    def _data(self, data: RealData | None) -> RealData:
-        if data is None or data.images.ndim < 4:
-            raise ConfigError(explain("`data` to score", "none", "Pass data=images [N,C,H,W] to attach()"))
-        return data
+    # -- how scores become weights -----------------------------------------------------------------
+    def _finish(self, state: SampleState, began: float, target: float) -> None:
+        """Ends a refresh: writes the scores to the state, sets the weights after the warm-up, reports."""
+        running = self._store(state)
+        self.refreshes += 1
+        state["influence"].copy_(running.estimate)
+        state["influence_count"].copy_(running.counts)
+        active = self.refreshes > self.config.warmup and self.config.ess < 1
+        record = self._weigh(state, running) if active else {"ess": 1.0, "temperature": None}
+        self.report(
+            "influence",
+            refresh=self.refreshes,
+            active=active,
+            scored=int(running.seen.sum()),
+            target=target,
+            seconds=perf_counter() - began,
+            **record,
+        )
 
-    # -- scores and weights ------------------------------------------------------------------------
+    def _weigh(self, state: SampleState, running: RunningScore) -> dict[str, Any]:
+        """Sets the weights from the running scores. Returns what is logged of the temperatures."""
+        config, inside = self.config, running.seen & state.trusted
+        classes = Classes(state.target, state.num_classes, inside)
+        z = classes.z_scores(classes.saturated(config.sign * running.estimate, config.saturate))
+        fitted = classes.fit(z, self._ess(state))
+        # A sample without a score counts as the average of its class.
+        weights = torch.where(inside, classes.softmax(z, fitted.temperature).float(), 1.0)
+        state["influence_weight"].copy_(weights)
+        state.set_weights(self.name, weights)
+        present = fitted.ess > 0
+        return {
+            "ess": float(fitted.ess[present].mean()),
+            "ess_smallest": float(fitted.ess[present].min()),
+            "temperature": [float(fitted.temperature[present].min()), float(fitted.temperature[present].max())],
+        }
+
+    def _ess(self, state: SampleState) -> Tensor:
+        """Float64 [K]: ``ess`` as a share of the trusted samples; larger if an earlier method removed some."""
+        k = state.num_classes
+        every = torch.bincount(state.observed, minlength=k).double()
+        kept = torch.bincount(state.target[state.trusted], minlength=k).double().clamp_min(1)
+        return (self.config.ess * every / kept).clamp(max=1.0).clamp_min(self.config.ess)
+
+    # -- running scores ----------------------------------------------------------------------------
     def _store(self, state: SampleState) -> RunningScore:
-        """The running scores, made or (after a state file was loaded) taken up from the state."""
+        """The running scores; made from the state if there are none, for example after a state file was loaded."""
         state.register("influence", torch.zeros(len(state), device=state.device))
         state.register("influence_count", torch.zeros(len(state), dtype=torch.int64, device=state.device))
         state.register("influence_weight", torch.ones(len(state), device=state.device))
@@ -277,46 +303,6 @@ class IWD(Callback):
             running.forget(self._scored_as != state.target)
         self._scored_as = state.target.clone()
         running.add(indices, scores)
-
-    def _finish(self, state: SampleState, began: float, target: float) -> None:
-        config, running = self.config, self._store(state)
-        self.refreshes += 1
-        state["influence"].copy_(running.estimate)
-        state["influence_count"].copy_(running.counts)
-        active = self.refreshes > config.warmup and config.ess < 1
-        record: dict[str, Any] = {"ess": 1.0, "temperature": None}
-        if active:
-            inside = running.seen & state.trusted
-            scores = config.sign * running.estimate
-            scores = saturate(scores, state.target, state.num_classes, config.saturate, inside)
-            fitted = fit_temperature(scores, state.target, state.num_classes, self._ess(state), inside)
-            found = softmax_weights(scores, state.target, state.num_classes, fitted.temperature, inside)
-            # A sample that was not scored yet counts as the average of its class.
-            weights = torch.where(inside, found, torch.ones_like(found)).float()
-            state["influence_weight"].copy_(weights)
-            state.set_weights(self.name, weights)
-            present = fitted.ess > 0
-            record = {
-                "ess": float(fitted.ess[present].mean()),
-                "ess_smallest": float(fitted.ess[present].min()),
-                "temperature": [float(fitted.temperature[present].min()), float(fitted.temperature[present].max())],
-            }
-        self.report(
-            "influence",
-            refresh=self.refreshes,
-            active=active,
-            scored=int(running.seen.sum()),
-            target=target,
-            seconds=perf_counter() - began,
-            **record,
-        )
-
-    def _ess(self, state: SampleState) -> Tensor:
-        """Float64 [K]: what is left of ``ess`` where a method before this one has already set samples aside."""
-        k = state.num_classes
-        every = torch.bincount(state.observed, minlength=k).double()
-        kept = torch.bincount(state.target[state.trusted], minlength=k).double().clamp_min(1)
-        return (self.config.ess * every / kept).clamp(max=1.0).clamp_min(self.config.ess)
 
     # -- resume ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -338,3 +324,9 @@ class IWD(Callback):
             self._running = RunningScore(len(total), decay=self.config.decay or None, device=total.device)
             self._running.load_state_dict(state["running"])
             self._scored_as = state["scored_as"].clone()
+
+
+def _z_scores(state: SampleState, indices: Tensor, scores: Tensor) -> Tensor:
+    """Scores [B] of the samples ``indices`` as z-scores inside each class, float64."""
+    every = torch.ones_like(indices, dtype=torch.bool)
+    return Classes(state.target[indices], state.num_classes, every).z_scores(scores)

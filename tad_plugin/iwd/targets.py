@@ -1,26 +1,39 @@
-"""What influence is measured on: how good a synthetic set is, on held-out real samples. [ours: METHODS.md 2.1]
+"""Targets of influence: how good a synthetic set is, on held-out real samples. [ours: README.md, 2]
 
-A target M is a scalar that is differentiable in the synthetic set, lower = better. The networks
-are never changed: parameters enter as arguments, running statistics as copies.
+A target M is a scalar that is differentiable in the synthetic set, lower = better. Networks are never changed:
+parameters enter as arguments, running statistics as copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.data.labels import check_labels
-from tad_plugin.data.splits import shuffled_groups
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
 
-__all__ = ["Fold", "class_mean_distance", "cross_fit", "matching_target", "validation_gradient", "validation_target"]
+__all__ = [
+    "TARGETS",
+    "Expand",
+    "class_mean_distance",
+    "hard_labels",
+    "matching_target",
+    "mean_target_gradient",
+    "target_gradient",
+    "validation_gradient",
+    "validation_target",
+]
 
-HELD_OUT_WAY_OUT = "Hold out some real samples (a few % per class, trusted ones if possible) with cross_fit(...)"
+TARGETS = ("validation", "matching")
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(synthetic images, labels) -> (images, labels) that a network sees."""
+
+_WAY_OUT = "Hold out some real samples (a few % per class, trusted ones if possible) with cross_fit(...)"
 
 
 def validation_target(
@@ -33,13 +46,13 @@ def validation_target(
     alpha: float | Tensor = 0.01,
     steps: int = 1,
 ) -> Tensor:
-    """Target `validation`: the held-out loss of a network after it learned from the synthetic set.
+    """Computes the target `validation`: the held-out loss of a network after it learned from the synthetic set.
 
     M(S) = CE of theta' on V, theta' = theta - alpha * grad_theta CE(S; theta), repeated ``steps`` times with full
-    batches of S. Dropout would draw from the global generator: put such a network into eval mode.
+    batches of S. Put a network with dropout into eval mode, because dropout draws from the global generator.
 
     Args:
-        network: f with its parameters theta, logits [B, K]; its train or eval mode is kept.
+        network: logits [B, K], with parameters theta; train or eval mode is kept.
         synthetic: S, images [M, C, H, W].
         synthetic_labels: int64 [M], or probabilities [M, K] (then M is differentiable in them too).
         images: V, held-out real images [n, C, H, W].
@@ -48,13 +61,15 @@ def validation_target(
         steps: number of inner steps, at least 1.
 
     Returns:
-        Scalar with a graph to S (and to soft labels and alpha); mean over V.
+        Scalar, the mean over V, with a graph to S (and to soft labels and alpha).
 
     Raises:
         NoHeldOutError: V is empty.
         InvalidInputError: lengths differ, alpha or steps out of range.
     """
-    trained, buffers = _trained(network, synthetic, synthetic_labels, images, labels, alpha, steps)
+    _check_samples(synthetic, synthetic_labels, images, labels)
+    _check_inner_loop(alpha, steps)
+    trained, buffers = _trained(network, synthetic, synthetic_labels, alpha, steps)
     return F.cross_entropy(torch.func.functional_call(network, {**trained, **buffers}, (images,)), labels)
 
 
@@ -69,21 +84,33 @@ def validation_gradient(
     steps: int = 1,
     chunk_size: int = 1024,
 ) -> tuple[float, Tensor]:
-    """Value and gradient (with respect to S) of :func:`validation_target`, with V in chunks.
+    """Computes value and gradient in S of :func:`validation_target`, with V in chunks.
 
-    The gradient with respect to theta' is summed over chunks first and pulled back to S once, so the memory
-    does not grow with V. Same arguments and errors; a network whose norm takes statistics of its batch (batch norm
-    in train mode) sees chunks instead of all of V.
+    The gradient in theta' is summed over the chunks, then pulled back to S once. So memory does not grow with V.
+    Arguments and errors are those of :func:`validation_target`. A batch norm in train mode sees one chunk at a time.
 
     Returns:
         (M(S), grad_S M in the shape of S).
     """
-    if chunk_size < 1:
-        raise InvalidInputError(explain("chunk_size of at least 1", str(chunk_size), "Pass a positive number"))
-    leaf = synthetic.detach().clone().requires_grad_()
+    _check_samples(synthetic, synthetic_labels, images, labels)
+    _check_inner_loop(alpha, steps, chunk_size)
     rate = alpha.detach() if isinstance(alpha, Tensor) else alpha
+    return _validation_gradient(network, synthetic, synthetic_labels, images, labels, rate, steps, chunk_size)
+
+
+def _validation_gradient(
+    network: nn.Module,
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    alpha: float | Tensor,
+    steps: int,
+    chunk_size: int,
+) -> tuple[float, Tensor]:
+    leaf = synthetic.detach().clone().requires_grad_()
     with torch.enable_grad():
-        trained, buffers = _trained(network, leaf, synthetic_labels.detach(), images, labels, rate, steps)
+        trained, buffers = _trained(network, leaf, synthetic_labels.detach(), alpha, steps)
         copies = {name: p.detach().requires_grad_() for name, p in trained.items()}
         value = 0.0
         slopes = [torch.zeros_like(p) for p in copies.values()]
@@ -112,9 +139,9 @@ def class_mean_distance(
     *,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The matching loss of DM: squared distance of the class means of real and synthetic embeddings.
+    """Computes the matching loss of DM: squared distances between the class means of real and synthetic embeddings.
 
-    sum_c |sum_i w_i phi_i / sum_i w_i - mean_j phi(s_j)|^2 over the classes that both sides have (with some weight).
+    sum_c |sum_i w_i phi_i / sum_i w_i - mean_j phi(s_j)|^2, over the classes with synthetic images and positive weight.
 
     Args:
         network: has ``embed(x) -> [B, D]``.
@@ -134,6 +161,18 @@ def class_mean_distance(
     """
     real_labels = check_labels(labels, num_classes, len(images))
     own_labels = check_labels(synthetic_labels, num_classes, len(synthetic), "synthetic_labels")
+    return _class_mean_distance(network, synthetic, own_labels, images, real_labels, num_classes, weights)
+
+
+def _class_mean_distance(
+    network: nn.Module,
+    synthetic: Tensor,
+    own_labels: Tensor,
+    images: Tensor,
+    real_labels: Tensor,
+    num_classes: int,
+    weights: Tensor | None = None,
+) -> Tensor:
     embed: Callable[[Tensor], Tensor] = network.embed  # type: ignore[assignment]
     real, own = embed(images), embed(synthetic)
     w = torch.ones(len(images), dtype=real.dtype, device=real.device) if weights is None else weights.to(real.dtype)
@@ -149,7 +188,7 @@ def class_mean_distance(
         torch.bincount(own_labels, minlength=num_classes) > 0
     )
     if not bool(both.any()):
-        raise NoHeldOutError(explain("a class with real and synthetic images", "none", HELD_OUT_WAY_OUT))
+        raise NoHeldOutError(explain("a class with real and synthetic images", "none", _WAY_OUT))
     gap = means(real, real_labels, w) - means(own, own_labels, torch.ones_like(own[:, 0]))
     return gap[both].square().sum()
 
@@ -164,13 +203,14 @@ def matching_target(
     *,
     loss_fn: Callable[..., Tensor] = class_mean_distance,
 ) -> Tensor:
-    """Target `matching`: the unweighted matching loss against held-out samples, on fresh networks.
+    """Computes the target `matching`: the unweighted matching loss against held-out samples, on fresh networks.
 
     Args:
-        networks: one or several networks that the loop did not just match on; the mean over them is taken.
+        networks: one or several networks; the result is the mean over them. Do not pass the network that S was just
+            matched on, because there the loss is small already.
         synthetic: S, images [M, C, H, W].
         synthetic_labels: int64 [M].
-        images: V, held-out real images [n, C, H, W]. A class without held-out samples takes no part.
+        images: V, held-out real images [n, C, H, W]. Classes without held-out samples are left out.
         labels: int64 [n].
         num_classes: K.
         loss_fn: (network, synthetic, synthetic_labels, images, labels, num_classes) -> scalar; DM's by default.
@@ -185,106 +225,125 @@ def matching_target(
     several = [networks] if isinstance(networks, nn.Module) else list(networks)
     if not several:
         raise InvalidInputError(explain("at least one network", "none", "Draw one with make_network(...)"))
-    _check_held_out(synthetic, synthetic_labels, images, labels)
+    _check_samples(synthetic, synthetic_labels, images, labels)
     losses = [loss_fn(net, synthetic, synthetic_labels, images, labels, num_classes) for net in several]
     return torch.stack(losses).mean()
 
 
-@dataclass(frozen=True)
-class Fold:
-    """One fold of :func:`cross_fit`; both are ascending int64 positions in the dataset and never share one.
-
-    Attributes:
-        held_out: V of this fold, for the target.
-        scored: the samples that may be scored by (and weighted for) that target.
-    """
-
-    held_out: Tensor
-    scored: Tensor
-
-
-def cross_fit(
+def target_gradient(
+    target: str,
+    networks: list[nn.Module],
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    images: Tensor,
     labels: Tensor,
     num_classes: int,
-    folds: int,
     *,
-    generator: torch.Generator,
-    mask: Tensor | None = None,
-    per_class: int | None = None,
-) -> list[Fold]:
-    """Held-out folds, so that no sample is ever scored by a target that contains it, and yet all are scored.
-
-    Every class is dealt out over the folds evenly. With F folds a sample is held out in at most one and scored
-    in the others. The draw is made on the CPU, so every device gets the same folds.
+    alpha: float = 0.01,
+    steps: int = 1,
+    chunk_size: int = 1024,
+    expand: Expand | None = None,
+) -> tuple[float, Tensor]:
+    """Computes value and gradient in S of the target M, the mean over ``networks``.
 
     Args:
-        labels: int64 [N] in [0, num_classes); the fold's V is stratified by them.
+        target: "validation" or "matching".
+        networks: networks on which M is measured; never changed.
+        synthetic: S, [M, C, H, W].
+        synthetic_labels: int64 [M], or probabilities [M, K].
+        images: V, [n, C, H, W].
+        labels: int64 [n] in [0, num_classes).
         num_classes: K.
-        folds: F >= 2.
-        generator: a CPU generator; one permutation of N is drawn.
-        mask: bool [N], the samples that may be held out (trusted ones); all are scored. None for all.
-        per_class: at most that many held-out samples of a class in a fold; None for no limit.
+        alpha: inner step size of "validation".
+        steps: inner steps of "validation".
+        chunk_size: held-out images per pass of "validation".
+        expand: maps S and its labels to what the networks see, see :class:`tad_plugin.core.events.Match`; None if
+            they see S itself.
 
     Returns:
-        F folds.
+        (M(S), grad_S M in the shape of S).
 
     Raises:
-        NoHeldOutError: a fold would be without held-out samples.
-        InvalidInputError: folds, per_class or the mask do not fit.
+        NoHeldOutError: V is empty.
+        NonFiniteError: the gradient is NaN or infinite.
+        InvalidInputError: unknown target, no network, or lengths, labels or sizes that do not fit.
     """
-    labels = check_labels(labels, num_classes)
-    if folds < 2 or (per_class is not None and per_class < 1):
-        got = f"folds {folds}, per_class {per_class}"
-        raise InvalidInputError(explain("folds >= 2 and per_class >= 1 (or None)", got, "Pass larger numbers"))
-    if mask is not None and (mask.shape != labels.shape or mask.dtype != torch.bool):
-        got = f"{mask.dtype} of shape {list(mask.shape)}"
-        raise InvalidInputError(explain(f"a bool mask of shape [{len(labels)}]", got, "Pass one entry per sample"))
-    order = shuffled_groups(labels, generator, mask)
-    # A sample's rank in its class is its position
-    # minus the class's first position. Rank modulo F deals the class out; the offset keeps small classes from
-    # all landing in fold 0.
-    classes = labels[order]
-    counts = torch.bincount(classes, minlength=num_classes)
-    rank = torch.arange(len(order), device=labels.device) - (counts.cumsum(0) - counts)[classes]
-    fold_of = (rank + classes) % folds
-    keep = torch.ones_like(rank, dtype=torch.bool) if per_class is None else rank // folds < per_class
-    found = []
-    for fold in range(folds):
-        held_out = order[keep & (fold_of == fold)].sort().values
-        if len(held_out) == 0:
-            got = f"{len(order)} candidates for {folds} folds"
-            raise NoHeldOutError(
-                explain("at least one held-out sample in each fold", got, "Use fewer folds, or a wider mask")
-            )
-        scored = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        scored[held_out] = False
-        found.append(Fold(held_out, scored.nonzero().flatten()))
-    return found
+    if target not in TARGETS or not networks:
+        raise InvalidInputError(
+            explain(f"a target out of {TARGETS} and a network", f"{target!r}, {len(networks)} networks", "Correct them")
+        )
+    _check_samples(synthetic, synthetic_labels, images, labels)
+    _check_inner_loop(alpha, steps, chunk_size)
+    check_labels(labels, num_classes)
+    if synthetic_labels.ndim == 1:
+        check_labels(synthetic_labels, num_classes, name="synthetic_labels")
+    return mean_target_gradient(
+        target, networks, synthetic, synthetic_labels, images, labels, num_classes, alpha, steps, chunk_size, expand
+    )
 
 
-def _check_held_out(synthetic: Tensor, synthetic_labels: Tensor, images: Tensor, labels: Tensor) -> None:
+def mean_target_gradient(
+    target: str,
+    networks: list[nn.Module],
+    synthetic: Tensor,
+    synthetic_labels: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    alpha: float,
+    steps: int,
+    chunk_size: int,
+    expand: Expand | None,
+) -> tuple[float, Tensor]:
+    """:func:`target_gradient` for arguments that are checked already."""
+    if expand is not None:
+        # M of the expanded set, and its gradient pulled back to S.
+        leaf = synthetic.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            shown, shown_labels = expand(leaf, synthetic_labels)
+        level, slope = mean_target_gradient(
+            target, networks, shown.detach(), shown_labels, images, labels, num_classes, alpha, steps, chunk_size, None
+        )
+        return level, torch.autograd.grad(shown, leaf, slope)[0]
+    if target == "validation":
+        found = [
+            _validation_gradient(net, synthetic, synthetic_labels, images, labels, alpha, steps, chunk_size)
+            for net in networks
+        ]
+        return sum(v for v, _ in found) / len(found), torch.stack([g for _, g in found]).mean(0)
+    leaf, own_labels = synthetic.detach().clone().requires_grad_(), hard_labels(synthetic_labels)
+    with torch.enable_grad():
+        losses = [_class_mean_distance(net, leaf, own_labels, images, labels, num_classes) for net in networks]
+        value = torch.stack(losses).mean()
+        (gradient,) = torch.autograd.grad(value, leaf)
+    way_out = "Look for NaN in the images and the network"
+    return float(value.detach()), require_finite(gradient, "target gradient", way_out)
+
+
+def hard_labels(labels: Tensor) -> Tensor:
+    """int64 [M]: the labels themselves, or the likeliest class of soft labels [M, K]."""
+    return labels if labels.ndim == 1 else labels.argmax(1)
+
+
+def _check_samples(synthetic: Tensor, synthetic_labels: Tensor, images: Tensor, labels: Tensor) -> None:
     if len(images) == 0:
-        raise NoHeldOutError(explain("at least one held-out real sample", "none", HELD_OUT_WAY_OUT))
+        raise NoHeldOutError(explain("at least one held-out real sample", "none", _WAY_OUT))
     if len(images) != len(labels) or len(synthetic) != len(synthetic_labels) or len(synthetic) == 0:
         got = f"{len(synthetic)} and {len(synthetic_labels)} synthetic, {len(images)} and {len(labels)} held out"
         raise InvalidInputError(explain("as many images as labels", got, "Pass one label per image"))
 
 
+def _check_inner_loop(alpha: float | Tensor, steps: int, chunk_size: int = 1) -> None:
+    rate = float(alpha.detach()) if isinstance(alpha, Tensor) else alpha
+    if steps < 1 or not rate > 0 or chunk_size < 1:
+        got = f"steps {steps}, alpha {rate}, chunk_size {chunk_size}"
+        raise InvalidInputError(explain("steps >= 1, alpha > 0 and chunk_size >= 1", got, "Correct the inner loop"))
+
+
 def _trained(
-    network: nn.Module,
-    synthetic: Tensor,
-    synthetic_labels: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    alpha: float | Tensor,
-    steps: int,
+    network: nn.Module, synthetic: Tensor, synthetic_labels: Tensor, alpha: float | Tensor, steps: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """theta' with its graph to S, and copies of the buffers."""
-    _check_held_out(synthetic, synthetic_labels, images, labels)
-    rate = float(alpha.detach()) if isinstance(alpha, Tensor) else alpha
-    if steps < 1 or not rate > 0:
-        got = f"steps {steps}, alpha {rate}"
-        raise InvalidInputError(explain("steps of at least 1 and alpha > 0", got, "Pass the inner loop's settings"))
     buffers = {name: b.detach().clone() for name, b in network.named_buffers()}
     with torch.enable_grad():
         values = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}

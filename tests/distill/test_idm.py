@@ -25,8 +25,8 @@ from tad_plugin.experiments.config import RunConfig, check_config
 from tad_plugin.experiments.run import run
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_networks import learned_influence
-from tad_plugin.iwd.scoring import score_on_network, target_gradient
-from tad_plugin.iwd.targets import Fold
+from tad_plugin.iwd.scoring import Fold, score_on_network
+from tad_plugin.iwd.targets import target_gradient
 from tests.distill.problems import Scales, hook_with
 from tests.problems import PLAIN, blobs, distilled, flip
 

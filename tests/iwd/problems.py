@@ -1,4 +1,4 @@
-"""Small float64 problems that the tests of ``iwd`` share: handwritten digits and tiny networks."""
+"""Small float64 problems for the tests of influence: handwritten digits and tiny networks."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ class LinearModel(nn.Module):
 
 
 def correlation_and_slope(found: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """Pearson correlation, and the least-squares slope of ``found`` over ``oracle`` (1 = same scale)."""
+    """Pearson correlation, and the least-squares slope of ``found`` on ``oracle`` (1 = same scale)."""
     a, b = found - found.mean(), oracle - oracle.mean()
     return float(a @ b / (a.norm() * b.norm())), float(a @ b / b.square().sum())

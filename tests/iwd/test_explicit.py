@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, InvalidLabelsError, NonFiniteError
-from tad_plugin.iwd.explicit import dm_influence, explicit_influence, influence, target_direction
+from tad_plugin.iwd.explicit import dm_influence, embedding_directions, explicit_influence, influence, target_direction
 from tad_plugin.iwd.targets import class_mean_distance, validation_target
 from tests.iwd.problems import Problem, convnet, correlation_and_slope, digits_problem
 
@@ -251,13 +251,13 @@ def test_non_finite_values_are_named() -> None:
 def test_wrong_arguments() -> None:
     s, w = torch.ones(3, requires_grad=True), torch.ones(4, requires_grad=True)
     loss = w.sum() * s.square().sum()
-    with pytest.raises(InvalidInputError, match="leaf"):
+    with pytest.raises(InvalidInputError, match="weights"):
         explicit_influence(loss, w * 1, s, torch.ones(3))
-    with pytest.raises(InvalidInputError, match="leaf"):
+    with pytest.raises(InvalidInputError, match="weights"):
         explicit_influence(loss, torch.ones(4), s, torch.ones(3))
-    with pytest.raises(InvalidInputError, match="shape"):
+    with pytest.raises(InvalidInputError, match=r"\[2\]"):
         explicit_influence(loss, w, s, torch.ones(2))
-    with pytest.raises(InvalidInputError, match="scalar"):
+    with pytest.raises(InvalidInputError, match=r"\[3\]"):
         explicit_influence(w.sum() * s, w, s, torch.ones(3))
     with pytest.raises(InvalidInputError, match="eta"):
         explicit_influence(loss, w, s, torch.ones(3), eta=0.0)
@@ -268,3 +268,13 @@ def test_wrong_arguments() -> None:
         dm_influence(
             network.embed, p.real, p.real_labels[:3], p.synthetic, p.synthetic_labels, torch.ones_like(p.synthetic), 10
         )
+    given = (network.embed, p.real, p.real_labels, p.synthetic, p.synthetic_labels, torch.ones_like(p.synthetic), 10)
+    for more in ({"eta": -1.0}, {"chunk_size": 0}, {"divisor": 0.0}, {"weights": -torch.ones(8)}):
+        with pytest.raises(InvalidInputError, match=next(iter(more))):
+            dm_influence(*given, **more)  # type: ignore[arg-type]
+    with pytest.raises(InvalidLabelsError, match="synthetic_labels"):
+        dm_influence(*given[:4], p.synthetic_labels + 1, *given[5:])
+    with pytest.raises(InvalidInputError, match="target_gradient"):
+        embedding_directions(network.embed, p.synthetic, p.synthetic_labels, p.real, 10)
+    with pytest.raises(InvalidInputError, match=r"\[2, 2\]"):
+        influence(lambda w, s: loss, torch.ones(2, 2), s, lambda s: s.sum())

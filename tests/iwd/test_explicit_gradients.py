@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,13 +88,18 @@ def test_a_class_without_synthetic_images_has_no_influence_and_the_network_is_le
 def test_bad_input() -> None:
     p, network = digits_problem(real=20), convnet()
     gradient = torch.ones_like(p.synthetic)
-    with pytest.raises(InvalidInputError, match="positive sum in each class"):
+    with pytest.raises(InvalidInputError, match="weights"):
         found_for(p, network, gradient, weights=torch.zeros(20, dtype=torch.float64))
-    with pytest.raises(InvalidInputError, match="shape of S"):
+    with pytest.raises(InvalidInputError, match="target_gradient"):
         found_for(p, network, gradient[:-1])
     with pytest.raises(InvalidInputError, match="eta"):
         found_for(p, network, gradient, eta=0.0)
-    with pytest.raises(InvalidInputError, match="statistics of the whole batch"):
+    with pytest.raises(InvalidInputError, match="BatchNorm"):
         found_for(p, convnet("batch").train(), gradient)
     with pytest.raises(NonFiniteError):
         found_for(p, network, gradient * float("nan"))
+    with pytest.raises(InvalidInputError, match="chunk_size 0"):
+        found_for(p, network, gradient, chunk_size=0)
+    p = replace(p, synthetic_labels=p.synthetic_labels + 1)
+    with pytest.raises(InvalidInputError, match="synthetic_labels"):
+        found_for(p, network, gradient)

@@ -261,16 +261,16 @@ def test_not_converging_and_negative_curvature() -> None:
     x, y, _, _ = linear_problem()
     model = LinearModel(16, 3)
     u = torch.randn(51, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(ConvergenceWarning, match="damping"):
+    with pytest.warns(ConvergenceWarning):
         inverse_hessian_influence(model, x, y, u, damping=1e-6, max_iterations=2)
-    with pytest.raises(ConvergenceError, match="damping"):
+    with pytest.raises(ConvergenceError):
         inverse_hessian_influence(model, x, y, u, damping=1e-6, max_iterations=2, strict=True)
     # A fresh network is far from any optimum: its Hessian is indefinite, its Gauss-Newton matrix is not.
     p, network = digits_problem(real=30), convnet(width=4, depth=2)
     u = torch.randn(
         flatten(as_parameters(network)).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    with pytest.raises(ConvergenceError, match="Gauss-Newton"):
+    with pytest.raises(ConvergenceError, match="curvature"):
         inverse_hessian_influence(network, p.real, p.real_labels, u, damping=1e-3, max_iterations=1000, strict=True)
     inverse_hessian_influence(
         network,
@@ -288,15 +288,15 @@ def test_wrong_arguments() -> None:
     p, network = digits_problem(real=4), convnet()
     u = as_parameters(network)
     step = SegmentStep(u, 0.1)
-    with pytest.raises(InvalidInputError, match="at least one step"):
+    with pytest.raises(InvalidInputError, match="0 steps"):
         unrolled_influence(network, [], p.real, p.real_labels, u)
-    with pytest.raises(InvalidInputError, match="momentum"):
+    with pytest.raises(InvalidInputError, match="momentum 1.0"):
         unrolled_influence(network, [step], p.real, p.real_labels, u, momentum=1.0)
-    with pytest.raises(InvalidInputError, match="learning rate"):
+    with pytest.raises(InvalidInputError, match="learning_rate 0.0"):
         unrolled_influence(network, [SegmentStep(u, 0.0)], p.real, p.real_labels, u)
     with pytest.raises(InvalidInputError, match="damping"):
         inverse_hessian_influence(network, p.real, p.real_labels, u, damping=0.0)
-    with pytest.raises(InvalidInputError, match="curvature"):
+    with pytest.raises(InvalidInputError, match="fisher"):
         curvature_product(network, p.real, p.real_labels, kind="fisher")  # type: ignore[arg-type]
     with pytest.raises(MemoryBudgetError):
         unrolled_influence(network, [step], p.real, p.real_labels, u, memory_budget=100)

@@ -23,8 +23,8 @@ from tad_plugin.errors import ConfigError, DisconnectedGraphError, NoHeldOutErro
 from tad_plugin.iwd.config import STATISTICS, IWDConfig
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.method import IWD
-from tad_plugin.iwd.scoring import score_on_network, target_gradient
-from tad_plugin.iwd.targets import Fold, class_mean_distance
+from tad_plugin.iwd.scoring import Fold, score_on_network
+from tad_plugin.iwd.targets import class_mean_distance, target_gradient
 from tad_plugin.iwd.weighting import effective_sample_size
 from tests.iwd.problems import digits
 
@@ -52,7 +52,7 @@ def make(
     images: Tensor = X,
     kind: type[Any] = DM,
 ) -> Made:
-    """A DM (or other) loop on noisy digits with a method, or (None) without any hook."""
+    """A DM (or other) loop on noisy digits, with a method or without any hook (None)."""
     records: list[dict[str, Any]] = []
     hook = None
     if method is not None:
@@ -320,7 +320,8 @@ def test_nothing_is_drawn_from_the_global_generators(global_rng_untouched: None)
         {"mode": "some"}, {"explicit": False, "implicit": False}, {"target": "accuracy"}, {"held_out": 0.7},
         {"held_out": 0}, {"held_out": 2.5}, {"ess": 1.5}, {"ess": 0, "saturate": 0}, {"saturate": 1.0, "ess": 1},
         {"saturate": 0.6, "ess": 0.5}, {"every": -1}, {"early": -1}, {"networks": 0}, {"warmup": -1}, {"alpha": 0},
-        {"alpha": float("nan")}, {"steps": 0}, {"decay": 1.0}, {"sign": 2}, {"chunk_size": -1}, {"memory_budget": 0},
+        {"alpha": float("nan")}, {"statistic": "medians"}, {"learned": 1}, {"networks": 1.5}, {"steps": 0},
+        {"decay": 1.0}, {"sign": 2}, {"chunk_size": -1}, {"memory_budget": 0},
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
@@ -337,10 +338,10 @@ def test_a_loop_whose_loss_ignores_the_weights() -> None:
     loop, hook, _ = make("iwd", {"mode": "batch"})
     assert hook is not None
     s = loop.synthetic.images
-    with pytest.raises(DisconnectedGraphError, match=r"hook\.weights"):
+    with pytest.raises(DisconnectedGraphError, match="weights"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels)
     hook.weights(torch.arange(20))  # asked for, and then not used
-    with pytest.raises(DisconnectedGraphError, match="depends on the weights"):
+    with pytest.raises(DisconnectedGraphError, match="weights"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels)
 
 
@@ -348,7 +349,7 @@ def test_no_held_out_samples() -> None:
     loop, hook, _ = make("iwd")
     assert hook is not None
     hook.state.register("held_out", torch.zeros(len(X), dtype=torch.bool))
-    with pytest.raises(NoHeldOutError, match="vouch"):
+    with pytest.raises(NoHeldOutError):
         loop.step(0)
 
 
@@ -358,7 +359,7 @@ def test_an_image_with_nan_is_named() -> None:
     loop, _, _ = make("iwd", images=images)
     loop.synthetic.images.data.nan_to_num_()
     loop.data = RealData(X, OBSERVED, 10, TRUE, "digits")  # the loop's own batch is clean
-    with pytest.raises(NonFiniteError, match="NaN"):
+    with pytest.raises(NonFiniteError):
         for iteration in range(11):
             loop.step(iteration)
 
@@ -397,7 +398,7 @@ def test_a_gradient_matching_loop_that_tells_no_distance_cannot_be_scored_throug
     loop, hook, _ = make("iwd", {"statistic": "loop"})
     assert hook is not None
     s = loop.synthetic.images
-    with pytest.raises(ConfigError, match=r"Pass distance=.*statistic"):
+    with pytest.raises(ConfigError, match="statistic"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels, kind="gradient")
 
 
@@ -415,7 +416,7 @@ def test_data_is_needed() -> None:
     state, method = SampleState(OBSERVED, 10), IWD()
     empty = torch.zeros(0, dtype=torch.int64)
     match = Match(torch.zeros(()), torch.zeros(len(X)), empty, (X[:10],), torch.arange(10), nn.Linear(1, 1), 0)
-    with pytest.raises(ConfigError, match="data=images"):
+    with pytest.raises(ConfigError, match="data"):
         CallbackList([method]).match(state, match)
 
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tad_plugin.errors import InvalidInputError, NoHeldOutError
+from tad_plugin.errors import InvalidInputError, InvalidLabelsError, NoHeldOutError
 from tad_plugin.iwd.targets import (
     class_mean_distance,
-    cross_fit,
     matching_target,
+    target_gradient,
     validation_gradient,
     validation_target,
 )
@@ -96,7 +96,7 @@ def test_matching_target_is_the_mean_over_networks() -> None:
 def test_no_held_out_samples() -> None:
     p, network = digits_problem(), convnet()
     none, no_labels = p.held_out[:0], p.held_out_labels[:0]
-    with pytest.raises(NoHeldOutError, match="cross_fit"):
+    with pytest.raises(NoHeldOutError):
         validation_target(network, p.synthetic, p.synthetic_labels, none, no_labels)
     with pytest.raises(NoHeldOutError):
         validation_gradient(network, p.synthetic, p.synthetic_labels, none, no_labels)
@@ -110,52 +110,46 @@ def test_no_held_out_samples() -> None:
 def test_wrong_arguments() -> None:
     p, network = digits_problem(), convnet()
     arguments = (network, p.synthetic, p.synthetic_labels, p.held_out)
-    for extra in ({"steps": 0}, {"alpha": 0.0}):
-        with pytest.raises(InvalidInputError, match="steps"):
-            validation_target(*arguments, p.held_out_labels, **extra)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="labels"):
+    for name, value in {"steps": 0, "alpha": 0.0}.items():
+        with pytest.raises(InvalidInputError, match=f"{name} {value}"):
+            validation_target(*arguments, p.held_out_labels, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="chunk_size 0"):
+        validation_gradient(*arguments, p.held_out_labels, chunk_size=0)
+    with pytest.raises(InvalidInputError, match="3 held out"):
         validation_target(*arguments, p.held_out_labels[:3])
-    with pytest.raises(InvalidInputError, match="network"):
+    with pytest.raises(InvalidInputError):
         matching_target([], p.synthetic, p.synthetic_labels, p.held_out, p.held_out_labels, 10)
 
 
-@pytest.mark.parametrize("folds", [2, 5])
-def test_cross_fit_never_scores_by_a_target_that_contains_the_sample(
-    folds: int, generator: torch.Generator, global_rng_untouched: None
-) -> None:
-    labels = torch.randint(0, 7, (211,), generator=torch.Generator().manual_seed(1))
-    found = cross_fit(labels, 7, folds, generator=generator)
-    times_held_out = torch.zeros(211, dtype=torch.int64)
-    times_scored = torch.zeros(211, dtype=torch.int64)
-    for fold in found:
-        assert not set(fold.held_out.tolist()) & set(fold.scored.tolist())
-        assert len(fold.held_out) + len(fold.scored) == 211
-        times_held_out[fold.held_out] += 1
-        times_scored[fold.scored] += 1
-        counts = torch.bincount(labels[fold.held_out], minlength=7)
-        assert bool(((counts - torch.bincount(labels, minlength=7) / folds).abs() < 1).all())  # stratified
-    assert bool((times_held_out == 1).all())
-    assert bool((times_scored == folds - 1).all())
-    again = cross_fit(labels, 7, folds, generator=torch.Generator().manual_seed(0))
-    assert all(torch.equal(a.held_out, b.held_out) for a, b in zip(found, again, strict=True))
+def test_gradient_is_the_mean_over_networks() -> None:
+    p = digits_problem()
+    networks: list[nn.Module] = [convnet(seed=s) for s in (0, 1)]
+    leaf = p.synthetic.clone().requires_grad_()
+    args = (leaf, p.synthetic_labels, p.held_out, p.held_out_labels)
+    value = torch.stack([validation_target(n, *args, alpha=0.1, steps=2) for n in networks]).mean()
+    (expected,) = torch.autograd.grad(value, leaf)
+    found = target_gradient(
+        "validation", networks, p.synthetic, p.synthetic_labels, p.held_out, p.held_out_labels, 10, alpha=0.1, steps=2
+    )
+    assert found[0] == pytest.approx(float(value.detach()))
+    assert torch.allclose(found[1], expected, rtol=1e-9)
+    value = matching_target(networks, *args, 10)
+    (expected,) = torch.autograd.grad(value, leaf)
+    soft = torch.nn.functional.one_hot(p.synthetic_labels, 10).double()
+    found = target_gradient("matching", networks, p.synthetic, soft, p.held_out, p.held_out_labels, 10)
+    assert torch.allclose(found[1], expected, rtol=1e-9)
 
 
-def test_cross_fit_with_mask_and_limit(generator: torch.Generator) -> None:
-    labels = torch.arange(3).repeat(40)
-    mask = torch.arange(120) % 4 != 0
-    for fold in cross_fit(labels, 3, 3, generator=generator, mask=mask, per_class=2):
-        assert bool(mask[fold.held_out].all())
-        assert torch.bincount(labels[fold.held_out], minlength=3).tolist() == [2, 2, 2]
-        assert len(fold.scored) == 120 - 6
-
-
-def test_cross_fit_errors(generator: torch.Generator) -> None:
-    labels = torch.arange(3).repeat(4)
-    with pytest.raises(NoHeldOutError, match="fewer folds"):
-        cross_fit(labels, 3, 3, generator=generator, mask=torch.zeros(12, dtype=torch.bool))
+def test_wrong_arguments_of_the_target_gradient() -> None:
+    p = digits_problem()
+    given = (p.synthetic, p.synthetic_labels, p.held_out, p.held_out_labels)
+    with pytest.raises(InvalidInputError, match="best"):
+        target_gradient("best", [convnet()], *given, 10)
+    with pytest.raises(InvalidInputError, match="0 networks"):
+        target_gradient("validation", [], *given, 10)
+    with pytest.raises(InvalidLabelsError):
+        target_gradient("matching", [convnet()], *given, 9)
     with pytest.raises(NoHeldOutError):
-        cross_fit(labels, 3, 13, generator=generator)
-    with pytest.raises(InvalidInputError, match="folds"):
-        cross_fit(labels, 3, 1, generator=generator)
-    with pytest.raises(InvalidInputError, match="mask"):
-        cross_fit(labels, 3, 2, generator=generator, mask=torch.ones(3, dtype=torch.bool))
+        target_gradient("matching", [convnet()], *given[:2], p.held_out[:0], p.held_out_labels[:0], 10)
+    with pytest.raises(InvalidInputError, match="chunk_size 0"):
+        target_gradient("validation", [convnet()], *given, 10, chunk_size=0)
