@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 import types
@@ -99,7 +98,7 @@ class Settings:
     prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = getattr(self, field.name)
             if isinstance(value, Mapping) and (nested := _nested(hints[field.name])) is not None:
@@ -120,11 +119,6 @@ class Settings:
         """Raises ConfigError unless ``condition``. ``expected`` begins with the name of the setting."""
         if not condition:
             raise ConfigError(explain(f"{self.prefix}{expected}", str(got), do))
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
