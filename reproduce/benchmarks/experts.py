@@ -105,7 +105,8 @@ def batched_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
     generators = [expert_generator(0, number) for number in range(count)]
     networks = [expert_network(config, data, g) for g in generators]
     parameters, _ = stack_module_state(networks)
-    augmentation = ExpertTrainer(config, data, None, expert_generator(0, 0)).augmentation
+    hook = attach("none", labels=data.labels, data=data.images, trains_on_real=True)
+    augmentation = ExpertTrainer(config, data, hook, expert_generator(0, 0)).augmentation
 
     def loss(p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(networks[0], p, (images,)), labels)

@@ -142,7 +142,7 @@ class Baseline:
         """Raises ConfigError where the settings cannot serve real images [N,C,H,W] of this size; before any work."""
 
     @classmethod
-    def prepare(cls, config: Any, data: RealData, hook: Hook | None, place: Place) -> Any:
+    def prepare(cls, config: Any, data: RealData, hook: Hook, place: Place) -> Any:
         """Work that comes before the synthetic set and can be resumed; what it returns goes to the constructor.
 
         None where there is none. Called on resume as well.

@@ -171,7 +171,7 @@ class MTT(Baseline):
         self._warned = False
 
     @classmethod
-    def prepare(cls, config: Any, data: RealData, hook: Hook | None, place: Place) -> Experts:
+    def prepare(cls, config: Any, data: RealData, hook: Hook, place: Place) -> Experts:
         """Trains or reads the experts; see :func:`tad_plugin.distill.experts.source.expert_phase`."""
         return expert_phase(config, data, hook, place)
 

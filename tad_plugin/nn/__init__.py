@@ -1,1 +1,1 @@
-"""Networks, differentiable augmentation and whitening: what the bundled loops compute with."""
+"""Networks, their derivatives, differentiable augmentation, and the size of passes."""

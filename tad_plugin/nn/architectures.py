@@ -1,7 +1,7 @@
-"""The networks besides the ConvNet, in the small-image variants that the field evaluates with.
+"""MLP, AlexNet, VGG11 and ResNet-18 in the small-image variants of the public codebases.
 
-The constructors draw from the global random generator, as torch's layers do: build them through
-:func:`tad_plugin.nn.networks.make_network`, which leaves that generator as it was.
+The builders draw from the global generator, as torch's layers do. Call them through
+:func:`tad_plugin.nn.networks.make_network`, which restores that generator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["alexnet", "mlp", "resnet18", "resnet18ap", "vgg11"]
 
 
 def mlp(options: NetworkOptions) -> Network:
-    """A multilayer perceptron: ``depth`` linear layers, ``width`` hidden units (field: 3 and 128), no normalisation."""
+    """Multilayer perceptron without norm: ``depth`` linear layers, ``width`` hidden units; usually 3 and 128."""
     layers: list[nn.Module] = [nn.Flatten()]
     size = options.in_channels * options.image_size[0] * options.image_size[1]
     for _ in range(options.depth - 1):
@@ -25,10 +25,10 @@ def mlp(options: NetworkOptions) -> Network:
 
 
 def alexnet(options: NetworkOptions) -> Network:
-    """AlexNet for small images: five convolutions, three max-pools, one linear layer; no norm unless asked for.
+    """AlexNet for small images: five convolutions, three max-pools, one linear layer; by default no norm.
 
     Raises:
-        ConfigError: images under 8x8 pixels.
+        ConfigError: images are smaller than 8x8 pixels.
     """
     build = LayerBuilder("alexnet", options, default_norm="none")
     for channels, kernel, pooled in ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)):
@@ -41,10 +41,10 @@ def alexnet(options: NetworkOptions) -> Network:
 
 
 def vgg11(options: NetworkOptions) -> Network:
-    """VGG11 with one linear layer and instance norm by default.
+    """VGG11 with one linear layer; by default with instance norm.
 
     Raises:
-        ConfigError: images under 32x32 pixels (28x28 grey ones are padded to that).
+        ConfigError: images are smaller than 32x32 pixels. Grey images of 28x28 are padded to that size.
     """
     build = LayerBuilder("vgg11", options, default_norm="instance")
     for channels, pooled in ((64, 1), (128, 1), (256, 0), (256, 1), (512, 0), (512, 1), (512, 0), (512, 1)):
@@ -57,7 +57,7 @@ def vgg11(options: NetworkOptions) -> Network:
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; halves the map by a strided convolution, or by average pooling."""
+    """Two 3x3 convolutions and a shortcut. Halves the map with a strided convolution or with average pooling."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class _BasicBlock(nn.Module):
         before, after = channels
         stride = 2 if halve and not pooled else 1
         self.size = _halved(size, pooled) if halve else size
-        # With average pooling the first norm still sees the full map; the sizes matter to layer norm only.
+        # With average pooling the first norm sees the full map. Only layer norm depends on the size.
         first_size = size if pooled else self.size
         name = options.norm or "instance"
 
@@ -99,31 +99,31 @@ class _BasicBlock(nn.Module):
 
 
 def _halved(size: tuple[int, int], pooled: bool) -> tuple[int, int]:
-    """Map size after a halving block: pooling drops an odd last row, a strided convolution keeps it."""
+    """Size of the map after a halving block: pooling drops an odd last row, a strided convolution keeps it."""
     return (size[0] // 2, size[1] // 2) if pooled else ((size[0] + 1) // 2, (size[1] + 1) // 2)
 
 
 class _GlobalMean(nn.Module):
-    """Mean over the map: at 32x32 the field's 4x4 average pooling, and defined at every size."""
+    """Mean over the map, for every size. For images of 32x32 this is the usual 4x4 average pooling."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x, 1)
 
 
 def resnet18(options: NetworkOptions) -> Network:
-    """ResNet-18 for small images (3x3 stem, no stem pooling), with instance norm unless another is asked for.
+    """ResNet-18 for small images: 3x3 stem without pooling; by default with instance norm.
 
     Raises:
-        ConfigError: with instance norm, images of 8x8 pixels or less.
+        ConfigError: images of 8x8 pixels or less, with instance norm.
     """
     return _resnet18("resnet18", options, pooled=False)
 
 
 def resnet18ap(options: NetworkOptions) -> Network:
-    """ResNet-18 whose blocks halve by average pooling, without a global mean at the end (the field's ``ResNet18_AP``).
+    """ResNet-18 with average pooling in place of strides and of the global mean (``ResNet18_AP`` of the public code).
 
     Raises:
-        ConfigError: images under 8x8 pixels, or under 16x16 with instance norm.
+        ConfigError: images are smaller than 8x8 pixels, or than 16x16 with instance norm.
     """
     return _resnet18("resnet18ap", options, pooled=True)
 

@@ -1,13 +1,12 @@
-"""Differentiable Siamese augmentation (DSA, Zhao & Bilen, ICML 2021), with the draw kept apart from its use.
+"""Differentiable Siamese augmentation (DSA, Zhao & Bilen, ICML 2021), with separate draw and application.
 
-A loop draws once and applies the draw to the real and to the synthetic batch, whatever their sizes::
+A loop draws once and applies the draw to the real and to the synthetic batch, of any sizes::
 
     augmentation = Augmentation(default_strategy("cifar10"))
     draw = augmentation.draw(len(real), 32, generator=generator, siamese=True)
     loss = distance(network.embed(augmentation.apply(real, draw)), network.embed(augmentation.apply(synthetic, draw)))
 
-The operations, their ranges and their rounding are those of the public DSA code; the order in which numbers are
-taken from the generator is ours.
+Operations, ranges and rounding are those of the public DSA code. The order of the draws is ours.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
 from tad_plugin.nn import operations
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Augmentation", "Draw", "default_strategy"]
 
 STRATEGIES = ("color", "crop", "cutout", "flip", "scale", "rotate")
 DEFAULT_STRATEGY = "_".join(STRATEGIES)
 
-# What each strategy needs drawn: name -> (dtype, numbers per image).
+# Random numbers of each strategy: name -> (dtype, numbers per image).
 _FIELDS: dict[str, dict[str, tuple[torch.dtype, int]]] = {
     "color": {"brightness": (torch.float32, 1), "saturation": (torch.float32, 1), "contrast": (torch.float32, 1)},
     "crop": {"crop": (torch.int64, 2)},
@@ -41,7 +41,7 @@ _MIRROR_CHANGES_THE_CLASS = ("digits", "mnist", "svhn")
 
 
 def default_strategy(dataset: str) -> str:
-    """The strategies that suit a dataset: all six, but no flip for digits (digits, mnist, svhn), which it garbles."""
+    """The default strategies of a dataset: all six, without flip for digits, mnist and svhn."""
     if dataset.lower() in _MIRROR_CHANGES_THE_CLASS:
         return "_".join(s for s in STRATEGIES if s != "flip")
     return DEFAULT_STRATEGY
@@ -49,17 +49,16 @@ def default_strategy(dataset: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Everything that was random about one augmentation: apply it as often as wanted, store it, compare it.
+    """The random numbers of one augmentation. A draw can be applied repeatedly, stored and compared.
 
-    The numbers are those that the functions of :mod:`tad_plugin.nn.operations` take, with a leading length of 1 for
-    a Siamese draw (then on the CPU) and n otherwise: ``brightness`` (added), ``saturation`` and ``contrast``
-    (factors), ``crop`` (down, right; pixels), ``cutout`` (centre's row, column), ``flip`` (bool), ``scale``
-    (horizontal, vertical) and ``rotate`` (radians).
+    The numbers are the arguments of the functions in :mod:`tad_plugin.nn.operations`: ``brightness`` (added),
+    ``saturation`` and ``contrast`` (factors), ``crop`` (down, right; pixels), ``cutout`` (row, column of the centre),
+    ``flip`` (bool), ``scale`` (horizontal, vertical) and ``rotate`` (radians).
 
     Attributes:
-        strategies: what to apply, in this order.
-        siamese: whether the numbers are shared, so that the draw fits a batch of any size.
-        values: tensor by name; [n], or [n, 2] for crop, cutout and scale.
+        strategies: the strategies, in the order of application.
+        siamese: True if all images share the numbers, so that the draw fits a batch of any size.
+        values: tensors by name, [n], or [n, 2] for crop, cutout and scale. A Siamese draw has n = 1, on the CPU.
     """
 
     strategies: tuple[str, ...]
@@ -68,16 +67,15 @@ class Draw:
 
     @classmethod
     def of(cls, *strategies: str, siamese: bool = True, **values: Any) -> Draw:
-        """A draw from explicit numbers, such as ``Draw.of("crop", crop=(2, -1))``.
+        """Makes a draw from given numbers, such as ``Draw.of("crop", crop=(2, -1))``.
 
         Args:
-            strategies: what to apply, in order.
-            siamese: True where each value is one image's (a number, or a pair), shared by the batch; False where the
-                values are sequences or tensors of n of these.
-            values: one for each number that the strategies need, by the names that the class lists.
+            strategies: the strategies, in the order of application.
+            siamese: True if each value is one number or pair, shared by the batch; False if it has n of them.
+            values: the numbers of the strategies, by name.
 
         Raises:
-            ConfigError: an unknown or repeated strategy, or a value missing, superfluous or of the wrong shape.
+            ConfigError: a strategy is unknown or repeated, or a value is missing, superfluous or of a wrong shape.
         """
         fields = {name: spec for s in _checked(strategies) for name, spec in _FIELDS[s].items()}
         if set(fields) != set(values):
@@ -104,7 +102,7 @@ class Draw:
         return cls(tuple(strategies), siamese, tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Strategies (list of str), siamese (bool) and values (dict of tensors): safe to store with ``torch.save``."""
+        """Strategies (list of str), siamese (bool) and values (dict of tensors), for ``torch.save``."""
         return {"strategies": list(self.strategies), "siamese": self.siamese, "values": dict(self.values)}
 
     @classmethod
@@ -118,69 +116,53 @@ class Draw:
         return cls.of(*state["strategies"], siamese=bool(state["siamese"]), **values)
 
     def same_as(self, other: Draw) -> bool:
-        """Whether the other draw is equal to the last bit, wherever its tensors are."""
+        """True if the other draw has the same bits, on any device."""
         if (self.strategies, self.siamese, set(self.values)) != (other.strategies, other.siamese, set(other.values)):
             return False
         return all(torch.equal(value.cpu(), other.values[name].cpu()) for name, value in self.values.items())
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Which strategies may be drawn, and how strong they are. The defaults are the field's.
+class Augmentation(Settings):
+    """The strategies of an augmentation and their strength. The defaults are those of the public code.
 
     Attributes:
         strategy: names out of ``STRATEGIES`` joined by "_"; "" or "none" for no augmentation.
-        mode: "S" picks one strategy per draw, for the whole batch; "M" applies all in the order given.
+        mode: "S" picks one strategy per draw, for the whole batch; "M" applies all, in the given order.
         prob_flip: probability of a flip.
         ratio_scale: largest stretch r; factors are uniform in [1/r, r].
-        ratio_rotate: largest angle in degrees, uniform in both directions.
-        ratio_crop_pad: largest shift of the crop as a share of the image's side.
-        ratio_cutout: side of the cut-out as a share of the image's side.
-        brightness: width b of the uniform shift in [-b/2, b/2], in units of the normalised images.
-        saturation: largest factor s, uniform in [0, s].
-        contrast: smallest factor c, uniform in [c, 1 + c].
-        align_corners: grid convention of scale and rotate: True in MTT's and DATM's code, False in the others'.
+        ratio_rotate: largest angle a in degrees; angles are uniform in [-a, a].
+        ratio_crop_pad: largest shift of the crop, as a share of the image's side.
+        ratio_cutout: side of the cutout, as a share of the image's side.
+        brightness: width b of the shift, uniform in [-b/2, b/2], in units of the normalised images.
+        saturation: largest factor s; factors are uniform in [0, s].
+        contrast: smallest factor c; factors are uniform in [c, 1 + c].
+        align_corners: grid convention of scale and rotate: True in the code of MTT and DATM, False in the others.
 
     Raises:
-        ConfigError: an unknown or repeated strategy, an unknown mode, or a number out of range.
+        ConfigError: a strategy is unknown or repeated, or a setting is out of range.
     """
 
     strategy: str = DEFAULT_STRATEGY
-    mode: str = "S"
-    prob_flip: float = 0.5
-    ratio_scale: float = 1.2
-    ratio_rotate: float = 15.0
-    ratio_crop_pad: float = 0.125
-    ratio_cutout: float = 0.5
-    brightness: float = 1.0
-    saturation: float = 2.0
-    contrast: float = 0.5
+    mode: str = setting("S", one_of=("S", "M"))
+    prob_flip: float = setting(0.5, at_least=0, at_most=1)
+    ratio_scale: float = setting(1.2, at_least=1)
+    ratio_rotate: float = setting(15.0, at_least=0, at_most=180)
+    ratio_crop_pad: float = setting(0.125, at_least=0, at_most=1)
+    ratio_cutout: float = setting(0.5, at_least=0, at_most=1)
+    brightness: float = setting(1.0, at_least=0)
+    saturation: float = setting(2.0, at_least=0)
+    contrast: float = setting(0.5, at_least=0)
     align_corners: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """The strategies are known, and each is named once."""
+        super().check()
         _checked(self.strategies)
-        if self.mode not in ("S", "M"):
-            raise ConfigError(explain("`mode` 'S' (single) or 'M' (multiple)", repr(self.mode), "Pass one of these"))
-        ranges = {
-            "prob_flip": (0.0, 1.0),
-            "ratio_scale": (1.0, math.inf),
-            "ratio_rotate": (0.0, 180.0),
-            "ratio_crop_pad": (0.0, 1.0),
-            "ratio_cutout": (0.0, 1.0),
-            "brightness": (0.0, math.inf),
-            "saturation": (0.0, math.inf),
-            "contrast": (0.0, math.inf),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
-                raise ConfigError(
-                    explain(f"`{name}` in [{low:g}, {high:g}]", str(value), f"Pass a `{name}` in that range")
-                )
 
     @classmethod
     def configured(cls, setting: str, dataset: str) -> Augmentation:
-        """The augmentation of an ``augment`` setting: "auto" is the dataset's own, "none" or "" none, else by name."""
+        """The augmentation for the value of a setting ``augment``: "auto" (the dataset's default) or a strategy."""
         return cls(default_strategy(dataset) if setting == "auto" else setting)
 
     @property
@@ -197,16 +179,16 @@ class Augmentation:
         siamese: bool,
         device: torch.device | str = "cpu",
     ) -> Draw:
-        """Draws the strategy (mode "S") and its numbers; without strategies nothing is taken from the generator.
+        """Draws a strategy (in mode "S") and its numbers. Without strategies nothing is drawn.
 
         Args:
-            n: number of images B; has no influence on a Siamese draw.
+            n: number of images B; without effect on a Siamese draw.
             image_size: height and width in pixels, or one number for both.
-            generator: where everything is drawn from.
-            siamese: one set of numbers for all images, so that the draw fits real and synthetic batches alike, or a set
-                for each of the n images.
-            device: where the images are; the numbers of a Siamese draw stay on the CPU all the same, where reading
-                them makes no device wait.
+            generator: source of all draws.
+            siamese: True draws one set of numbers for all images, so that the draw fits real and synthetic batches;
+                False draws one set for each of the n images.
+            device: device of the images. The numbers of a Siamese draw stay on the CPU, so that reading them does not
+                wait for a device.
         """
         strategies = self.strategies
         if len(strategies) > 1 and self.mode == "S":
@@ -221,10 +203,10 @@ class Augmentation:
         return Draw(strategies, siamese, values)
 
     def apply(self, images: Tensor, draw: Draw) -> Tensor:
-        """The augmented images, float [B, C, H, W] as given, differentiable in the images to any order.
+        """Applies a draw to images, float [B, C, H, W]. Differentiable in the images to any order.
 
         Raises:
-            InvalidInputError: images that are not 4-D, or a draw made for another number of them.
+            InvalidInputError: the images are not 4-D, or the draw was made for another number of images.
         """
         if images.ndim != 4:
             raise InvalidInputError(
@@ -244,7 +226,7 @@ class Augmentation:
         return images
 
     def __call__(self, images: Tensor, *, generator: torch.Generator, siamese: bool = False) -> Tensor:
-        """Draws and applies at once: images, float [B, C, H, W], each augmented on its own unless ``siamese``."""
+        """Draws and applies: images, float [B, C, H, W], each with numbers of its own unless ``siamese``."""
         size = (images.shape[-2], images.shape[-1])
         draw = self.draw(len(images), size, generator=generator, siamese=siamese, device=images.device)
         return self.apply(images, draw)
@@ -270,7 +252,7 @@ class Augmentation:
             reach = [_share(side, self.ratio_crop_pad) for side in size]
             return {"crop": integers([(-r, r + 1) for r in reach])}
         if strategy == "cutout":
-            # A rectangle of even side has its centre between two pixels, so it has one more place to be in.
+            # The centre of an even side lies between two pixels, so it has one more possible position.
             return {"cutout": integers([(0, side + 1 - _share(side, self.ratio_cutout) % 2) for side in size])}
         if strategy == "flip":
             return {"flip": uniform(n) < self.prob_flip}
@@ -298,7 +280,7 @@ class Augmentation:
 
 
 def _share(side: int, ratio: float) -> int:
-    """``ratio`` of a side in whole pixels, halves rounded up (the field's rounding, not Python's)."""
+    """``ratio`` of a side in whole pixels; halves are rounded up, as in the public code."""
     return int(side * ratio + 0.5)
 
 

@@ -1,8 +1,7 @@
-"""What all bundled networks share: the base class, the options and the layers they choose between.
+"""Shared by all networks: the base class, the options, and the layers.
 
-Layers are built in the order in which they run, with torch's default initialisation, so that the
-parameters of a network stand in the same order (and a given seed draws the same values) as in the
-field's own definitions.
+Layers are built in the order in which they run, with torch's default initialisation. So the parameters have the same
+order as in the public codebases, and a seed draws the same values.
 """
 
 from __future__ import annotations
@@ -13,8 +12,19 @@ from torch import Tensor, nn
 
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.nn.pooling import HalvingAvgPool, ReluHalvingAvgPool
+from tad_plugin.utils.settings import Settings, setting
 
-__all__ = ["ACTIVATIONS", "NORMS", "POOLINGS", "Network", "NetworkOptions"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "POOLINGS",
+    "LayerBuilder",
+    "Network",
+    "NetworkOptions",
+    "activation_layer",
+    "norm_layer",
+    "too_small",
+]
 
 NORMS = ("instance", "batch", "group", "layer", "none")
 POOLINGS = ("avg", "max", "none")
@@ -24,68 +34,49 @@ _GROUPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """The checked arguments of :func:`tad_plugin.nn.networks.make_network`, as a builder receives them.
+class NetworkOptions(Settings):
+    """Arguments of a network builder; see :func:`tad_plugin.nn.networks.make_network`.
 
     Attributes:
         in_channels: image channels C.
         num_classes: number of logits K.
         image_size: (height, width) in pixels.
-        width: channels of a ConvNet's layers, hidden units of an MLP; for the other networks 128 stands for
-            their usual channel counts and another value scales all of them.
-        depth: blocks of a ConvNet, linear layers of an MLP; not used by the other networks.
-        norm: one of ``NORMS``, or None for the network's own default.
+        width: channels of the ConvNet, hidden units of the MLP; 128 gives the usual channels of the other networks.
+        depth: blocks of the ConvNet, linear layers of the MLP; ignored by the other networks.
+        norm: one of ``NORMS``; None takes the default of the network.
         pooling: one of ``POOLINGS``; ConvNet only.
         activation: one of ``ACTIVATIONS``.
-
-    Raises:
-        ConfigError: a number below 1 or a name that does not exist.
     """
 
-    in_channels: int
-    num_classes: int
+    in_channels: int = setting(at_least=1)
+    num_classes: int = setting(at_least=1)
     image_size: tuple[int, int]
-    width: int = 128
-    depth: int = 3
-    norm: str | None = None
-    pooling: str = "avg"
-    activation: str = "relu"
+    width: int = setting(128, at_least=1)
+    depth: int = setting(3, at_least=1)
+    norm: str | None = setting(None, one_of=NORMS)
+    pooling: str = setting("avg", one_of=POOLINGS)
+    activation: str = setting("relu", one_of=ACTIVATIONS)
 
-    def __post_init__(self) -> None:
-        height, width = self.image_size
-        numbers = {
-            "in_channels": self.in_channels,
-            "num_classes": self.num_classes,
-            "image_size": min(height, width),
-            "width": self.width,
-            "depth": self.depth,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ConfigError(explain(f"`{name}` of at least 1", str(value), f"Pass a positive `{name}`"))
-        choices = {"norm": NORMS, "pooling": POOLINGS, "activation": ACTIVATIONS}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known and not (name == "norm" and value is None):
-                raise ConfigError(
-                    explain(f"`{name}` out of {', '.join(known)}", repr(value), f"Pass one of these as `{name}`")
-                )
+    def check(self) -> None:
+        """Both sides of the images are at least 1."""
+        super().check()
+        self.require(min(self.image_size) >= 1, "image_size of at least 1", self.image_size)
 
     def scaled(self, channels: int) -> int:
-        """A usual channel count, scaled by ``width / 128`` and at least 1."""
+        """``channels * width / 128``, rounded down, at least 1."""
         return max(1, channels * self.width // 128)
 
     @property
     def stem_padding(self) -> int:
-        """Pixels that the first convolution pads on each side beyond what keeps the size: 2 for 28x28 grey images.
+        """Extra padding of the first convolution in pixels per side: 2 for grey images of 28x28, else 0.
 
-        The field turns MNIST into 32x32 this way. Grey images of another size are not enlarged.
+        The public codebases enlarge MNIST to 32x32 this way. Other grey images are not enlarged.
         """
         return 2 if self.in_channels == 1 and self.image_size == (28, 28) else 0
 
 
 class Network(nn.Module):
-    """A classifier made of ``features`` (images to maps) and ``classifier`` (one linear layer).
+    """A classifier: ``features``, then one linear layer ``classifier``.
 
     Attributes:
         features: module from images [B, C, H, W] to maps or vectors.
@@ -108,16 +99,16 @@ class Network(nn.Module):
         return self.classifier.out_features
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features, float [B, D], of images [B, C, H, W]: what the last linear layer reads."""
+        """Images [B, C, H, W] -> features, float [B, D], the input of the last linear layer."""
         return self.features(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float [B, K], of images [B, C, H, W]."""
+        """Images [B, C, H, W] -> logits, float [B, K]."""
         return self.classifier(self.embed(x))
 
 
 class LayerBuilder:
-    """Lays convolutional layers one after another and keeps count of channels and map size."""
+    """Appends layers of a convolutional network and tracks the channels and the size of the map."""
 
     def __init__(self, network: str, options: NetworkOptions, default_norm: str) -> None:
         self.network = network
@@ -129,15 +120,15 @@ class LayerBuilder:
 
     @property
     def feature_dim(self) -> int:
-        """Length of the flattened output of the layers laid so far."""
+        """Length of the flattened output of the layers so far."""
         return self.channels * self.size[0] * self.size[1]
 
     def sequential(self) -> nn.Sequential:
-        """The layers laid so far."""
+        """The layers so far."""
         return nn.Sequential(*self.layers)
 
     def conv(self, channels: int, kernel: int) -> None:
-        """A convolution that keeps the map's size, except the first one of 28x28 grey images."""
+        """Appends a convolution. It keeps the size of the map, except for ``stem_padding`` in the first layer."""
         padding = kernel // 2 + (self.options.stem_padding if not self.layers else 0)
         self.layers.append(nn.Conv2d(self.channels, channels, kernel_size=kernel, padding=padding))
         self.channels = channels
@@ -145,20 +136,20 @@ class LayerBuilder:
         self.size = (self.size[0] + grown, self.size[1] + grown)
 
     def norm(self) -> None:
-        """The normalisation layer, if any."""
+        """Appends the normalisation layer, if any."""
         layer = norm_layer(self.norm_name, self.channels, self.size, self.network, self.options)
         if layer is not None:
             self.layers.append(layer)
 
     def activation(self) -> None:
-        """The activation function."""
+        """Appends the activation."""
         self.layers.append(activation_layer(self.options.activation))
 
     def pool(self, kind: str) -> None:
-        """2x2 pooling with stride 2, if any.
+        """Appends 2x2 pooling with stride 2, if any.
 
         Raises:
-            ConfigError: nothing would be left of the map.
+            ConfigError: the map is too small.
         """
         if kind == "none":
             return
@@ -167,7 +158,7 @@ class LayerBuilder:
         if kind == "max":
             self.layers.append(nn.MaxPool2d(2, 2))
         elif self.layers and isinstance(self.layers[-1], nn.ReLU):
-            # In its place, so that parameters keep the names that they have in the field's networks.
+            # The identity keeps the numbering of the layers, and with it the names of parameters in the public code.
             self.layers[-1] = nn.Identity()
             self.layers.append(ReluHalvingAvgPool())
         else:
@@ -176,7 +167,7 @@ class LayerBuilder:
 
 
 def activation_layer(name: str) -> nn.Module:
-    """The activation called ``name``; "leaky" has a negative slope of 0.01."""
+    """The activation layer of this name; "leaky" has a negative slope of 0.01."""
     if name == "sigmoid":
         return nn.Sigmoid()
     return nn.ReLU(inplace=True) if name == "relu" else nn.LeakyReLU(negative_slope=0.01)
@@ -185,17 +176,17 @@ def activation_layer(name: str) -> nn.Module:
 def norm_layer(
     name: str, channels: int, size: tuple[int, int], network: str, options: NetworkOptions
 ) -> nn.Module | None:
-    """The normalisation called ``name`` for maps [B, channels, *size], or None for "none".
+    """The normalisation layer of this name for maps [B, channels, *size]; None for "none".
 
     Raises:
-        ConfigError: groups that do not divide the channels, or maps of one pixel where instance norm gives zero.
+        ConfigError: the channels are not divisible by the number of groups, or instance norm would see single pixels.
     """
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "layer":
         return nn.LayerNorm([channels, *size])
     if name == "instance":
-        # A group of one value is its own mean: the output would be the same for every image, and the network dead.
+        # A single value is its own mean: the output would be the same for every image.
         if size == (1, 1):
             raise too_small(network, options, "instance norm over a single pixel gives zero")
         return nn.GroupNorm(channels, channels)
@@ -213,7 +204,7 @@ def norm_layer(
 
 
 def too_small(network: str, options: NetworkOptions, why: str) -> ConfigError:
-    """The error for images that a network of this depth cannot take."""
+    """The error for images that are too small for a network."""
     height, width = options.image_size
     depth = f" of depth {options.depth}" if network == "convnet" else ""
     return ConfigError(

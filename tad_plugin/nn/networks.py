@@ -1,8 +1,8 @@
-"""Networks by name, built and redrawn from a generator.
+"""Networks by name, drawn from a generator.
 
-The definitions are the field's: the ConvNet of dataset condensation (Zhao et al., ICLR 2021) and the
-small-image AlexNet, VGG11, ResNet-18 and MLP that the baselines evaluate with, with the same parameter order
-and torch's default initialisation, so that parameters saved by those codebases can be loaded by position.
+These are the networks of the public codebases: the ConvNet of dataset condensation (Zhao et al., ICLR 2021), and
+AlexNet, VGG11, ResNet-18 and MLP for small images. Order and initialisation of the parameters are the same too, so
+parameters saved by those codebases can be loaded by position.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["NETWORKS", "convnet", "default_depth", "make_network", "reinitialise
 
 
 def convnet(options: NetworkOptions) -> Network:
-    """The field's ConvNet: ``depth`` blocks of 3x3 convolution, norm, activation, 2x2 pooling; then one linear layer.
+    """ConvNet: ``depth`` blocks of 3x3 convolution, norm, activation and 2x2 pooling, then one linear layer.
 
-    Instance norm (a group norm of one channel per group, with scale and shift) by default. 28x28 grey images
-    are padded to 32x32 by the first convolution.
+    The default norm is instance norm, as a group norm with one channel per group, scale and shift. The first
+    convolution pads grey images of 28x28 to 32x32.
 
     Raises:
-        ConfigError: images under 2^depth pixels a side (with pooling).
+        ConfigError: with pooling, a side of the images is below 2^depth pixels.
     """
     build = LayerBuilder("convnet", options, default_norm="instance")
     for _ in range(options.depth):
@@ -47,19 +47,19 @@ NETWORKS: dict[str, Callable[[NetworkOptions], nn.Module]] = {
     "resnet18": resnet18,
     "resnet18ap": resnet18ap,
 }
-"""Builder by name; it may draw from the global generator, as :func:`make_network` calls it inside :func:`seeded`."""
+"""Builders by name. They may draw from the global generator: :func:`make_network` calls them inside :func:`seeded`."""
 
 
 @contextmanager
 def seeded(generator: torch.Generator, devices: Iterable[torch.device | str | int] = ()) -> Iterator[int]:
-    """Makes code that only knows the global generator reproducible, and restores that generator afterwards.
+    """Context for code that draws from the global generators: seeds them, and restores them afterwards.
 
-    Inside, torch's global CPU generator (and that of the CUDA ``devices``) is seeded with one number drawn from
-    ``generator``; yields that number. CUDA generators that are not named are not touched, nor is CUDA started.
+    The seed of torch's global CPU generator, and of those of the CUDA ``devices``, is one number drawn from
+    ``generator``. Yields that number. Other CUDA generators are not touched, and CUDA is not started for them.
 
     Args:
-        generator: where the seed is drawn from: exactly one draw, on any device.
-        devices: CUDA devices on which the code inside draws.
+        generator: source of the seed: exactly one draw, on any device.
+        devices: CUDA devices that the code draws on.
     """
     seed = int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=generator.device))
     cuda = [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in devices]
@@ -72,7 +72,7 @@ def seeded(generator: torch.Generator, devices: Iterable[torch.device | str | in
 
 
 def default_depth(height: int, width: int) -> int:
-    """Blocks of a ConvNet for images of this size: 3, or 2 under 16 pixels, where three halvings leave nothing."""
+    """Blocks of a ConvNet for images of this size: 3, or 2 if a side is under 16 pixels (too small for three)."""
     return 3 if min(height, width) >= 16 else 2
 
 
@@ -90,31 +90,31 @@ def make_network(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A freshly drawn network with ``forward(x) -> logits [B, K]`` and ``embed(x) -> features [B, D]``.
+    """Draws a network with ``forward(x) -> logits [B, K]`` and ``embed(x) -> features [B, D]``.
 
-    The parameters are drawn on the CPU, so they are the same bits on every device.
+    The parameters are drawn on the CPU, so they have the same bits on every device.
 
     Args:
         name: a key of ``NETWORKS``: convnet, mlp, alexnet, vgg11, resnet18 or resnet18ap.
         in_channels: image channels C.
         num_classes: number of classes K.
         image_size: height and width in pixels, or one number for both.
-        width: channels of the ConvNet, hidden units of the MLP; the other networks have their usual channel
-            counts at 128 and scale them in proportion otherwise.
-        depth: blocks of the ConvNet, linear layers of the MLP; the other networks have the depth in their name.
-        norm: instance, batch, group (4 groups), layer or none; None is what the field uses: no norm in alexnet,
-            instance norm in the other convolutional networks. The MLP has no norm in any case.
-        pooling: avg, max or none, in the ConvNet; the other networks' pooling is part of their definition.
+        width: channels of the ConvNet, hidden units of the MLP. In the other networks 128 gives the usual numbers of
+            channels; other values scale them in proportion.
+        depth: blocks of the ConvNet, linear layers of the MLP; ignored by the other networks.
+        norm: instance, batch, group (4 groups), layer or none. None takes the usual norm: none in alexnet, instance
+            norm in the other convolutional networks. The MLP never has a norm.
+        pooling: avg, max or none; ConvNet only.
         activation: relu, sigmoid or leaky.
-        generator: where the parameters are drawn from (one draw, a seed).
-        device: where the network is put.
+        generator: source of the parameters (one draw, a seed).
+        device: device of the network.
 
     Returns:
         A float32 module in training mode with the integer attributes ``feature_dim`` (D) and ``num_classes``.
 
     Raises:
-        UnknownNameError: no network of that name.
-        ConfigError: an option that does not exist or does not fit, or images too small for the network.
+        UnknownNameError: there is no network of that name.
+        ConfigError: an option is unknown or does not fit, or the images are too small for the network.
     """
     if name not in NETWORKS:
         raise unknown_name("network", name, list(NETWORKS))
@@ -135,17 +135,17 @@ def make_network(
 
 
 def reinitialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Redraws all parameters in place and resets running statistics and gradients: a fresh network, cheaply.
+    """Redraws all parameters in place, and resets running statistics and gradients.
 
     For the networks of this module the result has the same bits as :func:`make_network` with the same generator
-    state, on every device and in every float type. Training mode and ``requires_grad`` stay as they are.
+    state, on every device and in every float type. Training mode and ``requires_grad`` do not change.
 
     Args:
-        network: any module whose parameters belong to layers with a ``reset_parameters`` method.
-        generator: where the parameters are drawn from (one draw, a seed).
+        network: any module in which every layer with parameters has ``reset_parameters()``.
+        generator: source of the parameters (one draw, a seed).
 
     Raises:
-        InvalidInputError: a layer holds parameters that it cannot redraw; nothing was changed.
+        InvalidInputError: a layer with parameters lacks ``reset_parameters()``; nothing was changed.
     """
     for name, module in network.named_modules():
         if next(module.parameters(recurse=False), None) is not None and not hasattr(module, "reset_parameters"):
@@ -156,7 +156,7 @@ def reinitialise(network: nn.Module, generator: torch.Generator) -> None:
                     "Give the layer that method, or build a new network instead",
                 )
             )
-    # What is drawn depends on device, float type and memory layout: elsewhere it is drawn on a plain copy on the CPU.
+    # Draws depend on device, float type and memory layout. So other networks are redrawn through a copy on the CPU.
     native = all(
         p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in network.parameters()
     )

@@ -1,8 +1,8 @@
 """The eight differentiable image operations of Siamese augmentation (Zhao & Bilen, ICML 2021), as pure functions.
 
-Every function maps images, float [B, C, H, W], to new images of the same shape, dtype and device, and is
-differentiable in the images to any order. Its parameters are tensors of length 1 (shared by the batch) or B (one per
-image); they may live on the CPU while the images do not. Images are normalised, so no value is clipped.
+Each function maps images, float [B, C, H, W], to new images of the same shape, dtype and device, and is differentiable
+in the images to any order. Its parameters are tensors of length 1 (shared by the batch) or B (one per image), on the
+images' device or on the CPU. Images are normalised, so no value is clipped.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ def brightness(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Scales each pixel's distance to its mean over channels by ``factor``, float [1 | B], >= 0; 1 changes nothing."""
+    """Scales the distance of each pixel to its mean over channels by ``factor``, float [1 | B], >= 0."""
     return _about_mean(images, images.mean(dim=1, keepdim=True), factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scales each pixel's distance to its image's mean by ``factor``, float [1 | B], >= 0; 1 changes nothing."""
+    """Scales the distance of each pixel to the mean of its image by ``factor``, float [1 | B], >= 0."""
     return _about_mean(images, images.mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def crop(images: Tensor, offset: Tensor) -> Tensor:
-    """Pads with zeros and crops to the old size.
+    """Pads with zeros and crops to the original size.
 
     Args:
         images: float [B, C, H, W].
-        offset: int64 [1 | B, 2], pixels (down, right) by which the cropped window moves; a move by a whole side
-            or more leaves zeros only.
+        offset: int64 [1 | B, 2], shift of the cropped window in pixels (down, right). A shift by a whole side or more
+            gives zeros only.
     """
     height, width = images.shape[-2:]
     if len(offset) == 1:
         down, right = (max(-side, min(side, int(v))) for v, side in zip(offset[0], (height, width), strict=True))
         return F.pad(images, (-right, right, -down, down))
-    # One ring of zeros around the image stands for all the padding: rows and columns beyond are clamped to it.
+    # One ring of zeros around the image replaces the padding: positions beyond it are clamped to the ring.
     offset = offset.to(images.device)
     rows = (torch.arange(1, height + 1, device=images.device) + offset[:, :1]).clamp(0, height + 1)
     columns = (torch.arange(1, width + 1, device=images.device) + offset[:, 1:]).clamp(0, width + 1)
@@ -53,7 +53,7 @@ def crop(images: Tensor, offset: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sets a rectangle to zero, clipped at the borders.
+    """Sets a rectangle to zero. The rectangle is clipped at the borders.
 
     Args:
         images: float [B, C, H, W].
@@ -63,7 +63,7 @@ def cutout(images: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
     inside = []
     for axis, (length, extent) in enumerate(zip(images.shape[-2:], size, strict=True)):
         first = centre[:, axis] - extent // 2
-        # A shared number stays on the CPU: a 0-d tensor there mixes with any device and makes nothing wait.
+        # A shared number stays on the CPU: a 0-d tensor there works with any device, without waiting for it.
         first = first[0] if len(first) == 1 else first.to(images.device)[:, None]
         position = torch.arange(length, device=images.device)
         inside.append((position >= first) & (position < first + extent))
@@ -72,19 +72,19 @@ def cutout(images: Tensor, centre: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirrors left and right where ``flipped``, bool [1 | B], is True."""
+    """Mirrors the images for which ``flipped``, bool [1 | B], is True horizontally."""
     if len(flipped) == 1:
         return images.flip(3) if bool(flipped[0]) else images
     return torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def scale(images: Tensor, factors: Tensor, *, align_corners: bool = False) -> Tensor:
-    """Samples the image on a grid stretched about the centre, bilinear, zeros outside.
+    """Samples the image on a grid stretched about the centre: bilinear, zeros outside.
 
     Args:
         images: float [B, C, H, W].
-        factors: float [1 | B, 2], (horizontal, vertical) stretch of the grid, > 0: 0.5 enlarges the content twice.
-        align_corners: whether -1 and 1 are the centres of the corner pixels (True) or their outer edges.
+        factors: float [1 | B, 2], (horizontal, vertical) stretch of the grid, > 0. A factor of 0.5 doubles the content.
+        align_corners: True if -1 and 1 are the centres of the corner pixels, False if they are the outer edges.
     """
     zero = torch.zeros_like(factors[:, 0])
     theta = torch.stack((factors[:, 0], zero, zero, zero, factors[:, 1], zero), dim=1)
@@ -92,7 +92,7 @@ def scale(images: Tensor, factors: Tensor, *, align_corners: bool = False) -> Te
 
 
 def rotate(images: Tensor, angle: Tensor, *, align_corners: bool = False) -> Tensor:
-    """Rotates about the centre, anticlockwise for positive angles, bilinear, zeros outside.
+    """Rotates about the centre: anticlockwise for positive angles, bilinear, zeros outside.
 
     Args:
         images: float [B, C, H, W].
@@ -104,14 +104,14 @@ def rotate(images: Tensor, angle: Tensor, *, align_corners: bool = False) -> Ten
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """``values`` [1 | B] so that they broadcast over images; a shared one as a 0-d tensor, which needs no transfer."""
+    """``values`` [1 | B] in a shape that broadcasts over images. A shared one is 0-d and needs no transfer."""
     if len(values) == 1:
         return values[0].to(images.dtype)
     return values.to(images.device, images.dtype).view(-1, 1, 1, 1)
 
 
 def _about_mean(images: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    # One pass over the images; the sum written out takes three, and as many large temporaries.
+    # One pass over the images. The written-out sum takes three passes and three large temporaries.
     if len(factor) == 1:
         return torch.lerp(mean, images, float(factor[0]))
     return torch.lerp(mean, images, _per_image(factor, images))
@@ -119,17 +119,16 @@ def _about_mean(images: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
 
 def _affine(images: Tensor, theta: Tensor, align_corners: bool) -> Tensor:
     theta = theta.to(images.device, images.dtype).view(-1, 2, 3)
-    # A shared grid is made once and repeated as a view: making it costs more than sampling with it.
+    # A shared grid is made once and expanded: making it costs more than sampling.
     grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=align_corners)
     sampled: Tensor = _Sample.apply(images, grid.expand(len(images), -1, -1, -1), align_corners)
     return sampled
 
 
 class _Sample(torch.autograd.Function):
-    """Bilinear sampling on a constant grid, and (below) its adjoint: each is the other's derivative.
+    """Bilinear sampling on a constant grid. It is linear in the images; its derivative is :class:`_SampleAdjoint`.
 
-    The map is linear in the images, yet older releases of torch cannot differentiate the backward pass of
-    ``grid_sample``, which second-order losses (influence on the distillation loss) need.
+    Second-order losses differentiate the backward pass, which older releases of torch cannot do for ``grid_sample``.
     """
 
     generate_vmap_rule = True
@@ -153,14 +152,14 @@ class _Sample(torch.autograd.Function):
 
 
 class _SampleAdjoint(torch.autograd.Function):
-    """Spreads each output pixel back over the four pixels that it was interpolated from."""
+    """The adjoint of :class:`_Sample`: adds each output pixel to the four pixels that it was interpolated from."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
-        # Input and output have one shape, and the images' values matter to the grid's gradient only, which is not asked
-        # for: the gradient itself stands in for them. 0, 0 = bilinear, zero padding.
+        # The images' values matter only for the grid's gradient, which is not computed. So the gradient, which has the
+        # same shape, is passed in their place. 0, 0 = bilinear, zero padding.
         result: Tensor = torch.ops.aten.grid_sampler_2d_backward(
             gradient.contiguous(), gradient, grid, 0, 0, align_corners, [True, False]
         )[0]

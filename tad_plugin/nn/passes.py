@@ -1,4 +1,13 @@
-"""How many images go through a network at once."""
+"""How many images go through a network in one pass.
+
+The size of a pass changes speed and memory, and results only by rounding. On an accelerator passes are large. On a CPU
+they are small, so that activations stay in the cache:
+
+- Without a graph (scoring, evaluation) a layer's activations are dropped at once: :func:`chunk_size`.
+- With a backward pass the activations are read twice, so their bytes count: :func:`pass_size`.
+
+Per-sample gradients have limits of their own, see :mod:`tad_plugin.nn.derivatives.per_sample`.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +16,43 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_size", "embed_in_passes", "pass_size"]
+__all__ = ["LARGE_PASS", "Embed", "chunk_size", "embed_in_passes", "pass_size"]
 
+LARGE_PASS = 2048
+"""Images per pass on an accelerator."""
 
-def chunk_size(device: torch.device) -> int:
-    """Images per forward pass without a graph: what fits a CPU's cache (measured: 64 twice as fast as 256), or 2048."""
-    return 64 if device.type == "cpu" else 2048
-
-
-# Bytes of a pass's widest activation that still stay in a CPU's cache on the way back: 16 images of 32x32 pixels at
+# Measured without a graph: 64 images per pass are twice as fast as 256.
+_CPU_PASS = 64
+# Bytes of a pass's widest activation that stay in the cache until the backward pass. Measured: 16 images of 32x32 at
 # width 128 took 0.52 times, 64 at width 32 took 0.50 times as long as 256 in one pass.
 _CACHE_BYTES = 2**23
 
+Embed = Callable[[Tensor], Tensor]
+"""Images [B,C,H,W] -> features [B,D]."""
+
+
+def chunk_size(device: torch.device) -> int:
+    """Images per forward pass without a graph: 64 on a CPU, else ``LARGE_PASS``."""
+    return _CPU_PASS if device.type == "cpu" else LARGE_PASS
+
 
 def pass_size(images: Tensor, width: int) -> int:
-    """Images per forward and backward pass that suit the device.
+    """Images per forward and backward pass.
 
     Args:
-        images: [B,C,H,W]; only their size and device matter.
-        width: channels of the network's widest layer, taken to be as large as the images.
+        images: [B,C,H,W]; only size and device matter.
+        width: channels of the widest layer. Its maps are taken to be as large as the images.
 
     Returns:
-        On a CPU what fits the cache, at least 1; elsewhere 2048.
+        On a CPU the number that fits the cache, at least 1; else ``LARGE_PASS``.
     """
     if images.device.type != "cpu":
-        return 2048
+        return LARGE_PASS
     return max(1, _CACHE_BYTES // (4 * width * images.shape[-2] * images.shape[-1]))
 
 
-Embed = Callable[[Tensor], Tensor]
-
-
 def embed_in_passes(embed: Embed, images: Tensor, size: int) -> Tensor:
-    """``embed(images)``, [B,D], at most ``size`` images per pass; differentiable."""
+    """Computes ``embed(images)``, [B,D], with at most ``size`` images per pass. Differentiable."""
     if len(images) <= size:
         return embed(images)
     return torch.cat([embed(part) for part in images.split(size)])

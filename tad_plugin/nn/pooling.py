@@ -1,8 +1,8 @@
-"""2x2 average pooling, alone and after a ReLU, in few passes over memory, differentiable to any order.
+"""2x2 average pooling, alone and after a ReLU, fast on a CPU and differentiable to any order.
 
-On a CPU torch's pooling kernel is not vectorised, and in a small ConvNet activation and pooling take as long as a
-convolution. Adding rows first makes most of the work vectorised; the sums are rounded in another order than in
-torch's kernel (reproduce/benchmarks/pooling.py).
+On a CPU torch's pooling kernel is not vectorised: in a small ConvNet activation and pooling take as long as a
+convolution. Adding rows first vectorises most of the work. The order of rounding then differs from torch's kernel
+(measured in reproduce/benchmarks/pooling.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HalvingAvgPool(nn.AvgPool2d):
 
 
 class ReluHalvingAvgPool(nn.Module):
-    """ReLU, then 2x2 average pooling with stride 2. May write over its input where torch's kernels are used."""
+    """ReLU, then 2x2 average pooling with stride 2. May overwrite its input (if torch's kernels are used)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C,H//2,W//2]."""
@@ -47,21 +47,21 @@ def _fits(x: Tensor) -> bool:
 
 
 def _halved(rows: Tensor) -> Tensor:
-    """[..., H/2, W], sums of two rows each, -> means of 2x2 blocks."""
+    """Sums of two rows [..., H/2, W] -> means of 2x2 blocks [..., H/2, W/2]."""
     return (rows[..., 0::2] + rows[..., 1::2]).mul_(0.25)
 
 
 def _pairs(gradient: Tensor) -> Tensor:
-    """A quarter of each value, twice side by side: [..., H/2, W/2] -> [..., H/2, W]."""
+    """A quarter of each value, side by side twice: [..., H/2, W/2] -> [..., H/2, W]."""
     quarter = gradient * 0.25
-    # As the parts of one complex number: the fastest way to write them, by measurement.
+    # As the parts of one complex number: the fastest way that was measured.
     return torch.view_as_real(torch.complex(quarter, quarter)).flatten(-2)
 
 
 class _Linear(torch.autograd.Function):
-    """A map that is linear in its first argument, given the sign of its second where there is one.
+    """A map that is linear in its first argument. A second argument enters by its sign only.
 
-    It looks at the last two dimensions only, so that a batched call is a call with one dimension more.
+    It works on the last two dimensions, so a batched call is a call with one more dimension.
     """
 
     @staticmethod
@@ -79,9 +79,9 @@ class _Linear(torch.autograd.Function):
 
 
 class _Halve(_Linear):
-    """Means of 2x2 blocks, and (below) their adjoint: each is the other's derivative.
+    """Means of 2x2 blocks; the derivative is :class:`_Spread`.
 
-    Differentiated by itself, a sum of slices fills tensors of the images' size with zeros.
+    Autograd's own derivative of a sum of slices would fill tensors of the size of the images with zeros.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Halve(_Linear):
 
 
 class _Spread(_Linear):
-    """A quarter of each value on each of its four pixels."""
+    """The adjoint of :class:`_Halve`: a quarter of each value on each of its four pixels."""
 
     @staticmethod
     def forward(gradient: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _Spread(_Linear):
 
 
 class _HalveRelu(_Linear):
-    """Means over 2x2 blocks of the positive parts; its derivative is that of the next class."""
+    """Means over 2x2 blocks of the positive parts; the derivative is :class:`_SpreadWhere`."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -148,18 +148,18 @@ class _HalveRelu(_Linear):
 
 
 def _halve_where(t: Tensor, x: Tensor) -> Tensor:
-    """Means over 2x2 blocks of ``t``, counting it where ``x`` is positive only."""
+    """Means over 2x2 blocks of ``t``, set to 0 where ``x`` is not positive."""
     halved: Tensor = _Halve.apply(torch.ops.aten.threshold_backward(t, x, 0))
     return halved
 
 
 class _SpreadWhere(_Linear):
-    """A quarter of each value on those of its four pixels where ``x`` is positive."""
+    """A quarter of each value on those of its four pixels at which ``x`` is positive."""
 
     @staticmethod
     def forward(gradient: Tensor, x: Tensor) -> Tensor:
         spread = _Spread.forward(gradient)
-        torch.ops.aten.threshold_backward.grad_input(spread, x, 0, grad_input=spread)  # in place: a pass less
+        torch.ops.aten.threshold_backward.grad_input(spread, x, 0, grad_input=spread)  # in place, to save a pass
         return spread
 
     @staticmethod

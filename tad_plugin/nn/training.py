@@ -1,4 +1,4 @@
-"""The state of a network in training, as everything that trains one over epochs saves it."""
+"""State of a network that is trained over epochs, for checkpoints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["EpochTrainer"]
 
 
 class EpochTrainer:
-    """What goes on from epoch to epoch, and comes back from a checkpoint to the same bits.
+    """Base of trainers that can be resumed after any epoch with the same bits.
 
     Attributes:
         network: the network.
-        optimizer: of its parameters.
+        optimizer: optimiser of its parameters.
         generator: CPU generator of every draw.
         epoch: epochs done.
     """

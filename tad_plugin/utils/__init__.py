@@ -1,1 +1,1 @@
-"""Files, settings, seeds, machine and progress bars. Knows nothing of distillation."""
+"""Files, checkpoints, settings, seeds, worker processes, the machine and progress bars. Independent of distillation."""

@@ -1,8 +1,8 @@
-"""Two checkpoint slots, written in turn, so that one whole checkpoint exists at any moment.
+"""Two checkpoint slots, written in turn, so that a complete checkpoint exists at any moment.
 
-Each slot is a data file (``A.pt``) and its side information (``A.json``: step, length, sha256). The side information is
-removed before the data is replaced and written after it: a slot without it is unfinished and is passed over in
-silence, one whose data does not fit it was damaged from outside and is reported.
+A slot is a data file (``A.pt``) and a side file (``A.json``: step, length, sha256). The side file is removed before
+the data is replaced, and written afterwards. A slot without a side file is unfinished and is skipped without a
+message. A slot whose data does not match its side file is damaged and is reported.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["Checkpoint", "CheckpointSlots"]
 VERSION = 1
 _SLOTS = ("A", "B")
 _FIELDS = {"version": int, "serial": int, "step": int, "bytes": int, "sha256": str, "log_bytes": int}
-# what torch.load(weights_only=True) reads back in every version from 2.2 on
+# Types that torch.load(weights_only=True) reads back in every version from 2.2 on.
 _LEAVES = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one slot held.
+    """The contents of one slot.
 
     Attributes:
-        tree: what was saved.
-        step: how many iterations it has seen.
-        log_bytes: the log's length in bytes when it was taken.
+        tree: the saved tree.
+        step: iterations done.
+        log_bytes: length of the log in bytes at that moment.
     """
 
     tree: Any
@@ -46,28 +46,28 @@ class Checkpoint:
 
 
 class CheckpointSlots:
-    """The two slots in one folder. One process at a time may write to it.
+    """The two slots of one folder. Only one process at a time may write to it.
 
     Args:
-        path: the folder; it is made with the first checkpoint.
+        path: the folder; created with the first checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._newest: str | None = None  # the slot of the newest valid checkpoint
         self._serial = 0
-        self._known = False  # whether the two above were read from the disk yet
+        self._known = False  # whether the two above were read from the disk
 
     def save(self, tree: Any, step: int, *, log_bytes: int = 0) -> None:
-        """Writes a checkpoint into the slot that does not hold the newest valid one.
+        """Writes a checkpoint. The slot with the newest valid one is left alone.
 
         Args:
             tree: nested dicts, lists and tuples of tensors, numbers, strings and None.
-            step: how many iterations it has seen.
-            log_bytes: the log's length in bytes at this moment.
+            step: iterations done.
+            log_bytes: length of the log in bytes at this moment.
 
         Raises:
-            InvalidInputError: something in the tree could not be read back; its place and type are named.
+            InvalidInputError: a value in the tree could not be read back; the message names its place and type.
         """
         _check_tree(tree, "tree")
         self._survey()
@@ -87,15 +87,15 @@ class CheckpointSlots:
         self._newest, self._serial = slot, self._serial + 1
 
     def load(self, *, map_location: str | torch.device = "cpu") -> Checkpoint | None:
-        """The newest valid checkpoint, or None where none was ever completed.
+        """Reads the newest valid checkpoint; None if none was ever completed.
 
-        A damaged newer one is reported by a TadPluginWarning.
+        Warns with TadPluginWarning if a newer one is damaged.
 
         Args:
-            map_location: where the tensors shall be. Generator states must stay on the CPU.
+            map_location: device of the tensors. Generator states must stay on the CPU.
 
         Raises:
-            FileFormatError: there are checkpoints, but none of them is whole.
+            FileFormatError: there are checkpoints, and all are damaged.
         """
         remove_temporaries(self.path)
         damaged: list[str] = []
@@ -123,7 +123,7 @@ class CheckpointSlots:
         return None
 
     def clear(self) -> None:
-        """Removes both slots, side information first."""
+        """Removes both slots, side files first."""
         for slot in _SLOTS:
             data, side = self._files(slot)
             side.unlink(missing_ok=True)
@@ -135,15 +135,15 @@ class CheckpointSlots:
         return self.path / f"{slot}.pt", self.path / f"{slot}.json"
 
     def _completed(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The completed slots, newest first, with their side information.
+        """The completed slots, newest first, with the contents of their side files.
 
-        Where that is damaged it is {}, and the slot comes first: it may have been the newest, so it must be reported.
+        A damaged side file gives {}. Its slot comes first: it may have been the newest, so it must be reported.
         """
         found = [(slot, _read_side(side)) for slot in _SLOTS if (side := self._files(slot)[1]).exists()]
         yield from sorted(found, key=lambda item: item[1].get("serial", math.inf), reverse=True)
 
     def _survey(self) -> None:
-        """Finds the newest valid slot once, for a caller that saves without having loaded."""
+        """Finds the newest valid slot, once, for callers that save without loading first."""
         if self._known:
             return
         for slot, information in self._completed():
@@ -190,20 +190,22 @@ def _read_side(side: Path) -> dict[str, Any]:
 def _verify(data: Path, side: Path, information: Mapping[str, Any]) -> None:
     advice = "Restore the file from a copy if this checkpoint is needed"
     if not information:
-        raise FileFormatError(explain(f"{side} to describe a checkpoint", "contents that do not", advice))
+        raise FileFormatError(explain(f"{side} to describe a checkpoint", "other contents", advice))
     if information["version"] != VERSION:
         raise FileFormatError(explain(f"version {VERSION} in {side}", f"version {information['version']}", advice))
     size = data.stat().st_size if data.exists() else 0
     if size != information["bytes"]:
         raise FileFormatError(explain(f"{information['bytes']} bytes in {data}", f"{size}", advice))
     if file_digest(data) != information["sha256"]:
-        raise FileFormatError(explain(f"{data} as it was written", "other contents of the same length", advice))
+        raise FileFormatError(
+            explain(f"{data} unchanged since it was written", "other contents of the same length", advice)
+        )
 
 
 def _load(data: Path, map_location: str | torch.device) -> Any:
     try:
         return torch.load(data, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for what it cannot read
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more
         advice = "Use the version of torch that wrote it"
         got = f"one that torch cannot load ({error})"
         raise FileFormatError(explain(f"a checkpoint in {data}", got, advice)) from error

@@ -1,7 +1,7 @@
-"""Writing files so that a reader never sees half of one.
+"""Atomic writes, JSON, YAML and digests of files.
 
-Everything that the package writes goes through :func:`atomic_save`: a temporary name in the same folder, then one
-rename. A process that is killed while writing leaves the old file, or the new one, never a mixture.
+The package writes every file through :func:`atomic_save`: under a temporary name in the same folder, then one rename.
+A process that is killed while writing leaves the old file or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _TEMPORARY = ".tmp-"
 
 
 def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Lets ``write`` make the file under a temporary name, then renames it to ``path``.
+    """Calls ``write`` with a temporary path, then renames that file to ``path``.
 
-    The temporary name lies in the same folder and ends like ``path``, because some writers look at the suffix or
-    append one. Missing parent folders are made. The contents are flushed to the disk before the rename. If ``write``
-    raises, the temporary file is removed and ``path`` stays as it was.
+    The temporary file is in the same folder and has the same suffix, because some writers look at the suffix or append
+    one. Missing parent folders are created. The contents are flushed to the disk before the rename. If ``write``
+    raises, the temporary file is removed and ``path`` is unchanged.
 
     Args:
-        path: where the finished file shall be.
-        write: called once with the temporary path, which does not exist yet.
+        path: path of the finished file.
+        write: called once with the temporary path, where no file exists yet.
 
     Returns:
         ``path``.
@@ -60,19 +60,19 @@ def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> Path:
-    """Writes bytes, or text as UTF-8, to ``path`` in one step; see :func:`atomic_save`."""
+    """Writes bytes, or text as UTF-8, to ``path`` atomically; see :func:`atomic_save`."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     return atomic_save(path, lambda temporary: temporary.write_bytes(data))
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Removes what killed writers left in ``folder``. Call it only where no other process is writing."""
+    """Removes the temporary files of killed writers in ``folder``. No other process may be writing there."""
     for leftover in Path(folder).glob(f"{_TEMPORARY}*"):
         leftover.unlink(missing_ok=True)
 
 
 def file_digest(path: str | Path) -> str:
-    """The sha256 of a file, as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    """Sha256 of a file, 64 hexadecimal digits. Reads 1 MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -81,7 +81,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
+    """Reads a JSON file.
 
     Raises:
         FileFormatError: the file does not exist, cannot be read, or is not JSON.
@@ -99,7 +99,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value in a YAML file; YAML 1.1 contains JSON.
+    """Reads a YAML file. JSON files are YAML files too.
 
     Raises:
         FileFormatError: the file does not exist, cannot be read, or is not YAML.
@@ -114,7 +114,11 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def yaml_text(value: Any) -> str:
-    """``value`` (see :func:`plain`) as YAML, keys in their order. Raises MissingExtraError without PyYAML."""
+    """``value`` as YAML text, after :func:`plain`; keys keep their order.
+
+    Raises:
+        MissingExtraError: PyYAML is not installed.
+    """
     text: str = _yaml("writing YAML").safe_dump(plain(value), sort_keys=False, allow_unicode=True)
     return text
 
@@ -128,11 +132,11 @@ def _yaml(what: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in the types that JSON and YAML have: dict with str keys, list, str, int, float, bool, None.
+    """Converts ``value`` to the types of JSON and YAML: dict with str keys, list, str, int, float, bool, None.
 
-    Dataclasses and mappings become dicts; tuples, sets (sorted), arrays and tensors become lists, or a number where
-    they have no dimension; members of an Enum become their value; anything else (a path, a dtype) its ``str``.
-    NaN and infinities stay floats, which Python's ``json`` writes as ``NaN`` and ``Infinity`` and reads back.
+    Dataclasses and mappings become dicts. Tuples, sets (sorted), arrays and tensors become lists, or a number if they
+    have no dimension. Members of an Enum become their value. Anything else (a path, a dtype) becomes its ``str``.
+    NaN and infinity stay floats, which Python's ``json`` writes as ``NaN`` and ``Infinity`` and reads back.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -146,6 +150,6 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # tensors, arrays and NumPy's scalars
+    if hasattr(value, "tolist"):  # tensors, arrays and NumPy scalars
         return plain(value.tolist())
     return str(value)

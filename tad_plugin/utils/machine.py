@@ -1,4 +1,4 @@
-"""What a run's results must say about the machine: versions, peak memory, the command."""
+"""Facts about the machine for a run's results: versions, device, peak memory, command line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["command_line", "peak_memory_bytes", "reset_peak_memory", "versions"]
 
 
 def versions(device: str | torch.device = "cpu") -> dict[str, str]:
-    """The versions that a figure depends on, and the device's name.
+    """Versions that figures depend on, and the name of the device.
 
     Returns:
-        Keys python, torch, torchvision, numpy, tad_plugin, platform, device. A package that is used from its source
-        tree without being installed is "not installed".
+        Keys python, torch, torchvision, numpy, tad_plugin, platform, device. The version of a package that is not
+        installed (one used from its source tree) is "not installed".
     """
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "tad_plugin"):
@@ -32,16 +32,16 @@ def versions(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int | None:
-    """The most memory held since the process began, or since :func:`reset_peak_memory` where that works, in bytes.
+    """Peak memory in bytes since the process began, or since :func:`reset_peak_memory` if that returned True.
 
-    On a CUDA device: what tensors took of it. Elsewhere: the process's resident memory, everything included;
-    None where the system does not tell it (Windows).
+    On a CUDA device this is the memory of tensors on it. Elsewhere it is the resident memory of the process, or None
+    if the system does not report it (Windows).
     """
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        # The kernel's own mark: getrusage does not forget what ran in this process before a reset.
+        # The kernel's own peak: that of getrusage cannot be reset.
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -56,10 +56,10 @@ def peak_memory_bytes(device: str | torch.device = "cpu") -> int | None:
 
 
 def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
-    """Lets :func:`peak_memory_bytes` count from now on, so that one process can measure several runs.
+    """Resets :func:`peak_memory_bytes`, so that one process can measure several runs.
 
     Returns:
-        Whether it could: always on a CUDA device, else where ``/proc/self/clear_refs`` can be written (Linux).
+        Whether it worked: always on a CUDA device, elsewhere if ``/proc/self/clear_refs`` can be written (Linux).
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
 
 
 def command_line() -> str:
-    """The command that started this process, quoted for a shell, with the program's name instead of its path."""
+    """The command that started this process, quoted for a shell. The program's folder is left out."""
     program, *arguments = sys.argv or [""]
     return shlex.join([Path(program).name, *arguments])
 
@@ -86,5 +86,5 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
-        pass  # not Linux: the platform module knows the processor there
+        pass  # not Linux; there the platform module knows the processor
     return platform.processor() or platform.machine()

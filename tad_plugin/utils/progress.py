@@ -1,4 +1,4 @@
-"""Progress bars, which need tqdm and are asked for by name."""
+"""Progress bars. They need tqdm, which is loaded only when one is shown."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["bar"]
 
 
 def bar(items: Iterable[Any], name: str, show: bool, total: int | None = None, initial: int = 0) -> Any:
-    """``items``, with a progress bar on stderr where ``show`` is set.
+    """Iterates over ``items``, with a progress bar on stderr if ``show`` is set.
 
     Args:
-        items: what is gone through.
-        name: stands before the bar.
-        show: False gives ``items`` back as they are.
-        total: how many there are, where ``items`` do not tell.
-        initial: how many of them were done before (a resumed run).
+        items: any iterable; returned unchanged without a bar.
+        name: label of the bar.
+        show: show the bar.
+        total: number of items, if ``items`` has no length.
+        initial: items that were done before (a resumed run).
 
     Raises:
-        MissingExtraError: a bar is wanted and tqdm is not installed.
+        MissingExtraError: ``show`` is set and tqdm is not installed.
     """
     if not show:
         return items

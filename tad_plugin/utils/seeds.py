@@ -1,7 +1,7 @@
 """Every derived seed and generator.
 
-One seed of a run becomes many: of the noise, the split, the networks, each method. The formulas differ because each
-is older than this file; they stay, so that results keep their bits.
+A run has one seed. Its noise, its split, its networks and each of its methods get seeds of their own from it. The
+formulas differ for historical reasons. Changing one would change results.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ def seeded_generator(seed: int) -> torch.Generator:
 
 
 def derived_seed(*parts: Any) -> int:
-    """A seed in [0, 2^62) from a description: arms that share the description get the same numbers."""
+    """A seed in [0, 2^62) from the ``repr`` of a description. Equal descriptions give equal seeds."""
     return _hashed(repr(parts))
 
 
 def generator_of(*parts: Any) -> torch.Generator:
-    """A CPU generator with :func:`derived_seed` of these parts."""
+    """A CPU generator seeded with :func:`derived_seed` of these parts."""
     return seeded_generator(derived_seed(*parts))
 
 
 def method_seed(seed: int, position: int) -> int:
-    """The seed of the method at this position of "tad+iwd", from that of the hook."""
+    """Seed in [0, 2^63) of the method at this position of a name such as "a+b", from the hook's seed."""
     return (seed * 1009 + 17 * position + 1) % _LARGEST
 
 
 def scorer_seed(seed: int) -> int:
-    """The seed of the plugin's own scorer, from that of the hook."""
+    """Seed in [0, 2^63) of the plugin's own scorer, from the hook's seed."""
     return (seed * 7919 + 13) % _LARGEST
 
 
 def expert_generator(seed: int, number: int) -> torch.Generator:
-    """CPU generator of expert ``number``: experts can be trained in any order and by any process."""
+    """CPU generator of expert ``number``. Experts can be trained in any order and by any process."""
     return seeded_generator(_hashed(f"expert {seed} {number}"))
 
 

@@ -1,10 +1,12 @@
-"""Settings: dataclasses whose fields declare their bounds. One way to build and check them, one message.
+"""Settings: dataclasses whose fields declare their bounds. One way to build and check them, one form of message.
 
-@dataclass
-class MyConfig(Settings):
-    prefix: ClassVar[str] = "mine."
-    rate: float = setting(0.1, above=0)
-    mode: str = setting("fast", one_of=("fast", "exact"))
+::
+
+    @dataclass
+    class MyConfig(Settings):
+        prefix: ClassVar[str] = "mine."
+        rate: float = setting(0.1, above=0)
+        mode: str = setting("fast", one_of=("fast", "exact"))
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _BOUNDS = "tad_plugin.bounds"
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What a number or a name must satisfy; None for no bound."""
+    """Limits of a number, or the values allowed; None means no limit."""
 
     at_least: float | None = None
     above: float | None = None
@@ -59,7 +61,7 @@ class _Bounds:
 
 
 def setting(
-    default: Any,
+    default: Any = dataclasses.MISSING,
     *,
     at_least: float | None = None,
     above: float | None = None,
@@ -67,39 +69,41 @@ def setting(
     below: float | None = None,
     one_of: Collection[Any] | None = None,
 ) -> Any:
-    """A field of a :class:`Settings` dataclass with its default and its bounds.
+    """A field of a :class:`Settings` dataclass, with its default and its bounds. None is never checked against them.
 
     Args:
-        default: the value where nothing is said.
+        default: the default value; leave it out for a field that must be given.
         at_least: smallest number allowed.
-        above: number that the value must exceed.
+        above: the number must be larger than this.
         at_most: largest number allowed.
-        below: number that the value must stay below.
-        one_of: the values allowed; no other bound counts then.
+        below: the number must be smaller than this.
+        one_of: the values allowed; the other bounds are then ignored.
     """
     bounds = _Bounds(at_least, above, at_most, below, None if one_of is None else tuple(one_of))
     return dataclasses.field(default=default, metadata={_BOUNDS: bounds})
 
 
-@dataclass
 class Settings:
-    """Base of every settings dataclass.
+    """Base of every settings dataclass, frozen or not.
 
-    Creating one checks each field: its type (bool, int, float, str, dict, or another Settings, which may be given as
-    a mapping), that a number is finite, and the bounds that :func:`setting` declared. Rules that concern several
-    fields stand in :meth:`check`.
+    Creating an instance checks each field: its type (bool, int, float, str, dict or another Settings), that a number
+    is finite, and the bounds declared with :func:`setting`. A field of a Settings type also accepts a mapping. Fields
+    of other types are not checked. Rules over several fields go into :meth:`check`.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of its bounds.
     """
 
     #: stands before a field's name in messages, for example "scorer."
     prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
-        for field in dataclasses.fields(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = getattr(self, field.name)
             if isinstance(value, Mapping) and (nested := _nested(hints[field.name])) is not None:
                 value = build_config(nested, value, f"`{self.prefix}{field.name}`")
-                object.__setattr__(self, field.name, value)
+                object.__setattr__(self, field.name, value)  # also in a frozen dataclass
             expected = _wrong_type(hints[field.name], value)
             if expected is not None:
                 self.require(False, f"{field.name} as {expected}", repr(value))
@@ -109,20 +113,16 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Override it for rules that concern several fields, and call ``super().check()`` first."""
+        """Rules over several fields. An override calls ``super().check()`` first."""
 
     def require(self, condition: bool, expected: str, got: object, do: str = "Correct the setting") -> None:
-        """Raises ConfigError unless ``condition``; ``expected`` begins with the name of the setting."""
+        """Raises ConfigError unless ``condition``. ``expected`` begins with the name of the setting."""
         if not condition:
             raise ConfigError(explain(f"{self.prefix}{expected}", str(got), do))
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint allows: int | None -> (int, NoneType)."""
+    """The types in a hint: int | None -> (int, NoneType)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.get_args(hint)
     return (typing.get_origin(hint) or hint,)
@@ -133,43 +133,47 @@ def _nested(hint: Any) -> type[Settings] | None:
 
 
 def _wrong_type(hint: Any, value: Any) -> str | None:
-    """None where the value is of the hinted type, else what was expected. Hints of other types allow everything."""
-    allowed = _members(hint)
+    """What was expected, in words, if ``value`` is not of the hinted type; None if it is, or if nothing is checked."""
     names: list[str] = []
-    for t in allowed:
-        if t is bool:
-            good, name = isinstance(value, bool), "true or false"
-        elif t is int:
-            good, name = isinstance(value, numbers.Integral) and not isinstance(value, bool), "a whole number"
-        elif t is float:
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            good, name = number and math.isfinite(value), "a finite number"
-        elif t is str:
-            good, name = isinstance(value, str), "text"
-        elif t is dict:
-            good, name = isinstance(value, Mapping), "a mapping"
-        elif t is type(None):
-            good, name = value is None, "nothing"
-        elif isinstance(t, type) and issubclass(t, Settings):
-            good, name = isinstance(value, t), "a mapping of settings"
-        else:
+    for member in _members(hint):
+        found = _fits(member, value)
+        if found is None or found[0]:
             return None
-        if good:
-            return None
-        names.append(name)
+        names.append(found[1])
     return " or ".join(names)
 
 
+def _fits(member: Any, value: Any) -> tuple[bool, str] | None:
+    """Whether ``value`` is of this type, and the type in words; None for a type that is not checked."""
+    number = not isinstance(value, bool)  # True counts as 1 in Python, and is a mistake here
+    if member is bool:
+        return isinstance(value, bool), "true or false"
+    if member is int:
+        return number and isinstance(value, numbers.Integral), "a whole number"
+    if member is float:
+        return number and isinstance(value, numbers.Real) and math.isfinite(value), "a finite number"
+    if member is str:
+        return isinstance(value, str), "text"
+    if member is dict:
+        return isinstance(value, Mapping), "a mapping"
+    if member is type(None):
+        return value is None, "nothing"
+    if isinstance(member, type) and issubclass(member, Settings):
+        return isinstance(value, member), "a mapping of settings"
+    return None
+
+
 def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any:
-    """An instance of the settings dataclass ``cls`` from a mapping.
+    """Builds the settings dataclass ``cls`` from a mapping.
 
     Args:
-        cls: a dataclass whose fields have defaults, usually a :class:`Settings`.
+        cls: a dataclass, usually a :class:`Settings`. Methods from other packages may bring any dataclass.
         values: some of its fields; None takes the defaults.
-        owner: whose settings they are, for messages.
+        owner: the owner of the settings, for messages.
 
     Raises:
-        ConfigError: not a mapping, an unknown key (the known ones are named), or a value of a wrong type or range.
+        ConfigError: not a mapping, an unknown key, a missing one, or a value of a wrong type or range. The message
+            lists the known keys if one is unknown.
     """
     if values is not None and not isinstance(values, Mapping):
         do = "Write name: value pairs"
@@ -182,7 +186,7 @@ def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any
         raise ConfigError(explain(expected, ", ".join(unknown), "Remove or rename the unknown ones"))
     try:
         return cls(**values)
-    except TypeError as error:  # a foreign dataclass that compares a value of another type
+    except TypeError as error:  # a required field is missing, or a foreign dataclass fails on a value of another type
         given = ", ".join(f"{k}={v!r}" for k, v in values.items())
         raise ConfigError(
             explain(f"settings of {owner} of the right types", given, f"Correct them: {error}")

@@ -1,7 +1,7 @@
-"""Tensor files: safetensors with a JSON header that says what the file is, and hashes that are checked on reading.
+"""Tensor files: safetensors with a JSON header that names the kind of file and holds hashes of the contents.
 
-State files and synthetic sets are such files. The header holds ``format``, ``version``, ``content`` (hash of the
-tensors) and ``header`` (hash of the header itself), so that a single flipped bit is noticed.
+State files and synthetic sets are tensor files. The header holds ``format``, ``version``, ``content`` (hash of the
+tensors) and ``header`` (hash of the header itself). Reading checks all of them, so a single flipped bit is found.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OLD, _NOW = 1, 2
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Sha256 (hex) over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
+    """Sha256 (hex) over the names, dtypes, shapes and bytes of CPU tensors, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
@@ -36,14 +36,14 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A kind of tensor file.
+    """One kind of tensor file.
 
     Attributes:
-        format: its name in the header.
+        format: name of the format, as in the header.
         what: the kind in words, for messages ("a state file").
-        way_out: what to do where a file cannot be read.
-        tensors: names that every file must hold.
-        fields: header fields that every file must hold.
+        way_out: advice for a file that cannot be read.
+        tensors: names of the required tensors.
+        fields: names of the required header fields.
     """
 
     format: str
@@ -53,12 +53,12 @@ class TensorFile:
     fields: Collection[str] = ()
 
     def write(self, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Writes the file (atomically replaced).
+        """Writes a file. An existing one is replaced atomically.
 
         Args:
             path: the file.
-            tensors: on any device.
-            header: plain values; others become their ``str``.
+            tensors: tensors by name, on any device.
+            header: JSON values; values of other types become their ``str``.
         """
         from safetensors.torch import save_file
 
@@ -69,11 +69,14 @@ class TensorFile:
         atomic_save(path, lambda temporary: save_file(ready, str(temporary), metadata=metadata))
 
     def read(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors. Files of version 1, without the hash of their header, are read as well.
+        """Reads a file of version 2, or of version 1, which has no hash of its header.
+
+        Returns:
+            (header, tensors on the CPU).
 
         Raises:
-            FileFormatError: missing, truncated, of another format or version, without something that it must hold, or
-                with other contents than were written.
+            FileFormatError: the file is missing, truncated, of another format or version, lacks a required field or
+                tensor, or was changed after it was written.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -82,7 +85,8 @@ class TensorFile:
             raise self._error(self.what, f"nothing at {path}")
         try:
             with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                text = (file.metadata() or {}).get(_KEY, "{}")
+                header = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
             raise self._error(f"{self.what} that can be read", f"{path}: {error}") from error
@@ -94,9 +98,11 @@ class TensorFile:
         needed = {*self.fields} | ({"content", "header"} if version == _NOW else set())
         if lost := sorted({*self.tensors} - set(tensors)) or sorted(needed - set(header)):
             raise self._error(f"all fields of {self.what}", f"{path} without {', '.join(lost)}")
-        whole = version == _OLD or header["header"] == _header_digest(header)
-        if not whole or header.get("content", content_digest(tensors)) != content_digest(tensors):
-            raise self._error("contents that match the header's hashes", f"others in {path}")
+        # The text as well: 1e5 and 1E5 differ by one bit and are the same number.
+        whole = version == _OLD or (header["header"] == _header_digest(header) and text == json.dumps(header))
+        found = content_digest(tensors)
+        if not whole or header.get("content", found) != found:
+            raise self._error("contents that match the hashes in the header", f"other contents in {path}")
         return header, tensors
 
     def _error(self, expected: str, got: str) -> FileFormatError:

@@ -1,4 +1,4 @@
-"""Processes side by side on one machine."""
+"""Worker processes on one machine."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 __all__ = ["SPAWN", "spawn_pool", "threads_each"]
 
-#: spawn, because a forked process inherits locked thread pools and cannot use CUDA
 SPAWN = multiprocessing.get_context("spawn")
+"""Starts processes afresh: a forked one would inherit locked thread pools and could not use CUDA."""
 
 
 def threads_each(jobs: int) -> int:
-    """Threads of each of ``jobs`` processes that share the machine's cores, at least 1."""
+    """Threads for each of ``jobs`` processes that share the machine's cores; at least 1."""
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def spawn_pool(
     jobs: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """A pool of ``jobs`` fresh processes. ``initializer(*initargs)`` runs first in each of them."""
+    """A pool of ``jobs`` fresh processes. Each runs ``initializer(*initargs)`` first."""
     return ProcessPoolExecutor(jobs, mp_context=SPAWN, initializer=initializer, initargs=initargs)

@@ -254,7 +254,7 @@ def test_no_step_without_experts() -> None:
         ({"rate_limit": 1.0}, "rate_limit above 1"),
         ({"second_phase": 0.0}, "second_phase in"),
         ({"experts": [1]}, "a mapping of settings as experts"),
-        ({"experts": {"width": 3}}, "experts of the network that is matched on, but got own width"),
+        ({"experts": {"width": 3}}, "width"),
         ({"experts": {"epochs": 4}}, r"experts of max_start_epoch \+ expert_epochs = 28 epochs, but got 4"),
         ({"experts": {"speed": 4}}, "settings of the experts out of .* but got speed"),
         ({"init": "correct"}, "init out of real, noise"),
@@ -284,10 +284,10 @@ def buffer(folder: Path, *, method: str = "none", preprocessing: Preprocessing |
 
 
 def test_a_given_buffer_is_checked(tmp_path: Path) -> None:
-    data, _ = buffer(tmp_path / "b", preprocessing=Preprocessing((0.0,), (2.0,)))
+    data, hook = buffer(tmp_path / "b", preprocessing=Preprocessing((0.0,), (2.0,)))
     place = Place(tmp_path / "run")
     config = small(buffer=str(tmp_path / "b"))
-    experts = expert_phase(config, data, None, place)
+    experts = expert_phase(config, data, hook, place)
     assert experts.info is not None and experts.info.experts == 2 and not (tmp_path / "run").exists()
     with pytest.raises(PreprocessingMismatchError):
         loop_of(data.images, data.labels, 3, None, experts)
@@ -295,20 +295,20 @@ def test_a_given_buffer_is_checked(tmp_path: Path) -> None:
     assert run(loop_of(data.images, data.labels, 3, None, experts), 1)
     with pytest.raises(StateMismatchError, match="the labels of this run"):
         loop_of(data.images, data.labels.flip(0), 3, None, experts)
-    with pytest.raises(StateMismatchError, match="experts of the network that is matched on"):
+    with pytest.raises(StateMismatchError, match="parameters, number"):
         loop_of(data.images, data.labels, 3, None, experts, width=5)
     with pytest.raises(InvalidInputError, match=r"max_start_epoch \+ expert_epochs = 5 epochs"):
         loop_of(data.images, data.labels, 3, None, experts, max_start_epoch=4)
     with pytest.raises(FileFormatError, match="replay_buffer_0"):
-        expert_phase(small(buffer=str(tmp_path / "nothing")), data, None, place)
+        expert_phase(small(buffer=str(tmp_path / "nothing")), data, hook, place)
     with pytest.raises(InvalidInputError, match="at least one file"):
         loop_of(data.images, data.labels, 3, None, Experts([]))
 
 
 def test_a_foreign_buffer_is_checked_by_its_shapes(tmp_path: Path) -> None:
-    data, _ = buffer(tmp_path)
+    data, hook = buffer(tmp_path)
     (tmp_path / "buffer.json").unlink()
-    experts = expert_phase(small(buffer=str(tmp_path)), data, None, Place(tmp_path))
+    experts = expert_phase(small(buffer=str(tmp_path)), data, hook, Place(tmp_path))
     assert experts.info is None and run(loop_of(data.images, data.labels, 3, None, experts), 1)
     with pytest.raises(StateMismatchError):
         loop_of(data.images, data.labels, 3, None, experts, width=5)
@@ -326,7 +326,7 @@ def test_the_state_comes_with_the_buffer(tmp_path: Path) -> None:
     assert hook.decided and torch.equal(hook.state.trusted, before.state.trusted) and not bool(hook.state.trusted.all())
     data, _ = buffer(tmp_path / "none")
     hook = attach("tad", labels=data.labels, data=data.images, trains_on_real=True, config=settings)
-    with pytest.raises(ConfigError, match=r"the state that tad decided on.*tad-plugin experts --arm tad"):
+    with pytest.raises(ConfigError, match="--arm tad"):
         expert_phase(small(buffer=str(tmp_path / "none")), data, hook, Place(tmp_path))
     hook = attach("iwd", labels=data.labels, data=data.images, trains_on_real=True)
     assert expert_phase(small(buffer=str(tmp_path / "none")), data, hook, Place(tmp_path)).again is not None

@@ -139,13 +139,13 @@ def test_a_stored_draw_comes_back(mode, siamese, tmp_path):
     "arguments, words",
     [
         ({"strategy": "color_corp"}, "'corp'"),
-        ({"strategy": "color__crop"}, "strategies out of"),
-        ({"strategy": "crop_color_crop"}, "each strategy once"),
-        ({"mode": "X"}, "`mode` 'S'"),
-        ({"prob_flip": 1.5}, "`prob_flip` in"),
-        ({"ratio_scale": 0.5}, "`ratio_scale` in"),
-        ({"ratio_rotate": float("nan")}, "`ratio_rotate` in"),
-        ({"ratio_cutout": -0.1}, "`ratio_cutout` in"),
+        ({"strategy": "color__crop"}, "''"),
+        ({"strategy": "crop_color_crop"}, "crop_color_crop"),
+        ({"mode": "X"}, "mode.*'X'"),
+        ({"prob_flip": 1.5}, "prob_flip.*1.5"),
+        ({"ratio_scale": 0.5}, "ratio_scale.*0.5"),
+        ({"ratio_rotate": float("nan")}, "ratio_rotate.*nan"),
+        ({"ratio_cutout": -0.1}, "ratio_cutout.*-0.1"),
     ],
 )
 def test_settings_that_do_not_fit(arguments, words):
@@ -157,10 +157,10 @@ def test_settings_that_do_not_fit(arguments, words):
     "arguments, words",
     [
         (("shear",), "'shear'"),
-        (("crop",), "values for"),
-        (("flip", {"flip": True, "rotate": 0.1}), "values for"),
-        (("crop", {"crop": 3}), r"crop to be \[2\] per image"),
-        (("color", {"siamese": False, "brightness": [0, 0], "saturation": [1], "contrast": [1]}), "one length"),
+        (("crop",), "crop"),
+        (("flip", {"flip": True, "rotate": 0.1}), "rotate"),
+        (("crop", {"crop": 3}), r"crop.*\[2\]"),
+        (("color", {"siamese": False, "brightness": [0, 0], "saturation": [1], "contrast": [1]}), r"\[1, 2\]"),
     ],
 )
 def test_explicit_draws_that_do_not_fit(arguments, words):
@@ -173,9 +173,9 @@ def test_explicit_draws_that_do_not_fit(arguments, words):
 def test_images_that_do_not_fit():
     augmentation = Augmentation("flip")
     draw = augmentation.draw(3, 16, generator=generator(), siamese=False)
-    with pytest.raises(InvalidInputError, match="3 images, as flip was drawn for"):
+    with pytest.raises(InvalidInputError, match="3 .*flip.* 5"):
         augmentation.apply(images(5), draw)
-    with pytest.raises(InvalidInputError, match=r"images \[B, C, H, W\]"):
+    with pytest.raises(InvalidInputError, match=r"\[3, 16, 16\]"):
         augmentation.apply(images(5)[0], draw)
 
 

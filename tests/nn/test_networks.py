@@ -94,26 +94,26 @@ def test_smallest_images(name, size):
     network = build(name, image_size=size)
     assert network.embed(torch.randn(2, 3, size, size, generator=generator())).std() > 0
     if size > 1:
-        with pytest.raises(ConfigError, match=f"large enough for {name}.*got {size - 1}x{size - 1}"):
+        with pytest.raises(ConfigError, match=f"{name}.* {size - 1}x{size - 1}"):
             build(name, image_size=size - 1)
 
 
 def test_too_deep_a_convnet_says_so():
-    with pytest.raises(ConfigError, match="convnet of depth 4, but got 8x8"):
+    with pytest.raises(ConfigError, match="depth 4.* 8x8"):
         build(depth=4, image_size=8)
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"norm": "instancenorm"}, "`norm` out of"),
-        ({"pooling": "mean"}, "`pooling` out of"),
-        ({"activation": "gelu"}, "`activation` out of"),
-        ({"width": 0}, "`width` of at least 1"),
-        ({"depth": 0}, "`depth`"),
-        ({"num_classes": 0}, "`num_classes`"),
-        ({"image_size": (8, 0)}, "`image_size`"),
-        ({"norm": "group", "width": 6}, "divisible by 4"),
+        ({"norm": "instancenorm"}, "norm.*instancenorm"),
+        ({"pooling": "mean"}, "pooling.*mean"),
+        ({"activation": "gelu"}, "activation.*gelu"),
+        ({"width": 0}, "width.* 0"),
+        ({"depth": 0}, "depth.* 0"),
+        ({"num_classes": 0}, "num_classes.* 0"),
+        ({"image_size": (8, 0)}, "image_size.* 0"),
+        ({"norm": "group", "width": 6}, "group.* 6"),
     ],
 )
 def test_options_that_do_not_fit(options, words):
@@ -122,7 +122,7 @@ def test_options_that_do_not_fit(options, words):
 
 
 def test_unknown_name_suggests_the_closest():
-    with pytest.raises(UnknownNameError, match="Did you mean 'convnet'"):
+    with pytest.raises(UnknownNameError, match="'convnet'"):
         build("ConvNet")
 
 
@@ -180,7 +180,7 @@ def test_reinitialise_refuses_what_it_cannot_redraw():
 
     network = Scaled()
     before = bits(network)
-    with pytest.raises(InvalidInputError, match="Scaled at 'the top' without it"):
+    with pytest.raises(InvalidInputError, match="Scaled"):
         reinitialise(network, generator())
     assert torch.equal(before, bits(network))
 

@@ -15,6 +15,7 @@ import torch
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning
 from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.files import file_digest
 from tests import ROOT
 
 
@@ -131,7 +132,7 @@ def test_a_damaged_newest_falls_back_to_the_older_with_a_warning(tmp_path: Path,
     newer, _ = two_checkpoints(tmp_path)
     damage(newer)
     slots = CheckpointSlots(tmp_path)
-    with pytest.warns(TadPluginWarning, match=r"Resuming from step 1\. Expected .*B\."):
+    with pytest.warns(TadPluginWarning, match=r"step 1.*B\."):
         found = slots.load()
     assert found is not None and found.step == 1 and torch.equal(found.tree["x"], torch.zeros(100))
     slots.save({"x": torch.full((1,), 3.0)}, 3)  # must take the damaged slot, not the only good one
@@ -146,7 +147,7 @@ def test_a_damaged_newest_falls_back_to_the_older_with_a_warning(tmp_path: Path,
 def test_two_damaged_slots_are_an_error(tmp_path: Path, damage: Any) -> None:
     for data in two_checkpoints(tmp_path):
         damage(data)
-    with pytest.raises(FileFormatError, match=r"whole checkpoint.*--overwrite"):
+    with pytest.raises(FileFormatError, match="--overwrite"):
         CheckpointSlots(tmp_path).load()
 
 
@@ -180,11 +181,9 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     torch.save(Evil(), tmp_path / "c" / "A.pt")
     data = tmp_path / "c" / "A.pt"
     side = data.with_suffix(".json")
-    from tad_plugin.utils.files import file_digest
-
     information = {**json.loads(side.read_text()), "bytes": data.stat().st_size, "sha256": file_digest(data)}
     side.write_text(json.dumps(information))
-    with pytest.raises(FileFormatError, match="cannot load"):
+    with pytest.raises(FileFormatError, match="A.pt"):
         CheckpointSlots(tmp_path / "c").load()
     assert not (tmp_path / "executed").exists()
 

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import builtins
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from tad_plugin.errors import FileFormatError
-from tad_plugin.utils.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
+from tad_plugin.errors import FileFormatError, MissingExtraError
+from tad_plugin.utils.files import (
+    atomic_save,
+    atomic_write,
+    file_digest,
+    plain,
+    read_json,
+    read_yaml,
+    remove_temporaries,
+    yaml_text,
+)
 
 
 def test_write_makes_parents_and_replaces(tmp_path: Path) -> None:
@@ -68,5 +81,43 @@ def test_unreadable_json_is_a_named_error(tmp_path: Path, content: bytes | None)
     path = tmp_path / "r.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FileFormatError, match=r"Expected .*r\.json.*, but got"):
+    with pytest.raises(FileFormatError, match=r"r\.json"):
         read_json(path)
+
+
+@pytest.mark.parametrize("content", [None, b"a: [1", b"\xff\xfe", b"a: !!python/object/apply:os.getcwd []"])
+def test_unreadable_yaml_is_a_named_error(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"r\.yaml"):
+        read_yaml(path)
+
+
+def test_yaml_comes_back_with_its_keys_in_order(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"ä": "text", "empty": {}}, "c": float("inf")}
+    text = yaml_text(value)
+    assert read_yaml(atomic_write(tmp_path / "x.yaml", text)) == value
+    assert [line[0] for line in text.splitlines() if line[0] in "abc"] == ["b", "a", "c"] and "ä" in text
+    assert read_yaml(atomic_write(tmp_path / "x.json", '{"a": [1, null]}')) == {"a": [1, None]}
+    assert read_yaml(atomic_write(tmp_path / "empty.yaml", "")) is None
+
+
+def test_values_become_plain_ones() -> None:
+    values = {1: (1, np.float32(0.5)), "t": torch.arange(2), "s": {"b", "a"}, "p": Path("x"), "d": torch.float32}
+    assert plain(values) == {"1": [1, 0.5], "t": [0, 1], "s": ["a", "b"], "p": "x", "d": "torch.float32"}
+    assert yaml_text({"p": Path("x")}) == "p: x\n"
+
+
+def test_without_pyyaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *more: Any, **options: Any) -> Any:
+        if name == "yaml":
+            raise ImportError(name)
+        return original(name, *more, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    for use in (lambda: read_yaml(tmp_path / "x"), lambda: yaml_text({})):
+        with pytest.raises(MissingExtraError, match="reproduce"):
+            use()

@@ -1,1 +1,1 @@
-"""Experts for trajectory matching: their training, their replay buffers, and where a run gets them from."""
+"""Experts for trajectory matching: their training, their replay buffers, and the source of a run's experts."""

@@ -1,9 +1,9 @@
-"""Replay buffers: the trajectories of experts on disk, in the field's format and with what that format leaves out.
+"""Replay buffers: the trajectories of experts on disk, in the format of the public codebases, with a description.
 
-A buffer is a folder of ``replay_buffer_0.pt``, ``replay_buffer_1.pt``, ... as the public trajectory-matching codebases
-write and read them: each a list of experts, each a list over epochs (0 is the start) of the parameters in the order of
-``network.parameters()``. Beside them stands ``buffer.json``: which network, labels and settings they were trained with.
-A folder without it is a foreign buffer: it can be read, and only the shapes of its parameters can be checked.
+A buffer is a folder of ``replay_buffer_0.pt``, ``replay_buffer_1.pt``, ... A file is a list of experts, an expert a
+list over epochs (0 is the start), an epoch the list of parameters in the order of ``network.parameters()``. We add
+``buffer.json``, which names the network, the labels and the settings of the experts. A folder without it is a foreign
+buffer: it can be read, but only the shapes of its parameters can be checked.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tad_plugin.errors import (
     StateMismatchError,
     explain,
 )
+from tad_plugin.nn.networks import make_network
 from tad_plugin.utils.files import atomic_save, atomic_write, read_json
 
 __all__ = [
@@ -46,41 +47,41 @@ __all__ = [
 ]
 
 Trajectory = list[list[Tensor]]
-"""One expert: for each epoch, the start included, its parameters float32 on the CPU."""
+"""One expert: its parameters at the start and after each epoch, float32 on the CPU."""
 
 VERSION = 1
 SIDE_FILE = "buffer.json"
-_AGAIN = "Train the experts again into an empty folder, or pass the right one"
-# What torch.save adds to each tensor (record header, padding to 64 bytes, pickle), rounded up from measured files.
+_AGAIN = "Train the experts again into an empty folder, or pass the right folder"
+# Bytes that torch.save adds to each tensor (record header, padding to 64 bytes, pickle); measured and rounded up.
 _OVERHEAD = 340
 
 
 @dataclass
 class BufferInfo:
-    """What ``buffer.json`` says of a buffer.
+    """Description of a buffer, stored in ``buffer.json``.
 
     Attributes:
-        architecture: network's name, as :func:`tad_plugin.nn.networks.make_network` knows it.
-        width: its width.
-        depth: its depth.
-        norm: its normalisation.
+        architecture: name of the network, a key of :data:`tad_plugin.nn.networks.NETWORKS`.
+        width: width of the network.
+        depth: depth of the network.
+        norm: normalisation of the network.
         in_channels: image channels C.
         image_size: (height, width) in pixels.
         num_classes: K.
         dataset: name of the dataset.
-        labels: :func:`tad_plugin.data.labels.label_digest` of the observed labels that the experts were trained with.
+        labels: :func:`tad_plugin.data.labels.label_digest` of the observed labels in the experts' training.
         preprocessing: :meth:`Preprocessing.fingerprint` of the images, "" if unknown.
         epochs: E; a trajectory has E + 1 entries.
         lr: learning rate of the experts.
-        momentum: their momentum.
-        weight_decay: their L2 penalty.
-        sharpness_aware: trained with gradient surgery at perturbed parameters (FTD).
-        experts: how many there are in all files.
-        experts_per_file: how many a file holds; the last may hold fewer.
+        momentum: momentum of the experts.
+        weight_decay: L2 penalty of the experts.
+        sharpness_aware: trained with sharpness-aware steps (FTD).
+        experts: number of experts in all files.
+        experts_per_file: number of experts in a file; the last file may hold fewer.
         half: stored in half precision, which only this package reads back.
-        method: the method that decided on the samples, "none" without any.
-        state_file: name of the SampleState beside the buffer, "" if there is none.
-        versions: of python and torch.
+        method: the method attached in training, or "none".
+        state_file: file name of the SampleState in the folder, "" if there is none.
+        versions: versions of Python and the packages, and the device.
     """
 
     architecture: str
@@ -106,16 +107,16 @@ class BufferInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: str | Path) -> Path:
-        """Writes ``buffer.json`` (atomically replaced); returns its path."""
+        """Writes ``buffer.json`` atomically; returns its path."""
         text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1)
         return atomic_write(Path(folder) / SIDE_FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> BufferInfo | None:
-        """The side file of a buffer, or None for a foreign buffer, which has none.
+        """Reads ``buffer.json``; None for a foreign buffer, which has none.
 
         Raises:
-            FileFormatError: it is not JSON, of another version, or lacks a field.
+            FileFormatError: the file is not JSON, of another version, or lacks a field.
         """
         path = Path(folder) / SIDE_FILE
         if not path.exists():
@@ -123,13 +124,13 @@ class BufferInfo:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("version") != VERSION:
             got = f"version {values.get('version')!r}" if isinstance(values, dict) else type(values).__name__
-            raise FileFormatError(explain(f"version {VERSION} of a buffer's description in {path}", got, _AGAIN))
+            raise FileFormatError(explain(f"a buffer description of version {VERSION} in {path}", got, _AGAIN))
         known = {f.name for f in dataclasses.fields(cls)}
         given = {k: v for k, v in values.items() if k in known}
         lost = sorted(known - set(given))
         if lost or not isinstance(given["image_size"], list):
             got = f"one without {', '.join(lost)}" if lost else f"image_size {given['image_size']!r}"
-            raise FileFormatError(explain(f"a whole description of a buffer in {path}", got, _AGAIN))
+            raise FileFormatError(explain(f"a complete buffer description in {path}", got, _AGAIN))
         height, width = given["image_size"]
         return cls(**{**given, "image_size": (int(height), int(width))})
 
@@ -140,10 +141,10 @@ def buffer_path(folder: str | Path, n: int) -> Path:
 
 
 def buffer_files(folder: str | Path) -> list[Path]:
-    """The files of a buffer in the order of their numbers, from 0 on without a gap.
+    """The files of a buffer, ordered by number.
 
     Raises:
-        FileFormatError: there is none, or one is missing before another.
+        FileFormatError: there are no files, or their numbers have a gap.
     """
     found = {p.name: p for p in Path(folder).glob("replay_buffer_*.pt")}
     paths: list[Path] = []
@@ -157,29 +158,29 @@ def buffer_files(folder: str | Path) -> list[Path]:
 
 
 def clear_buffer(folder: str | Path) -> None:
-    """Removes a buffer's files, the side file first: what is half removed is no finished buffer."""
+    """Removes the files of a buffer, the description first: a half removed buffer must not look finished."""
     (Path(folder) / SIDE_FILE).unlink(missing_ok=True)
     for path in Path(folder).glob("replay_buffer_*.pt"):
         path.unlink(missing_ok=True)
 
 
 def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory], *, half: bool = False) -> Path:
-    """Writes the n-th file of a buffer (atomically replaced: a write that fails leaves what was there).
+    """Writes the n-th file of a buffer atomically: if writing fails, the old file stays.
 
     Args:
-        folder: of the buffer; made if it does not exist.
+        folder: folder of the buffer; created if it does not exist.
         n: number of the file, from 0.
-        trajectories: one per expert.
+        trajectories: at least one, one per expert.
         half: store float16. :func:`read_buffer` gives float32 back; the public codebases expect float32 on disk.
 
     Raises:
-        InvalidInputError: no trajectory.
+        InvalidInputError: no trajectory was given.
         DiskSpaceError: the disk is full.
     """
     if not trajectories:
         raise InvalidInputError(explain("at least one trajectory", "none", "Train an expert first"))
     dtype = torch.float16 if half else torch.float32
-    # A tensor's own storage, without its neighbours in a flat vector, and one that nobody writes to any more.
+    # Clones, because a view would be stored with the whole vector that it is part of.
     plain = [[[p.detach().to("cpu", dtype).clone() for p in entry] for entry in expert] for expert in trajectories]
     path = buffer_path(folder, n)
     with room_for(str(path)):
@@ -188,26 +189,26 @@ def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory],
 
 @contextmanager
 def room_for(what: str) -> Iterator[None]:
-    """Around a write of ``what`` (in words): a failure is raised as DiskSpaceError."""
+    """Context for writing ``what`` (in words): raises DiskSpaceError if the write fails."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-        do = "Make room and run the same command again: it goes on from what is finished"
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        do = "Make room and run the same command again; it resumes"
         raise DiskSpaceError(explain(f"room for {what}", f"a write that failed ({error})", do)) from error
 
 
 def read_buffer(path: str | Path) -> list[Trajectory]:
-    """The trajectories in one file of a buffer, float32 on the CPU, whoever wrote it.
+    """Reads one file of a buffer, ours or a foreign one: trajectories, float32 on the CPU.
 
     Raises:
-        FileFormatError: missing, truncated, or not a list of experts over epochs of parameter tensors.
+        FileFormatError: the file is missing, damaged, or not a list of experts over epochs of parameters.
     """
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(explain("a file of a replay buffer", f"nothing at {path}", _AGAIN))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more for what it cannot read
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more
         got = f"one that torch cannot load ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise FileFormatError(explain(f"a replay buffer in {path}", got, f"The file is damaged. {_AGAIN}")) from error
     expected = f"a list of experts, each a list over epochs of lists of parameters, in {path}"
@@ -236,50 +237,35 @@ def check_buffer(
     info: BufferInfo | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> None:
-    """Checks that a buffer fits what it shall be used for.
+    """Checks that a buffer fits a run.
 
     Args:
-        given: the side file, or one trajectory (of a foreign buffer, or to check the tensors themselves).
-        network: the network that will be matched on.
-        labels: int64 [N], the observed labels of this run; compared with those of the experts.
-        need_epochs: epochs that every trajectory must reach (max_start_epoch + expert_epochs).
-        info: side file that goes with a trajectory, for the messages; None for a foreign buffer.
-        preprocessing: that of this run's images.
+        given: the description of the buffer, or one trajectory.
+        network: the network of the run.
+        labels: int64 [N], the observed labels of the run.
+        need_epochs: epochs that every trajectory must have (max_start_epoch + expert_epochs).
+        info: the description that goes with a trajectory; None for a foreign buffer.
+        preprocessing: preprocessing of the run's images.
 
     Raises:
-        StateMismatchError: experts of another architecture, or trained with other labels.
-        PreprocessingMismatchError: other normalisation or whitening.
-        InvalidInputError: too few epochs.
+        StateMismatchError: the experts have another architecture, or were trained with other labels.
+        PreprocessingMismatchError: the experts were trained with other normalisation or whitening.
+        InvalidInputError: the trajectories have too few epochs.
     """
-    own = [tuple(p.shape) for p in network.parameters()]
     if isinstance(given, BufferInfo):
-        info, epochs = given, given.epochs
-        description = {name: getattr(given, name) for name in ("architecture", "width", "depth", "norm")}
-        theirs = _shapes_of(given)
-        says = ", ".join(f"{k} {v}" for k, v in description.items())
+        info, epochs, theirs = given, given.epochs, _shapes_of(given)
     else:
         epochs, theirs = len(given) - 1, [tuple(p.shape) for p in given[0]]
-        says = "a trajectory" if info is None else f"{info.architecture} of width {info.width}, depth {info.depth}"
-    if theirs != own:
-        first = next(
-            (i for i, (a, b) in enumerate(zip(theirs, own, strict=False)) if a != b), min(map(len, (theirs, own)))
-        )
-        shown = [str(list(s[first])) if first < len(s) else "none" for s in (own, theirs)]
-        do = f"Pass the network's settings that the experts were trained with, or train experts with these. {_AGAIN}"
-        expected = (
-            f"experts of the network that is matched on ({len(own)} parameters, number {first} of shape {shown[0]})"
-        )
-        got = f"{says} ({len(theirs)} parameters, number {first} of shape {shown[1]})"
-        raise StateMismatchError(explain(expected, got, do))
+    _check_shapes(theirs, [tuple(p.shape) for p in network.parameters()], info)
     if labels is not None and info is not None and info.labels and label_digest(labels) != info.labels:
         expected = f"experts trained with the labels of this run (hash {label_digest(labels)[:16]})"
-        got = f"experts trained with others (hash {info.labels[:16]})"
+        got = f"experts trained with other labels (hash {info.labels[:16]})"
         do = "Use the data, noise and seed of the experts, or train experts for these labels"
         raise StateMismatchError(explain(expected, got, do))
     if preprocessing is not None and info is not None and info.preprocessing not in ("", preprocessing.fingerprint()):
-        expected = f"experts trained on images preprocessed as here ({preprocessing.fingerprint()})"
+        expected = f"experts trained with the preprocessing of this run ({preprocessing.fingerprint()})"
         do = "Use the same normalisation and --zca as for the experts, or train experts for these images"
-        raise PreprocessingMismatchError(explain(expected, f"others ({info.preprocessing})", do))
+        raise PreprocessingMismatchError(explain(expected, info.preprocessing, do))
     if need_epochs is not None and epochs < need_epochs:
         expected = f"trajectories of at least max_start_epoch + expert_epochs = {need_epochs} epochs"
         do = "Lower max_start_epoch or expert_epochs, or train the experts for more epochs"
@@ -287,33 +273,33 @@ def check_buffer(
 
 
 def predicted_bytes(network: nn.Module, epochs: int, experts: int, half: bool = False) -> int:
-    """Bytes that the files of a buffer take: E + 1 copies of the parameters for each expert."""
+    """Bytes on disk of a buffer: ``epochs`` + 1 copies of the parameters for each expert."""
     shapes = [p.numel() for p in network.parameters()]
     return experts * (epochs + 1) * (sum(shapes) * (2 if half else 4) + len(shapes) * _OVERHEAD)
 
 
 def check_free_disk(folder: str | Path, needed: int) -> None:
-    """Checks before anything is trained that a buffer will fit on the disk of ``folder``.
+    """Checks before the training that a buffer fits on the disk of ``folder``.
 
     Args:
-        folder: where it will be written; need not exist yet.
+        folder: folder of the buffer; it need not exist yet.
         needed: bytes, from :func:`predicted_bytes`.
 
     Raises:
-        DiskSpaceError: less is free.
+        DiskSpaceError: fewer bytes are free.
     """
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        expected = f"{_megabytes(needed)} free in {folder} for the experts' trajectories"
+        expected = f"{_megabytes(needed)} free in {folder} for the trajectories"
         do = "Make room, choose another --out, store --half, or train fewer experts or epochs"
         raise DiskSpaceError(explain(expected, _megabytes(free), do))
 
 
 def _save(tree: object, path: Path) -> None:
-    # Given a path, torch writes its name into the file, and the same trajectories would not be the same bytes.
+    # Given a path, torch writes the name into the file, and equal trajectories would give different bytes.
     with open(path, "wb") as file:
         torch.save(tree, file)
 
@@ -322,9 +308,22 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _shapes_of(info: BufferInfo) -> list[tuple[int, ...]]:
-    from tad_plugin.nn.networks import make_network
+def _check_shapes(theirs: list[tuple[int, ...]], own: list[tuple[int, ...]], info: BufferInfo | None) -> None:
+    if theirs == own:
+        return
+    fewer = min(len(theirs), len(own))
+    first = next((i for i in range(fewer) if theirs[i] != own[i]), fewer)
+    expected, got = [
+        f"{len(shapes)} parameters, number {first} of shape {list(shapes[first]) if first < len(shapes) else None}"
+        for shapes in (own, theirs)
+    ]
+    if info is not None:
+        got += f" ({info.architecture}, width {info.width}, depth {info.depth}, norm {info.norm})"
+    do = f"Use the network settings of the experts, or train experts with these settings. {_AGAIN}"
+    raise StateMismatchError(explain(f"experts with the network of this run: {expected}", got, do))
 
+
+def _shapes_of(info: BufferInfo) -> list[tuple[int, ...]]:
     network = make_network(
         info.architecture,
         in_channels=info.in_channels,

@@ -1,6 +1,6 @@
-"""One expert: a network trained on the real data whose trajectory MTT and DATM match.
+"""One expert: a network trained on the real data, whose trajectory MTT and DATM match.
 
-The data stay on their device and no work is done per sample. What counts of them, with what label, comes from the hook.
+The data stay on their device, and whole batches are processed at once. Targets, weights and trust come from the hook.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.sharpness import frozen_statistics, perturbation, surgery
-from tad_plugin.errors import ConfigError, NonFiniteError, explain
+from tad_plugin.errors import NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import pass_size
 from tad_plugin.nn.training import EpochTrainer
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["ExpertConfig", "ExpertTrainer", "expert_network"]
 
@@ -32,78 +33,65 @@ Event = Callable[[SampleState, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class ExpertConfig:
-    """Settings of the experts; the defaults are MTT's published ones, but for the number of experts (100 there).
+class ExpertConfig(Settings):
+    """Settings of the experts. The defaults are the published ones of MTT, except ``experts`` (100 there).
 
     Attributes:
-        experts: how many are trained.
-        epochs: epochs of each; a trajectory has one entry more, its start.
+        experts: number of experts.
+        epochs: epochs of each expert. A trajectory has ``epochs`` + 1 entries; the first is the start.
         network: architecture.
         width: channels of the ConvNet.
-        depth: its blocks; 0 takes 3 (2 for images under 16 pixels).
-        norm: its normalisation.
+        depth: blocks of the ConvNet; 0 takes 3 (2 for images under 16 pixels).
+        norm: normalisation of the network.
         batch_train: samples per step.
         lr: learning rate of SGD.
-        momentum: its momentum.
-        weight_decay: its L2 penalty.
-        decay: a tenth of the learning rate in the second half.
-        augment: DSA strategy, a set of numbers for each image; "auto" is the dataset's own, "none" switches it off.
-        rho: length of the climb of a sharpness-aware step; 0 is plain SGD. FTD and DATM: 0.01.
-        alpha: weight of the orthogonal part in the gradient surgery of that step. FTD and DATM: 0.3.
-        adaptive: measure the climb in units of the parameters.
-        pilots: networks that are trained before the experts for the methods alone, and not kept.
-        pilot_epochs: epochs of each of them; 0 takes ``epochs``. The methods' warm-up must fit in.
-        rounds: networks after whose epochs the methods decide: "pilots" alone, or "all"; see the README.
-        experts_per_file: trajectories in one file of the buffer.
-        half: store half precision; only this package reads it back.
+        momentum: momentum of SGD.
+        weight_decay: L2 penalty.
+        decay: divide the learning rate by 10 in the second half.
+        augment: DSA strategy, drawn for each image; "auto" takes the dataset's own, "none" switches it off.
+        rho: radius of a sharpness-aware step; 0 is plain SGD. FTD and DATM use 0.01.
+        alpha: weight of the orthogonal part in the gradient surgery of that step. FTD and DATM use 0.3.
+        adaptive: measure the radius in units of the parameters (ASAM).
+        pilots: networks trained before the experts for the methods only; they are not kept.
+        pilot_epochs: epochs of each pilot; 0 takes ``epochs``. Must exceed the warm-up of the methods.
+        rounds: after which networks the methods decide: "pilots" or "all" (pilots and experts).
+        experts_per_file: trajectories per file of the buffer.
+        half: store half precision, which only this package reads back.
     """
 
-    experts: int = 10
-    epochs: int = 50
+    experts: int = setting(10, at_least=1)
+    epochs: int = setting(50, at_least=1)
     network: str = "convnet"
-    width: int = 128
-    depth: int = 0
+    width: int = setting(128, at_least=1)
+    depth: int = setting(0, at_least=0)
     norm: str = "instance"
-    batch_train: int = 256
-    lr: float = 0.01
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    batch_train: int = setting(256, at_least=1)
+    lr: float = setting(0.01, above=0)
+    momentum: float = setting(0.0, at_least=0)
+    weight_decay: float = setting(0.0, at_least=0)
     decay: bool = False
     augment: str = "auto"
-    rho: float = 0.0
-    alpha: float = 0.3
+    rho: float = setting(0.0, at_least=0)
+    alpha: float = setting(0.3, at_least=0)
     adaptive: bool = True
-    pilots: int = 1
-    pilot_epochs: int = 0
-    rounds: str = "pilots"
-    experts_per_file: int = 10
+    pilots: int = setting(1, at_least=0)
+    pilot_epochs: int = setting(0, at_least=0)
+    rounds: str = setting("pilots", one_of=("all", "pilots"))
+    experts_per_file: int = setting(10, at_least=1)
     half: bool = False
 
-    def __post_init__(self) -> None:
-        lows = {"experts": 1, "epochs": 1, "width": 1, "depth": 0, "batch_train": 1, "pilots": 0, "pilot_epochs": 0}
-        for name, low in {
-            **lows,
-            "experts_per_file": 1,
-            "momentum": 0,
-            "weight_decay": 0,
-            "rho": 0,
-            "alpha": 0,
-        }.items():
-            if getattr(self, name) < low:
-                raise ConfigError(explain(f"{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
-        if not self.lr > 0:
-            raise ConfigError(explain("lr above 0", str(self.lr), "Correct the setting"))
-        if self.rounds not in ("all", "pilots") or (self.rounds == "pilots" and not self.pilots):
-            got = f"{self.rounds!r} with {self.pilots} pilots"
-            raise ConfigError(explain('rounds "all", or "pilots" with at least one pilot', got, "Correct the setting"))
+    def check(self) -> None:
+        """Rounds of pilots need a pilot."""
+        super().check()
+        self.require(self.pilots > 0 or self.rounds == "all", 'pilots of at least 1 for rounds "pilots"', self.pilots)
 
     def resolved_depth(self, height: int, width: int) -> int:
-        """``depth``, or what suits images of this size where it is 0."""
+        """``depth``, or the default for images of this size if it is 0."""
         return self.depth or default_depth(height, width)
 
 
 def expert_network(config: ExpertConfig, data: RealData, generator: torch.Generator) -> nn.Module:
-    """A freshly drawn network of the experts' kind, on the data's device."""
+    """Draws an untrained expert, on the device of the data."""
     c, h, w = (int(v) for v in data.images.shape[1:])
     return make_network(
         config.network,
@@ -119,47 +107,39 @@ def expert_network(config: ExpertConfig, data: RealData, generator: torch.Genera
 
 
 class ExpertTrainer(EpochTrainer):
-    """One expert in training: ``run_epoch()`` until ``epoch`` is ``config.epochs``.
+    """Trains one expert: call ``run_epoch()`` until ``epoch`` is ``config.epochs``.
 
     Args:
         config: the settings.
         data: the real data.
-        hook: the seam to the methods, or None for the plain loop without any.
-        generator: CPU generator of every draw; see :func:`expert_generator`.
-        state: what methods have decided for good, in place of a hook.
+        hook: the hook, which holds targets, weights and trust. Its methods are asked in each step, unless they have
+            decided already.
+        generator: CPU generator of every draw; see :func:`tad_plugin.utils.seeds.expert_generator`.
 
     Attributes:
         network: the expert.
         epoch: epochs done.
-        trajectory: its parameters at the start and after each epoch, on the CPU.
+        trajectory: the parameters at the start and after each epoch, float32 on the CPU.
+        chunk: images per pass through the network.
+        events: the methods' terms in the loss, at the parameters and at the perturbed ones; None if there are none.
     """
 
-    def __init__(
-        self,
-        config: ExpertConfig,
-        data: RealData,
-        hook: Hook | None,
-        generator: torch.Generator,
-        *,
-        state: SampleState | None = None,
-    ) -> None:
+    def __init__(self, config: ExpertConfig, data: RealData, hook: Hook, generator: torch.Generator) -> None:
         self.config, self.data, self.generator = config, data, generator
-        hook = hook if hook is not None and hook.enabled else None
-        self.state = state if hook is None else hook.state
+        self.state = hook.state
         self.network = expert_network(config, data, generator).train()
         self.parameters = list(self.network.parameters())
         self.optimizer = self._fresh_optimizer(config.lr)
         augmentation = Augmentation.configured(config.augment, data.dataset)
         # The grid convention of the trajectory-matching codebases.
         self.augmentation = dataclasses.replace(augmentation, align_corners=True)
-        # Where methods have decided for good, their weights and targets are all that enters.
-        events = None if hook is None or hook.decided else hook.events
-        self.events: tuple[Event | None, Event | None]
-        self.events = (None, None) if events is None else (events.scorer_batch, events.scorer_again)
-        # Passes that fit a CPU's cache take half the time; a batch norm needs its batch whole, and so do methods that
-        # are asked twice about it.
-        whole = any(isinstance(m, _BatchNorm) for m in self.network.modules())
-        whole = whole or (events is not None and config.rho > 0)
+        asked = hook.enabled and not hook.decided
+        self.events: tuple[Event | None, Event | None] = (None, None)
+        if asked:
+            self.events = (hook.events.scorer_batch, hook.events.scorer_again)
+        # Small passes take half the time on a CPU. A batch norm needs the whole batch in one pass, and so do methods
+        # that are asked twice about a batch.
+        whole = any(isinstance(m, _BatchNorm) for m in self.network.modules()) or (asked and config.rho > 0)
         self.chunk = config.batch_train if whole else pass_size(data.images, config.width)
         if data.images.device.type == "cpu":
             _keep_freed_memory()
@@ -168,7 +148,7 @@ class ExpertTrainer(EpochTrainer):
         self._remember()
 
     def run_epoch(self) -> float:
-        """One epoch over all samples in a new order; returns the mean loss of its batches.
+        """Trains one epoch, in a new order of the samples; returns the mean loss.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -183,63 +163,59 @@ class ExpertTrainer(EpochTrainer):
             total += self.step(indices, images) * len(indices)
         mean = float(total) / len(self.data)
         if not torch.isfinite(total):
-            do = "Lower the experts' lr (or rho), and check the images for NaN; the last checkpoint is intact"
+            do = "Lower the experts' lr or rho, and check the images for NaN; the last checkpoint is intact"
             raise NonFiniteError(explain("a finite loss of the expert", f"{mean} in epoch {self.epoch}", do))
         self.epoch += 1
         self._remember()
-        # Where the published schedule has it: one epoch into the second half, with a new optimiser.
+        # As in the published schedule: one epoch into the second half, with a new optimiser.
         if self.config.decay and self.epoch == self.config.epochs // 2 + 2:
             self.optimizer = self._fresh_optimizer(self.config.lr * 0.1)
         return mean
 
     def step(self, indices: Tensor, images: Tensor) -> Tensor:
-        """One update on a batch, already augmented; returns its loss, a scalar.
+        """Takes one step on a batch; returns its loss, a scalar.
 
         Args:
-            indices: int64 [B], positions of its samples.
-            images: float32 [B,C,H,W].
+            indices: int64 [B], positions of the samples.
+            images: float32 [B,C,H,W], the augmented images.
         """
         loss = self._gradient(indices, images, self.events[0])
         if self.config.rho > 0:
-            self._climb_and_operate(indices, images)
+            self._sharpness_aware_gradient(indices, images)
         self.optimizer.step()
         return loss
 
     def _gradient(self, indices: Tensor, images: Tensor, event: Event | None) -> Tensor:
-        """Puts the gradient of the weighted, relabelled cross-entropy (plus what methods add) into the parameters."""
+        """Sets the gradients of the weighted cross-entropy on the targets, plus the terms of the methods."""
         self.optimizer.zero_grad(set_to_none=True)
-        targets, weights = self._wanted(indices)
+        state = self.state
+        targets, weights = state.targets(indices), state.training_weights(indices)
         scale = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
         total = torch.zeros((), device=images.device)
         for start in range(0, len(images), self.chunk):
             part = slice(start, start + self.chunk)
             logits = self.network(images[part])
             loss = (weights[part] * F.cross_entropy(logits, targets[part], reduction="none")).sum() / scale
-            if event is not None and self.state is not None:
-                # A method adds a mean over the samples it is shown: the shares make that a mean over the batch.
+            if event is not None:
+                # A method adds a mean over the samples it sees. The shares turn these into a mean over the batch.
                 share = len(logits) / len(images)
-                loss = share * event(self.state, indices[part], logits, loss / share)
+                loss = share * event(state, indices[part], logits, loss / share)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _wanted(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.state
-        if state is None:
-            return self.data.labels[indices], torch.ones(len(indices), device=indices.device)
-        return state.targets(indices), state.training_weights(indices)
-
     @torch.no_grad()
-    def _climb_and_operate(self, indices: Tensor, images: Tensor) -> None:
+    def _sharpness_aware_gradient(self, indices: Tensor, images: Tensor) -> None:
+        """Replaces the gradients by those of the sharpness-aware step."""
         config, parameters = self.config, self.parameters
         old = [_gradient_of(p).clone() for p in parameters]
-        climb = perturbation(parameters, old, config.rho, adaptive=config.adaptive)
-        for p, e in zip(parameters, climb, strict=True):
+        moves = perturbation(parameters, old, config.rho, adaptive=config.adaptive)
+        for p, e in zip(parameters, moves, strict=True):
             p.add_(e)
         with frozen_statistics(self.network), torch.enable_grad():
             self._gradient(indices, images, self.events[1])
         new = surgery(old, [_gradient_of(p) for p in parameters], config.alpha)
-        for p, e, g in zip(parameters, climb, new, strict=True):
+        for p, e, g in zip(parameters, moves, new, strict=True):
             p.sub_(e)
             p.grad = g
 
@@ -251,7 +227,7 @@ class ExpertTrainer(EpochTrainer):
         self.trajectory.append([p.detach().to("cpu", copy=True) for p in self.parameters])
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`EpochTrainer`; with the trajectory so far."""
+        """See :class:`EpochTrainer`; also the trajectory so far."""
         return {**super().state_dict(), "trajectory": self.trajectory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -261,11 +237,11 @@ class ExpertTrainer(EpochTrainer):
 
 
 def _keep_freed_memory() -> None:
-    """Lets the C library keep what a pass frees for the next one.
+    """Makes the C library reuse freed memory instead of returning it to the system.
 
-    The GNU allocator hands blocks above a threshold back to the system, which clears every page that it gives out:
-    up to half of the time of a small network's training. The threshold grows to the size of the largest block freed so
-    far, up to 32 MiB; elsewhere this does nothing.
+    The GNU allocator returns blocks above a threshold to the system, which then clears every page it hands out. This
+    takes up to half of the training time of a small network. The threshold grows to the size of the largest block that
+    was freed, up to 32 MiB. Other allocators are not affected.
     """
     torch.empty(2**25 - 2**17, dtype=torch.uint8)
 

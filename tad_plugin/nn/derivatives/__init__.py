@@ -1,1 +1,1 @@
-"""Gradients, per-sample gradients and curvature products of networks."""
+"""Gradients of batches, per-sample derivatives, and curvature-vector products."""

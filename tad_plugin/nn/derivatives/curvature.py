@@ -1,7 +1,7 @@
-"""Curvature-vector products and the conjugate gradients that invert them. [ours: METHODS.md 2.1]
+"""Curvature-vector products, and conjugate gradients for their inverse. [ours]
 
-Products are closures, ``make(f, parameters) -> (v -> product)``, over flat vectors [P], so a solver
-never needs to know what it solves for and can be tested on functions whose Hessian is known.
+A product is a closure over flat vectors: ``make(f, parameters) -> (v [P] -> product [P])``. A solver needs nothing
+else, so it can be tested on functions with a known Hessian.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ MatVec = Callable[[Tensor], Tensor]
 
 
 def hessian_vector_product(f: Callable[[Any], Tensor], parameters: Tensors) -> MatVec:
-    """The map v -> H v with H the Hessian of ``f`` at ``parameters``.
+    """Makes the map v -> H v, where H is the Hessian of ``f`` at ``parameters``.
 
-    The gradient's graph is built once and kept, so each product costs one backward pass; it is freed
-    with the closure.
+    The graph of the gradient is built once and kept with the closure. So each product costs one backward pass.
 
     Args:
-        f: gets the parameters in the form they are given here (one tensor, or a tuple), returns a scalar.
-        parameters: a tensor or a sequence of tensors with P entries in all; copied, never changed.
+        f: parameters -> scalar. It gets one tensor or a tuple, as ``parameters`` is given.
+        parameters: one tensor or a sequence, with P entries in all; not changed.
 
     Returns:
-        A closure [P] -> [P] in the parameters' dtype, on their device. Where the gradient does not depend
-        on the parameters (f is linear) it gives zeros, which is the Hessian.
+        A closure [P] -> [P] in the dtype and on the device of the parameters. It gives zeros for a linear ``f``.
 
     Raises:
+        InvalidInputError: ``f`` does not return a scalar. The closure: a vector of another length.
         DisconnectedGraphError: ``f`` does not depend on the parameters.
     """
     leaves = tuple(p.detach().clone().requires_grad_() for p in as_tuple(parameters))
@@ -67,18 +66,22 @@ def hessian_vector_product(f: Callable[[Any], Tensor], parameters: Tensors) -> M
 def gauss_newton_vector_product(
     model: Callable[[Any], Tensor], loss: Callable[[Tensor], Tensor], parameters: Tensors
 ) -> MatVec:
-    """The map v -> J^T H_out J v: the Hessian of loss(model(parameters)) without the model's own curvature.
+    """Makes the map v -> J^T H_out J v, the Gauss-Newton approximation of the Hessian of loss(model(parameters)).
 
-    It is positive semi-definite wherever the loss is convex in the outputs (cross-entropy is), so
-    conjugate gradients cannot meet negative curvature. J v is one forward-mode pass, J^T one backward pass.
+    J is the Jacobian of the model, H_out the Hessian of the loss in the outputs. The map is positive semi-definite if
+    the loss is convex in the outputs, as cross-entropy is. J v takes one forward-mode pass, J^T one backward pass.
 
     Args:
-        model: gets the parameters in the form they are given here, returns outputs of any shape.
+        model: parameters -> outputs of any shape. It gets one tensor or a tuple, as ``parameters`` is given.
         loss: outputs -> scalar.
-        parameters: a tensor or a sequence of tensors with P entries in all; never changed.
+        parameters: one tensor or a sequence, with P entries in all; not changed.
 
     Returns:
-        A closure [P] -> [P] in the parameters' dtype, on their device.
+        A closure [P] -> [P] in the dtype and on the device of the parameters.
+
+    Raises:
+        InvalidInputError: ``loss`` does not return a scalar. The closure: a vector of another length.
+        DisconnectedGraphError: ``loss`` does not depend on the outputs.
     """
     single = isinstance(parameters, Tensor)
     fixed = tuple(p.detach() for p in as_tuple(parameters))
@@ -100,13 +103,13 @@ def gauss_newton_vector_product(
 
 @dataclass(frozen=True)
 class CGResult:
-    """What :func:`conjugate_gradient` found.
+    """Result of :func:`conjugate_gradient`.
 
     Attributes:
         solution: x, [P].
-        iterations: steps taken (one product each; checks of the true residual are not counted).
-        residual: |b - A x| / |b|, of the true residual, recomputed at the end.
-        converged: whether ``residual`` is within the tolerance.
+        iterations: number of steps, one product each. Products for the true residual are not counted.
+        residual: |b - A x| / |b|, recomputed at the end.
+        converged: True if ``residual`` is within the tolerance.
     """
 
     solution: Tensor
@@ -124,24 +127,22 @@ def conjugate_gradient(
     x0: Tensor | None = None,
     strict: bool = False,
 ) -> CGResult:
-    """Solves A x = b for a symmetric positive definite A that is known by its products only.
+    """Solves A x = b for a symmetric positive definite A, given by its products.
+
+    Warns with ConvergenceWarning if the tolerance is not reached, and then returns the best iterate.
 
     Args:
-        matvec: v -> A v, [P] -> [P]. Add the damping inside: ``lambda v: hvp(v) + damping * v``.
+        matvec: v -> A v, [P] -> [P]. Include the damping: ``lambda v: hvp(v) + damping * v``.
         b: right-hand side [P].
-        tolerance: wanted relative residual |b - A x| / |b|, > 0.
-        max_iterations: most products, >= 1.
-        x0: start [P]; zeros by default.
-        strict: raise instead of warning when the tolerance is not reached.
-
-    Returns:
-        A :class:`CGResult`. Not converged: a :class:`~tad_plugin.errors.ConvergenceWarning` says so, and the
-        best iterate so far is returned.
+        tolerance: limit of the relative residual |b - A x| / |b|, > 0.
+        max_iterations: limit of the number of steps, >= 1.
+        x0: start [P]; None takes zeros.
+        strict: raise an error instead of warning.
 
     Raises:
-        ConvergenceError: ``strict`` and the tolerance was not reached, or A has negative curvature.
+        ConvergenceError: ``strict`` is set and the tolerance was not reached, or A has negative curvature.
         NonFiniteError: b or a product is NaN or infinite.
-        InvalidInputError: shapes or limits that do not fit.
+        InvalidInputError: b or x0 has a wrong shape, or a limit is too small.
     """
     if b.ndim != 1 or (x0 is not None and x0.shape != b.shape):
         got = f"b {list(b.shape)}" + ("" if x0 is None else f" and x0 {list(x0.shape)}")
@@ -149,7 +150,7 @@ def conjugate_gradient(
     if not tolerance > 0 or max_iterations < 1:
         got = f"tolerance {tolerance}, max_iterations {max_iterations}"
         raise InvalidInputError(explain("tolerance > 0 and max_iterations >= 1", got, "Pass positive limits"))
-    require_finite(b, "right-hand side", "Check the gradient that is to be multiplied with the inverse")
+    require_finite(b, "right-hand side", "Check the gradient that the inverse is applied to")
     scale = float(b.norm())
     if scale == 0.0:
         return CGResult(torch.zeros_like(b), 0, 0.0, True)
@@ -162,8 +163,8 @@ def conjugate_gradient(
     goal, iterations, trouble, last_true = (tolerance * scale) ** 2, 0, "", math.inf
     while True:
         if squared <= goal:
-            # The recurrence drifts from the true residual (float32): what is promised is measured, and
-            # the iteration restarts from there as long as that still helps.
+            # The recurrence drifts from the true residual in float32. So the true one is computed, and the iteration
+            # restarts from it as long as that helps.
             residual = b - matvec(x)
             true_squared = float(residual.square().sum())
             if true_squared <= goal or true_squared > 0.25 * last_true:
@@ -190,7 +191,7 @@ def conjugate_gradient(
         updated = float(residual.square().sum())
         direction = residual + (updated / squared) * direction
         squared = updated
-        if squared < best_squared:  # the residual's norm may rise in between; what is handed out never does
+        if squared < best_squared:  # the norm of the residual may rise in between
             best, best_squared = x, squared
 
     true = float((b - matvec(best)).norm()) / scale

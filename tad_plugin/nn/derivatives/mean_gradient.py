@@ -1,4 +1,4 @@
-"""The gradient of a loss of many images, in passes that fit the memory or the cache."""
+"""Gradient of the mean loss of many images, computed in passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tad_plugin.nn.passes import LARGE_PASS
 
 __all__ = ["mean_gradient"]
 
@@ -18,20 +20,20 @@ def mean_gradient(
     targets: Tensor,
     weights: Tensor | None = None,
     *,
-    chunk_size: int = 2048,
+    chunk_size: int = LARGE_PASS,
 ) -> list[Tensor]:
-    """Gradient of the (weighted) mean cross-entropy of a batch, without a graph, in passes of ``chunk_size`` images.
+    """Computes the gradient of sum_i w_i CE_i / B over a batch, without a graph of its own.
 
     Args:
         network: images -> logits [B,K]; treats samples independently (a batch norm in eval mode).
-        parameters: in which the gradient is taken.
-        images: float [B,C,H,W].
+        parameters: tensors to differentiate in.
+        images: float [B,C,H,W], B >= 1.
         targets: int64 [B].
-        weights: float [B], mean 1; None for a plain mean.
-        chunk_size: images per pass; it changes speed and memory, and the values only by rounding.
+        weights: w, float [B], mean 1; None for w = 1.
+        chunk_size: images per pass.
 
     Returns:
-        One detached tensor for each of ``parameters``.
+        One detached tensor per parameter.
     """
     total: list[Tensor] = []
     for start in range(0, len(images), chunk_size):

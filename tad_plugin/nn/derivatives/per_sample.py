@@ -1,9 +1,9 @@
-"""Derivatives of every sample's own loss: gradients, and inner products with one direction. [ours: METHODS.md 2.1]
+"""Per-sample derivatives of the loss: gradients, and inner products with one direction. [ours]
 
-Two forms. :func:`per_sample_gradients` holds a gradient of P numbers per sample. Most influences need
-only its inner product with one vector, and that is the directional derivative of the loss: one
-forward-mode pass gives it for a whole batch (:func:`per_sample_directional`) and holds no gradient at all.
-Both work in chunks that fit a memory budget; the chunk size changes the speed, never the values.
+:func:`per_sample_gradients` stores a gradient of P numbers per sample. Most influences need only its inner product
+with one vector u. That is the directional derivative of the loss along u: one forward-mode pass computes it for a
+whole batch and stores no gradient (:func:`per_sample_directional`). Both work in chunks that fit a memory budget. The
+chunk size does not change the results.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ __all__ = [
 ]
 
 DEFAULT_MEMORY_BUDGET = 2**30
-"""Bytes that one chunk may take beside the network and the data: 1 GiB."""
+"""Default memory of one chunk in bytes, beside the network and the data: 1 GiB."""
 
-# On a CPU larger chunks fall out of the cache: 1,000 samples at once took half as long again as 256 at a time.
-CPU_CHUNK = 256
+# On a CPU larger chunks do not fit the cache: one chunk of 1,000 samples took 1.5 times as long as chunks of 256.
+_CPU_CHUNK = 256
 
 Parameters = Mapping[str, Tensor]
 """Parameters by name, as ``dict(network.named_parameters())``; P entries in all."""
 
 
 def as_parameters(network: nn.Module, values: Parameters | Tensor | None = None) -> dict[str, Tensor]:
-    """The trainable parameters of a network by name, detached.
+    """The trainable parameters of a network by name, detached, with its own values or others.
 
     Args:
-        network: gives names, order and shapes (parameters with ``requires_grad`` only).
-        values: None for the network's own values; or other values, by name or as one flat vector [P].
+        network: network with the names, the order and the shapes. Only parameters with ``requires_grad`` count.
+        values: other values, by name or as a flat vector [P]; None takes the network's own.
 
     Raises:
-        InvalidInputError: names, shapes or the number of entries do not fit the network.
+        InvalidInputError: the network has no trainable parameter, or the values do not fit its parameters.
     """
     own = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     if not own:
@@ -76,11 +76,11 @@ def as_parameters(network: nn.Module, values: Parameters | Tensor | None = None)
 
 
 def require_independent_samples(network: nn.Module) -> None:
-    """Checks that the loss of a sample does not depend on the rest of its batch, nor on chance.
+    """Checks that the loss of a sample depends neither on the rest of its batch nor on chance.
 
     Raises:
-        InvalidInputError: a batch norm in train mode (or without running statistics), a norm that would
-            update running statistics, or an active dropout; the message names the module.
+        InvalidInputError: a batch norm in train mode or without running statistics, a norm that would update running
+            statistics, or an active dropout. The message names the module.
     """
     for name, module in network.named_modules():
         if isinstance(module, _NormBase):
@@ -88,7 +88,7 @@ def require_independent_samples(network: nn.Module) -> None:
             if uses_batch or (module.training and module.track_running_stats):
                 raise InvalidInputError(
                     explain(
-                        "a network in which each sample has a loss, and so a gradient, of its own",
+                        "a network in which each sample has a loss and a gradient of its own",
                         f"{name} ({type(module).__name__}) with statistics of the whole batch",
                         "Call network.eval() for running statistics, or use instance or group norm",
                     )
@@ -99,12 +99,12 @@ def require_independent_samples(network: nn.Module) -> None:
 
 
 def activation_bytes(network: nn.Module, image: Tensor, parameters: Parameters | None = None) -> int:
-    """Bytes that one sample's forward pass keeps for its backward pass, measured by doing it once.
+    """Bytes that the forward pass of one sample stores for the backward pass; measured with one pass.
 
     Args:
         network: any network; its parameters are not counted.
-        image: a single image [C, H, W].
-        parameters: values to use instead of the network's own.
+        image: one image [C, H, W].
+        parameters: parameters by name; None takes the network's own.
     """
     values = {name: p.clone().requires_grad_() for name, p in as_parameters(network, parameters).items()}
     known = {p.untyped_storage().data_ptr() for p in (*values.values(), *network.parameters(), *network.buffers())}
@@ -130,19 +130,19 @@ def per_sample_gradient_chunks(
     loss_fn: LossFunction = cross_entropy,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The gradient of each sample's loss with respect to the parameters, a chunk at a time.
+    """Computes the gradient of each sample's loss in the parameters, one chunk at a time.
 
     Args:
-        network: logits [B, K]; must treat samples independently (see :func:`require_independent_samples`).
+        network: images -> logits [B, K]; must treat samples independently (see :func:`require_independent_samples`).
         images: [N, C, H, W], on the network's device.
         labels: int64 [N] or probabilities [N, K].
-        parameters: where to differentiate, by name or flat [P]; by default the network's values.
+        parameters: point to differentiate at, by name or flat [P]; None takes the network's parameters.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
-        memory_budget: bytes for one chunk: the gradients and their flat copy (2 P numbers a sample), and
-            twice the activations that one sample keeps. On a CPU no chunk is larger than 256 samples.
+        memory_budget: bytes for one chunk. A sample takes 2 P numbers (its gradient and a flat copy) and twice its
+            stored activations. On a CPU a chunk has at most 256 samples.
 
     Yields:
-        (positions, gradients [b, P] in the parameters' order and dtype).
+        (positions, gradients [b, P] in the order and dtype of the parameters).
 
     Raises:
         InvalidInputError: lengths differ, or samples depend on each other.
@@ -170,9 +170,9 @@ def per_sample_gradients(
     loss_fn: LossFunction = cross_entropy,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """All gradients of :func:`per_sample_gradient_chunks` at once: [N, P].
+    """Computes all gradients of :func:`per_sample_gradient_chunks` at once: [N, P].
 
-    The budget limits the work in progress; the result itself takes N * P numbers more.
+    The budget limits one chunk. The result takes N * P numbers more.
     """
     chunks = per_sample_gradient_chunks(
         network, images, labels, parameters=parameters, loss_fn=loss_fn, memory_budget=memory_budget
@@ -190,23 +190,23 @@ def per_sample_directional(
     loss_fn: LossFunction = cross_entropy,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """Inner product of every sample's gradient with one direction, <grad l_i, u>, by forward-mode passes.
+    """Computes <grad l_i, u>, the inner product of each sample's gradient with a direction, in forward mode.
 
-    One pass through the network per chunk, with the direction as the parameters' tangent, gives
-    the derivative of the vector of losses along u. No gradient is ever formed.
+    One pass per chunk, with u as the tangent of the parameters, gives the derivative of all losses along u. No gradient
+    is formed.
 
     Args:
-        network: logits [B, K]; must treat samples independently (see :func:`require_independent_samples`).
+        network: images -> logits [B, K]; must treat samples independently (see :func:`require_independent_samples`).
         images: [N, C, H, W], on the network's device.
         labels: int64 [N] or probabilities [N, K].
         direction: u, by name or flat [P].
-        parameters: where to differentiate, by name or flat [P]; by default the network's values.
+        parameters: point to differentiate at, by name or flat [P]; None takes the network's parameters.
         loss_fn: (logits [B, K], labels [B] or [B, K]) -> [B].
-        memory_budget: bytes for one chunk: twice the activations that one sample keeps, an upper bound
-            here because forward mode drops them on the way.
+        memory_budget: bytes for one chunk. A sample counts with twice its stored activations, which is an upper bound:
+            forward mode stores none.
 
     Returns:
-        [N], in the parameters' dtype.
+        [N], in the dtype of the parameters.
 
     Raises:
         InvalidInputError: lengths or shapes differ, or samples depend on each other.
@@ -256,4 +256,4 @@ def _chunk_size(
             )
         )
     chunk = max(1, memory_budget // needed)
-    return min(chunk, CPU_CHUNK) if images.device.type == "cpu" else chunk
+    return min(chunk, _CPU_CHUNK) if images.device.type == "cpu" else chunk

@@ -1,4 +1,4 @@
-"""Small helpers that every module of ``iwd`` shares: flat vectors and checks. No mathematics lives here."""
+"""Flat vectors of parameters, per-sample losses, forward-mode derivatives, and a check for NaN."""
 
 from __future__ import annotations
 
@@ -24,41 +24,38 @@ __all__ = [
 ]
 
 Tensors = Tensor | Sequence[Tensor]
-"""One tensor, or several that are treated as one long vector."""
+"""One tensor, or several that form one long vector."""
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Per-sample loss: (logits [B, K], labels [B] or [B, K]) -> [B]."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each sample, without reduction.
+    """Cross-entropy of each sample, [B]; the default :data:`LossFunction`.
 
     Args:
         logits: [B, K].
         labels: int64 [B], or probabilities [B, K] (soft labels).
-
-    Returns:
-        [B], the default :data:`LossFunction` of this package.
     """
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:
-    """A tensor as a tuple of one; a sequence as a tuple."""
+    """A tuple of the tensors."""
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
 def flatten(tensors: Tensors | Mapping[str, Tensor]) -> Tensor:
-    """All entries in one vector [P], in the given order (of a mapping: its own order)."""
+    """Concatenates all entries into one vector [P], in the order of the sequence or mapping."""
     parts = tuple(tensors.values()) if isinstance(tensors, Mapping) else as_tuple(tensors)
     return torch.cat([part.reshape(-1) for part in parts])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Cuts a vector [P] into views with the shapes of ``like``; the inverse of :func:`flatten`.
+    """Splits a vector [P] into views with the shapes of ``like``; the inverse of :func:`flatten`.
 
     Raises:
-        InvalidInputError: the vector is not 1-D or has another number of entries.
+        InvalidInputError: the vector is not 1-D, or has another number of entries.
     """
     sizes = [tensor.numel() for tensor in like]
     if vector.ndim != 1 or vector.numel() != sum(sizes):
@@ -73,10 +70,15 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def require_finite(values: Tensor, name: str, do: str) -> Tensor:
-    """Returns ``values`` unchanged.
+    """Checks that all entries are finite; returns ``values`` unchanged.
+
+    Args:
+        values: any shape.
+        name: name of the values, for the message.
+        do: advice, for the message.
 
     Raises:
-        NonFiniteError: an entry is NaN or infinite; the message counts them and names the first flat position.
+        NonFiniteError: an entry is NaN or infinite. The message has their number and the first flat position.
     """
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
@@ -87,8 +89,8 @@ def require_finite(values: Tensor, name: str, do: str) -> Tensor:
 
 
 def pushed_forward(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """The directional derivative of ``function`` at ``primals`` along ``tangents``, by forward mode."""
+    """Computes the directional derivative of ``function`` at ``primals`` along ``tangents`` in forward mode."""
     with warnings.catch_warnings():
-        # torch's own forward mode uses torch.jit, of which it warns once; the user can do nothing about it.
+        # torch's forward mode uses torch.jit and warns about it; users cannot act on that.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         return torch.func.jvp(function, primals, tangents)[1]

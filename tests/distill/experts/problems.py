@@ -1,4 +1,4 @@
-"""What the tests of MTT and DATM share: experts in memory and a small loop that matches them."""
+"""Shared by the tests of MTT and DATM: experts in memory and a small loop that matches them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.distill.mtt import MTT
 from tad_plugin.utils.seeds import expert_generator
+from tests.distill.experts.training import plain
 from tests.problems import PLAIN
 
 SETTINGS: dict[str, Any] = {
     "ipc": 2, "width": 4, "augment": "color_crop", "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2,
     "batch_syn": 4, "lr_img": 1.0, "lr_lr": 1e-4, "lr_teacher": 0.05, "iterations": 8,
 }  # fmt: skip
-#: of the experts themselves
+#: settings of the experts
 TRAINING: dict[str, Any] = {"epochs": 3, "width": 4, "batch_train": 16, "lr": 0.1, "augment": "none"}
 
 
 def trained(
     data: RealData, hook: Hook | None = None, *, first: int = 0, count: int = 2, **more: Any
 ) -> list[Trajectory]:
-    """Trajectories of small experts."""
+    """Trajectories of small experts, by default without methods."""
     config = ExpertConfig(**{**TRAINING, **more})
     found = []
     for number in range(first, first + count):
-        trainer = ExpertTrainer(config, data, hook, expert_generator(0, number))
+        trainer = ExpertTrainer(config, data, hook or plain(data), expert_generator(0, number))
         for _ in range(config.epochs):
             trainer.run_epoch()
         found.append(trainer.trajectory)
@@ -64,7 +65,7 @@ def loop_of(
 
 
 def run(loop: MTT, iterations: int, first: int = 0) -> list[Tensor]:
-    """What is learned after some steps: images, rate, and label logits where there are some."""
+    """Takes some steps; returns images, learning rate, and label logits if the labels are learned."""
     for iteration in range(first, first + iterations):
         loop.step(iteration)
     logits = getattr(loop, "logits", None)

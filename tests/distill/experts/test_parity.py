@@ -23,6 +23,7 @@ from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation
 from tad_plugin.nn.networks import make_network
 from tad_plugin.utils.seeds import expert_generator
 from tests.checkouts import copy_parameters, import_upstream, isolated_imports, upstream, upstream_draw
+from tests.distill.experts.training import plain
 from tests.patches.conftest import at_finish  # noqa: F401 - a fixture
 from tests.patches.foreign import any_checksum, copied, run, tiny_cifar10  # noqa: F401 - one is a fixture
 
@@ -72,7 +73,8 @@ def setup(**changes: Any) -> ExpertConfig:
 
 
 def ours(**changes: Any) -> ExpertTrainer:
-    trainer = ExpertTrainer(setup(**changes), real_data(), None, expert_generator(0, 0))
+    real = real_data()
+    trainer = ExpertTrainer(setup(**changes), real, plain(real), expert_generator(0, 0))
     trainer.augmentation = Replayed(trainer.augmentation)  # type: ignore[assignment]
     trainer.chunk = 5
     trainer.run_epoch()
@@ -174,11 +176,8 @@ def test_our_buffer_is_distilled_from_by_their_script(tmp_path: Path, at_finish:
     labels = torch.arange(10).repeat(5)
     images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     folder = tmp_path / "b" / "CIFAR10_NO_ZCA" / "ConvNetW32"
-    train_experts(
-        RealData(images, labels, 10, dataset="cifar10"),
-        ExpertConfig(experts=2, epochs=2, width=32, batch_train=25),
-        folder,
-    )
+    real = RealData(images, labels, 10, dataset="cifar10")
+    train_experts(real, ExpertConfig(experts=2, epochs=2, width=32, batch_train=25), folder, plain(real))
     size = ["--ipc", "1", "--Iteration", "1", "--num_eval", "0", "--syn_steps", "2", "--model", "ConvNetW32"]
     segment = ["--expert_epochs", "1", "--max_start_epoch", "1", "--lr_img", "1", "--lr_lr", "1e-9"]
     where = ["--lr_teacher", "0.01", "--data_path", str(data), "--buffer_path", str(tmp_path / "b")]

@@ -13,7 +13,7 @@ from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer, expe
 from tad_plugin.errors import ConfigError, NonFiniteError
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.utils.seeds import expert_generator
-from tests.distill.experts.training import Even, Term, config, data, hook_of, same
+from tests.distill.experts.training import Even, Term, config, data, hook_of, plain, same
 
 
 def plain_loop(setup: ExpertConfig, real: RealData, generator: torch.Generator) -> list[list[Tensor]]:
@@ -38,7 +38,7 @@ def test_an_expert_is_sgd_on_the_observed_labels(
     chunk: int, changes: dict[str, float], global_rng_untouched: None
 ) -> None:
     setup = config(**changes)
-    trainer = ExpertTrainer(setup, data(), None, expert_generator(0, 0))
+    trainer = ExpertTrainer(setup, data(), plain(data()), expert_generator(0, 0))
     trainer.chunk = chunk
     for _ in range(setup.epochs):
         trainer.run_epoch()
@@ -51,7 +51,7 @@ def test_an_expert_is_sgd_on_the_observed_labels(
 
 
 def test_entries_of_a_trajectory_are_copies() -> None:
-    trainer = ExpertTrainer(config(), data(), None, expert_generator(0, 0))
+    trainer = ExpertTrainer(config(), data(), plain(data()), expert_generator(0, 0))
     before = [p.clone() for p in trainer.trajectory[0]]
     trainer.run_epoch()
     assert same(trainer.trajectory[0], before)
@@ -61,7 +61,7 @@ def test_entries_of_a_trajectory_are_copies() -> None:
 def test_even_weights_give_the_baseline(rho: float) -> None:
     real = data()
     found = []
-    for hook in (None, hook_of(real, Even())):
+    for hook in (plain(real), hook_of(real, Even())):
         trainer = ExpertTrainer(config(rho=rho), real, hook, expert_generator(0, 0))
         trainer.run_epoch()
         found.append(trainer.trajectory[-1])
@@ -100,7 +100,7 @@ def test_a_batch_without_a_trusted_sample_moves_nothing() -> None:
 
 
 def test_the_schedule_drops_the_rate_where_the_published_one_does() -> None:
-    trainer = ExpertTrainer(config(epochs=6, decay=True, momentum=0.5), data(), None, expert_generator(0, 0))
+    trainer = ExpertTrainer(config(epochs=6, decay=True, momentum=0.5), data(), plain(data()), expert_generator(0, 0))
     rates = []
     for _ in range(6):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
@@ -109,10 +109,8 @@ def test_the_schedule_drops_the_rate_where_the_published_one_does() -> None:
 
 
 def test_a_diverged_expert_is_named() -> None:
-    trainer = ExpertTrainer(config(lr=1e30), data(), None, expert_generator(0, 0))
-    with pytest.raises(
-        NonFiniteError, match=r"finite loss of the expert, but got nan in epoch 0. Lower the experts' lr"
-    ):
+    trainer = ExpertTrainer(config(lr=1e30), data(), plain(data()), expert_generator(0, 0))
+    with pytest.raises(NonFiniteError, match="nan.* 0.* lr"):
         trainer.run_epoch()
 
 
@@ -122,7 +120,7 @@ def test_a_diverged_expert_is_named() -> None:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_sharpness_aware_step_is_gradient_surgery_written_out(adaptive: bool) -> None:
     real, setup = data(), config(rho=0.05, alpha=0.4, adaptive=adaptive)
-    trainer = ExpertTrainer(setup, real, None, expert_generator(0, 0))
+    trainer = ExpertTrainer(setup, real, plain(real), expert_generator(0, 0))
     network = expert_network(setup, real, expert_generator(0, 0))
     names = [n for n, _ in network.named_parameters()]
     start = [p.detach().clone() for p in network.parameters()]
@@ -152,8 +150,8 @@ def test_methods_are_asked_again_at_the_perturbed_parameters() -> None:
 
 def test_batch_norm_keeps_its_batch_whole_and_counts_it_once() -> None:
     real = data()
-    trainer = ExpertTrainer(config(norm="batch", rho=0.05), real, None, expert_generator(0, 0))
-    other = ExpertTrainer(config(norm="batch"), real, None, expert_generator(0, 0))
+    trainer = ExpertTrainer(config(norm="batch", rho=0.05), real, plain(real), expert_generator(0, 0))
+    other = ExpertTrainer(config(norm="batch"), real, plain(real), expert_generator(0, 0))
     assert trainer.chunk == 16
     for t in (trainer, other):
         t.step(torch.arange(16), real.images[:16])
@@ -167,15 +165,20 @@ def test_batch_norm_keeps_its_batch_whole_and_counts_it_once() -> None:
 
 
 def test_rounds_of_pilots_need_one() -> None:
-    for changes in ({"rounds": "pilots", "pilots": 0}, {"rounds": "none"}):
-        with pytest.raises(ConfigError, match='rounds "all", or "pilots" with at least one pilot'):
+    for changes, named in (({"rounds": "pilots", "pilots": 0}, "pilots"), ({"rounds": "none"}, "rounds")):
+        with pytest.raises(ConfigError, match=named):
             config(**changes)
+    assert config(rounds="all", pilots=0).pilots == 0
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("experts", 0), ("epochs", 0), ("lr", 0.0), ("rho", -0.1), ("pilots", -1), ("experts_per_file", 0), ("width", 0)],
-)
+    [
+        ("experts", 0), ("epochs", 0), ("width", 0), ("depth", -1), ("batch_train", 0), ("lr", 0.0),
+        ("momentum", -0.1), ("weight_decay", -1e-4), ("rho", -0.1), ("alpha", -0.1), ("pilots", -1),
+        ("pilot_epochs", -1), ("experts_per_file", 0), ("lr", float("inf")), ("rho", float("nan")), ("half", 1),
+    ],
+)  # fmt: skip
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} (of at least|above)"):
+    with pytest.raises(ConfigError, match=f"{name} .*{value}"):
         config(**{name: value})

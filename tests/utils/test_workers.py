@@ -1,0 +1,33 @@
+"""Worker processes: fresh ones, and their share of the cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tad_plugin.utils.workers import SPAWN, spawn_pool, threads_each
+
+_NOTES: list[str] = []
+
+
+def _remember(value: str) -> None:
+    _NOTES.append(value)
+
+
+def _recall(suffix: str) -> tuple[int, list[str]]:
+    return os.getpid(), [*_NOTES, suffix]
+
+
+def test_a_pool_of_fresh_processes_runs_the_initializer_in_each() -> None:
+    assert SPAWN.get_start_method() == "spawn"
+    _remember("parent")  # a forked process would inherit it
+    with spawn_pool(1, _remember, ("child",)) as pool:
+        process, notes = pool.submit(_recall, "here").result()
+    assert process != os.getpid() and notes == ["child", "here"] and _NOTES == ["parent"]
+
+
+@pytest.mark.parametrize(("cores", "jobs", "each"), [(8, 1, 8), (8, 3, 2), (2, 8, 1), (None, 1, 1)])
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int | None, jobs: int, each: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert threads_each(jobs) == each
