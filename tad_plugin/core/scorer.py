@@ -7,6 +7,7 @@ nothing on real data (DM, DC) the hook trains this small one before distillation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
 from tad_plugin.nn.training import EpochTrainer
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
 
@@ -83,7 +85,7 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
 
 
 @dataclass
-class ScorerConfig:
+class ScorerConfig(Settings):
     """Settings of the plugin's own scorer [ours].
 
     Attributes:
@@ -100,26 +102,19 @@ class ScorerConfig:
         refresh_every: iterations of distillation between further epochs; 0 never.
     """
 
+    prefix: ClassVar[str] = "scorer."
+
     network: str = "convnet"
-    width: int = 32
-    depth: int = 0
+    width: int = setting(32, at_least=1)
+    depth: int = setting(0, at_least=0)
     norm: str = "instance"
-    epochs: int = 10
-    batch_size: int = 0
-    lr: float = 0.02
+    epochs: int = setting(10, at_least=1)
+    batch_size: int = setting(0, at_least=0)
+    lr: float = setting(0.02, above=0)
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: str = "auto"
-    refresh_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 0), ("width", 1), ("depth", 0), ("refresh_every", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    explain(f"scorer.{name} of at least {low}", str(getattr(self, name)), "Correct the setting")
-                )
-        if not self.lr > 0:
-            raise ConfigError(explain("scorer.lr above 0", str(self.lr), "Correct the setting"))
+    refresh_every: int = setting(0, at_least=0)
 
 
 class Scorer(EpochTrainer):
