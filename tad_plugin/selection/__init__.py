@@ -1,1 +1,1 @@
-"""What a user would do without this plugin, as callbacks: the rivals that TAD and IWD are always seen beside."""
+"""Rivals of TAD and IWD, as callbacks: what a user could do without them. README.md describes each one."""

@@ -1,4 +1,4 @@
-"""Prune by loss, then distil: train on the observed labels, keep the samples of lowest loss (small-loss selection)."""
+"""Four rivals that keep a part of each class: the oracle, loss pruning, EL2N and a random subset."""
 
 from __future__ import annotations
 
@@ -9,153 +9,147 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from tad_plugin.core.callback import Callback
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, explain
-from tad_plugin.selection.ranking import check_share, keep_lowest, mean_losses, train_logits
-from tad_plugin.utils.settings import build_config
+from tad_plugin.selection.ranking import keep_lowest, mean_losses, train_logits
+from tad_plugin.selection.rival import Rival
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["EL2N", "EL2NConfig", "LossPruning", "LossPruningConfig", "Oracle", "RandomSubset", "RandomSubsetConfig"]
 
-
-@dataclass
-class LossPruningConfig:
-    """Settings of loss pruning.
-
-    Attributes:
-        keep: share of each class that is kept; 0 takes 1 - the nominal noise rate where the experiment set one
-            (which favours this rival: a user would have to guess it), else 0.7.
-        history: the loss is averaged over that many last epochs.
-        scorer: settings of the network that is trained.
-    """
-
-    keep: float = 0.0
-    history: int = 3
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scorer, dict):
-            self.scorer = build_config(ScorerConfig, self.scorer, "the networks")
-        if self.keep:
-            check_share("keep", self.keep)
-        if not 1 <= self.history <= self.scorer.epochs:
-            raise ConfigError(
-                explain(f"history in [1, {self.scorer.epochs}]", str(self.history), "Lower it or train longer")
-            )
+# Share of each class that is kept where neither the user nor the noise gives one.
+_DEFAULT_SHARE = 0.7
 
 
-class LossPruning(Callback):
-    """Keeps in each class the samples of lowest cross-entropy against the observed label."""
-
-    name: ClassVar[str] = "loss-prune"
-    Config: ClassVar[type] = LossPruningConfig
-    needs_images: ClassVar[bool] = True
-
-    def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Trains one network and prunes."""
-        config: LossPruningConfig = self.config
-        keep = config.keep or (1.0 - data.noise_rate if data.noise_rate is not None else 0.7)
-        seed = int(self.generator.initial_seed())
-        logits = train_logits(data, dataclasses.replace(config.scorer), seed=seed, average_last=config.history)
-        losses = mean_losses(logits, state.observed)
-        kept = keep_lowest(losses, state.observed, state.num_classes, keep, minimum=data.ipc or 1)
-        state.update(trusted=kept)
-        state.set_weights(self.name, kept.float())
-        self.report("division", trusted=int(kept.sum()), untrusted=int((~kept).sum()), keep=keep)
-
-
-@dataclass
-class EL2NConfig:
-    """Settings of EL2N pruning.
-
-    Attributes:
-        keep: share of each class that is kept; 0 takes 1 - the nominal noise rate where the experiment set one, else
-            0.7.
-        networks: over how many networks the score is averaged (10 in the paper; here 3).
-        hardest: keep the largest scores (the paper, on clean data) instead of the smallest (noisy data).
-        epochs: of each network; few, since the score is an early one.
-        scorer: settings of the networks; its ``epochs`` are replaced by the ones above.
-    """
-
-    keep: float = 0.0
-    networks: int = 3
-    hardest: bool = False
-    epochs: int = 5
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scorer, dict):
-            self.scorer = build_config(ScorerConfig, self.scorer, "the networks")
-        self.scorer = dataclasses.replace(self.scorer, epochs=self.epochs)
-        if self.keep:
-            check_share("keep", self.keep)
-        if self.networks < 1:
-            raise ConfigError(explain("at least 1 network", str(self.networks), "Correct the setting"))
-
-
-class EL2N(Callback):
-    """Keeps in each class the samples with the smallest (or largest) ||softmax - onehot||."""
-
-    name: ClassVar[str] = "el2n"
-    Config: ClassVar[type] = EL2NConfig
-    needs_images: ClassVar[bool] = True
-
-    def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Trains the networks and prunes."""
-        config: EL2NConfig = self.config
-        keep = config.keep or (1.0 - data.noise_rate if data.noise_rate is not None else 0.7)
-        onehot = F.one_hot(state.observed, state.num_classes).float()
-        seed = int(self.generator.initial_seed())
-        score = torch.zeros(len(state), device=state.device)
-        for k in range(config.networks):
-            logits = train_logits(data, dataclasses.replace(config.scorer), seed=seed + 101 * k)[-1]
-            score += (logits.softmax(1) - onehot).norm(dim=1) / config.networks
-        kept = keep_lowest(-score if config.hardest else score, state.observed, state.num_classes, keep, data.ipc or 1)
-        state.update(trusted=kept)
-        state.set_weights(self.name, kept.float())
-        self.report("division", trusted=int(kept.sum()), untrusted=int((~kept).sum()), keep=keep)
-
-
-class Oracle(Callback):
+class Oracle(Rival):
     """Trusts exactly the correctly labelled samples. Needs the true labels."""
 
     name: ClassVar[str] = "oracle"
     needs_true_labels: ClassVar[bool] = True
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Sets ``trusted`` and ``trust``."""
+        """Compares the observed labels with the true ones."""
         right = state.observed.eq(data.true_labels)  # type: ignore[arg-type]
-        state.update(trusted=right, trust=right.float())
-        state.set_weights(self.name, right.float())
-        self.report("division", trusted=int(right.sum()), untrusted=int((~right).sum()))
+        self.keep(state, right, trust=right.float())
 
 
 @dataclass
-class RandomSubsetConfig:
+class RandomSubsetConfig(Settings):
     """Settings of the random subset.
 
     Attributes:
-        keep: share of each class that is kept, in (0, 1].
+        keep: share of each class that is kept.
     """
 
-    keep: float = 0.6
+    prefix: ClassVar[str] = "random."
 
-    def __post_init__(self) -> None:
-        check_share("keep", self.keep)
+    keep: float = setting(0.6, above=0, at_most=1)
 
 
-class RandomSubset(Callback):
-    """Keeps a random share of each observed class."""
+class RandomSubset(Rival):
+    """Keeps a random share of each observed class: the method ``random``.
+
+    It selects real samples, and the loop distils those. The arm of the command line that runs it is ``random-subset``.
+    The arm ``random`` is another thing: random real images without distillation.
+    """
 
     name: ClassVar[str] = "random"
     Config: ClassVar[type] = RandomSubsetConfig
+    config: RandomSubsetConfig
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Draws the subset."""
         scores = torch.rand(len(state), generator=self.generator).to(state.device)
-        kept = keep_lowest(scores, state.observed, state.num_classes, self.config.keep, minimum=data.ipc or 1)
-        state.update(trusted=kept)
-        state.set_weights(self.name, kept.float())
-        self.report("division", trusted=int(kept.sum()), untrusted=int((~kept).sum()))
+        kept = keep_lowest(scores, state.observed, state.num_classes, self.config.keep, data.ipc or 1)
+        self.keep(state, kept)
+
+
+@dataclass
+class _PruningConfig(Settings):
+    """What loss pruning and EL2N share."""
+
+    keep: float = setting(0.0, at_least=0, at_most=1)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+
+    def share(self, noise_rate: float | None) -> float:
+        """The share of each class to keep, given the nominal noise rate where it is known."""
+        return self.keep or (_DEFAULT_SHARE if noise_rate is None else 1.0 - noise_rate)
+
+
+@dataclass
+class LossPruningConfig(_PruningConfig):
+    """Settings of loss pruning.
+
+    Attributes:
+        keep: share of each class that is kept. 0 takes 1 - the nominal noise rate if the experiment set one, else 0.7.
+            Knowing the rate favours this rival: a user would have to guess it.
+        scorer: settings of the network that is trained.
+        history: the loss is averaged over this many last epochs.
+    """
+
+    prefix: ClassVar[str] = "loss-prune."
+
+    history: int = setting(3, at_least=1)
+
+    def check(self) -> None:
+        """Checks that the network is trained for ``history`` epochs."""
+        super().check()
+        epochs = self.scorer.epochs
+        self.require(self.history <= epochs, f"history of at most scorer.epochs ({epochs})", self.history)
+
+
+class LossPruning(Rival):
+    """Keeps the samples of each class with the lowest cross-entropy against the observed label."""
+
+    name: ClassVar[str] = "loss-prune"
+    Config: ClassVar[type] = LossPruningConfig
+    needs_images: ClassVar[bool] = True
+    config: LossPruningConfig
+
+    def on_start(self, *, state: SampleState, data: RealData) -> None:
+        """Trains one network and prunes."""
+        config, share = self.config, self.config.share(data.noise_rate)
+        logits = train_logits(data, config.scorer, seed=self.network_seed(0), average_last=config.history)
+        losses = mean_losses(logits, state.observed)
+        self.keep(state, keep_lowest(losses, state.observed, state.num_classes, share, data.ipc or 1), keep=share)
+
+
+@dataclass
+class EL2NConfig(_PruningConfig):
+    """Settings of EL2N pruning.
+
+    Attributes:
+        keep: share of each class that is kept. 0 takes 1 - the nominal noise rate if the experiment set one, else 0.7.
+        scorer: settings of the networks; its ``epochs`` are not used.
+        networks: the score is averaged over this many networks (10 in the paper of EL2N).
+        hardest: True keeps the largest scores (that paper, on clean data), False the smallest (noisy data).
+        epochs: of each network; few, since EL2N is measured early in training.
+    """
+
+    prefix: ClassVar[str] = "el2n."
+
+    networks: int = setting(3, at_least=1)
+    hardest: bool = False
+    epochs: int = setting(5, at_least=1)
+
+
+class EL2N(Rival):
+    """Keeps the samples of each class with the smallest (or largest) ||softmax - onehot||."""
+
+    name: ClassVar[str] = "el2n"
+    Config: ClassVar[type] = EL2NConfig
+    needs_images: ClassVar[bool] = True
+    config: EL2NConfig
+
+    def on_start(self, *, state: SampleState, data: RealData) -> None:
+        """Trains the networks and prunes."""
+        config, share = self.config, self.config.share(data.noise_rate)
+        scorer = dataclasses.replace(config.scorer, epochs=config.epochs)
+        onehot = F.one_hot(state.observed, state.num_classes).float()
+        score = torch.zeros(len(state), device=state.device)
+        for k in range(config.networks):
+            logits = train_logits(data, scorer, seed=self.network_seed(k))[-1]
+            score += (logits.softmax(1) - onehot).norm(dim=1) / config.networks
+        score = -score if config.hardest else score
+        self.keep(state, keep_lowest(score, state.observed, state.num_classes, share, data.ipc or 1), keep=share)

@@ -1,4 +1,4 @@
-"""What the rivals share: a network trained on the observed labels, and keeping each class's best-ranked samples."""
+"""Training a network on the observed labels, and keeping the best-ranked samples of each class."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.scorer import Scorer, ScorerConfig, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, explain
 
-__all__ = ["check_share", "keep_lowest", "mean_losses", "train_logits"]
-
-
-def check_share(name: str, value: float) -> None:
-    """Raises ConfigError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
-        raise ConfigError(explain(f"{name} in (0, 1]", str(value), "Give the share of samples to keep"))
+__all__ = ["keep_lowest", "mean_losses", "train_logits"]
 
 
 def keep_lowest(scores: Tensor, labels: Tensor, num_classes: int, share: float, minimum: int = 1) -> Tensor:
-    """Bool [N]: in each class the ``share`` of samples with the lowest score, at least ``minimum`` of them.
+    """Selects the ``share`` of each class with the lowest scores.
 
     Args:
         scores: float [N].
-        labels: int64 [N].
+        labels: int64 [N] in [0, num_classes).
         num_classes: K.
         share: in (0, 1].
-        minimum: samples kept in each class where there are that many.
+        minimum: fewest samples kept in each class, as far as it reaches.
+
+    Returns:
+        Bool [N]. Ties are broken by index.
     """
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for c in range(num_classes):
@@ -46,16 +42,16 @@ def train_logits(
 
     Args:
         data: the real data.
-        config: the scorer's settings; all of ``config.epochs`` are run.
+        config: settings of the scorer; runs ``config.epochs`` epochs.
         seed: of the network and its batches.
         on: int64 indices to train on; None trains on everything.
-        average_last: from how many of the last epochs logits are returned.
+        average_last: number of last epochs whose logits are returned.
 
     Returns:
-        ``average_last`` tensors float32 [N,K], one for each of the last epochs.
+        ``average_last`` tensors float32 [N, K], in the order of the epochs.
     """
     training = data if on is None else data.subset(on)
-    # A fold may lose a small class altogether.
+    # A cross-validation fold may have no sample of a small class.
     state = SampleState.of(training, allow_empty=True)
     scorer = Scorer(training, config, seed=seed)
     kept: list[Tensor] = []
@@ -67,5 +63,10 @@ def train_logits(
 
 
 def mean_losses(logits: list[Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy float32 [N] of each sample against ``labels``, averaged over the given logits."""
+    """Computes the cross-entropy of each sample, float32 [N], averaged over the given logits.
+
+    Args:
+        logits: tensors float32 [N, K], one per epoch.
+        labels: int64 [N] in [0, K).
+    """
     return torch.stack([F.cross_entropy(z, labels, reduction="none") for z in logits]).mean(0)

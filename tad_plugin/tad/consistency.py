@@ -1,6 +1,6 @@
-"""The consistency term: predictions are held close to their own running mean.
+"""The consistency term: keeps predictions close to their own running mean.
 
-[paper] A consistency regularisation term steadies the scorer's training. [ours] Its form, for the formula is not
+[paper] A consistency regularisation term steadies the training of the scorer. [ours] Its form, since the formula is not
 public: temporal ensembling (Laine & Aila, ICLR 2017). It needs only logits and sample indices.
 """
 
@@ -18,17 +18,17 @@ __all__ = ["TemporalEnsemble", "consistency_loss", "ramp_up"]
 
 
 class TemporalEnsemble:
-    """Running, bias-corrected mean of each sample's class probabilities.
+    """Running, bias-corrected mean of the class probabilities of each sample.
 
-    The corrected mean itself is stored, p <- p + (1 - beta) / (1 - beta^t) (new - p) at a sample's t-th visit, which
-    equals the exponential mean divided by 1 - beta^t and keeps early, small values inside the range of half precision.
+    Stores the corrected mean itself: p <- p + (1 - beta) / (1 - beta^t) (new - p) at the t-th visit of a sample. This
+    equals the exponential mean divided by 1 - beta^t, and keeps small early values in the range of half precision.
 
     Args:
         num_samples: N.
         num_classes: K.
-        beta: decay in [0, 1); 0 keeps the last prediction only.
+        beta: decay in [0, 1); 0 keeps only the last prediction.
         dtype: storage type; float16 takes 2 N K bytes.
-        device: where the storage lives. Batches on another device are moved.
+        device: device of the storage. Batches on another device are moved.
 
     Raises:
         InvalidInputError: an argument out of range.
@@ -45,20 +45,17 @@ class TemporalEnsemble:
     ) -> None:
         if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
             got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
-            raise InvalidInputError(
-                explain(
-                    "positive sizes, beta in [0, 1), a floating-point dtype", got, "Pass the data's sizes, beta=0.6"
-                )
-            )
+            expected = "positive sizes, beta in [0, 1), a floating-point dtype"
+            raise InvalidInputError(explain(expected, got, "Pass the sizes of the data, and leave beta at its default"))
         self.beta = beta
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
         self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)
 
     def update(self, indices: Tensor, probabilities: Tensor) -> None:
-        """Takes in one visit of each sample; a sample twice in the batch counts once, with its mean prediction.
+        """Adds one visit of each sample. A sample twice in the batch counts once, with its mean prediction.
 
         Args:
-            indices: int64 [B], positions in the dataset.
+            indices: integers [B], positions in the dataset.
             probabilities: float [B, K], rows that sum to 1.
 
         Raises:
@@ -66,13 +63,19 @@ class TemporalEnsemble:
             NonFiniteError: a NaN or infinite probability.
         """
         indices = self._checked(indices)
-        new = probabilities.detach().to(self.mean.device, torch.float32)
-        if new.shape != (len(indices), self.mean.shape[1]):
+        if probabilities.shape != (len(indices), self.mean.shape[1]):
             expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
-            raise InvalidInputError(explain(expected, f"shape {list(new.shape)}", "Pass one row per index"))
+            raise InvalidInputError(explain(expected, f"shape {list(probabilities.shape)}", "Pass one row per index"))
+        self._update(indices, probabilities)
+
+    def _update(self, indices: Tensor, probabilities: Tensor) -> None:
+        """:meth:`update` for indices that were checked before."""
+        indices = indices.to(self.mean.device, torch.int64)
+        new = probabilities.detach().to(self.mean.device, torch.float32)
         if not bool(torch.isfinite(new).all()):
-            got = f"{int((~torch.isfinite(new)).sum())} values that are not"
-            raise NonFiniteError(explain("finite `probabilities`", got, "Look for a diverged scorer"))
+            got = f"{int((~torch.isfinite(new)).sum())} non-finite values"
+            do = "The scorer may have diverged: lower its learning rate"
+            raise NonFiniteError(explain("finite `probabilities`", got, do))
         indices, inverse, copies = torch.unique(indices, return_inverse=True, return_counts=True)
         total = new.new_zeros(len(indices), new.shape[1]).index_add_(0, inverse, new)
         count = self.count[indices] + 1
@@ -88,7 +91,9 @@ class TemporalEnsemble:
         self.count[indices] = count
 
     def ensemble(self, indices: Tensor) -> Tensor:
-        """Mean probabilities, float32 [B, K] on the device of ``indices``; a sample never visited has a row of zeros.
+        """Returns the mean probabilities, float32 [B, K] on the device of ``indices``.
+
+        A sample that was never visited has a row of zeros.
 
         Raises:
             InvalidInputError: a wrong shape or an index out of range.
@@ -96,11 +101,11 @@ class TemporalEnsemble:
         return self.mean[self._checked(indices)].float().to(indices.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What restores this ensemble bit for bit."""
+        """Returns everything that restores this ensemble bit for bit."""
         return {"beta": self.beta, "mean": self.mean.clone(), "count": self.count.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave.
+        """Restores the result of :meth:`state_dict`.
 
         Raises:
             StateMismatchError: another beta, size or storage type.
@@ -125,23 +130,22 @@ class TemporalEnsemble:
 
 
 def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
-    """mean_i ||softmax(logits_i) - p_i||^2, a scalar [ours].
+    """Computes mean_i ||softmax(logits_i) - p_i||^2, a scalar [ours].
 
     The mean is over the whole batch. A row of zeros in ``targets_probs`` marks a sample without a history (its first
-    visit): it contributes zero, and no gradient.
+    visit). It contributes zero and no gradient.
 
     Args:
         logits: float [B, K], with a graph.
-        targets_probs: float [B, K], from :meth:`TemporalEnsemble.ensemble`; taken as constant.
+        targets_probs: float [B, K], from :meth:`TemporalEnsemble.ensemble`; treated as constant.
 
     Raises:
         InvalidInputError: shapes that differ, or an empty batch.
     """
     if logits.ndim != 2 or logits.shape != targets_probs.shape or len(logits) == 0:
         got = f"shapes {list(logits.shape)} and {list(targets_probs.shape)}"
-        raise InvalidInputError(
-            explain("`logits` and `targets_probs` of one shape [B, K]", got, "Pass one row per sample")
-        )
+        expected = "`logits` and `targets_probs` of one shape [B, K]"
+        raise InvalidInputError(explain(expected, got, "Pass one row per sample"))
     target = targets_probs.detach()
     seen = target.sum(1) > 0
     distance = (logits.softmax(1) - target).square().sum(1)
@@ -149,14 +153,14 @@ def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
 
 
 def ramp_up(epoch: float, length: float, maximum: float) -> float:
-    """Weight of the consistency term: maximum * exp(-5 (1 - t)^2), t = epoch / length within [0, 1].
+    """Computes the weight of the consistency term: maximum * exp(-5 (1 - t)^2), t = epoch / length within [0, 1].
 
-    Laine & Aila's "sigmoid" ramp-up: 0.7% of the maximum at epoch 0, all of it from ``length`` on. A length of 0
-    gives the maximum at once.
+    This is Laine & Aila's "sigmoid" ramp-up: 0.7% of the maximum at epoch 0, all of it from ``length`` on. A length of
+    0 gives the maximum at once.
 
     Args:
         epoch: epochs done, >= 0; fractions allowed.
-        length: epochs that the ramp takes, >= 0.
+        length: epochs of the ramp, >= 0.
         maximum: the final weight, >= 0.
 
     Raises:

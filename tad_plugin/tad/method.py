@@ -1,82 +1,81 @@
-"""TAD: trust-aware diversion (arXiv 2502.05027) as a callback. The functions it is made of stand beside this file."""
+"""TAD as a callback: trust-aware diversion (arXiv 2502.05027). The functions that it calls are beside this file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
-from tad_plugin.core.scorer import score_all
+from tad_plugin.core.scorer import Scores, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, NonFiniteError, explain
-from tad_plugin.tad.calibration import Calibration, calibrate_threshold
+from tad_plugin.errors import NonFiniteError, explain
+from tad_plugin.tad.calibration import RECALL_PRECISION, _calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
-from tad_plugin.tad.mixture import ClassMixture, fit_class_mixture
-from tad_plugin.tad.proposals import reliability
-from tad_plugin.tad.threshold import divide
+from tad_plugin.tad.geometry import MAX_DIM, check_features
+from tad_plugin.tad.mixture import _fit_class_mixture, _posterior
+from tad_plugin.tad.proposals import _reliability
+from tad_plugin.tad.threshold import THRESHOLD, _divide
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["TAD", "TADConfig"]
 
+# Smallest soft weight of a sample that takes part. Samples that only fill up a class would otherwise weigh nothing.
+_LEAST_WEIGHT = 0.05
+
 
 @dataclass
-class TADConfig:
-    """Settings of TAD. METHODS section in brackets; all defaults are ours.
+class TADConfig(Settings):
+    """Settings of TAD. The numbers in brackets are sections of this folder's README.md. All defaults are [ours].
 
     Attributes:
         warmup: rounds (scorer epochs) before the first division [1.2].
-        history: losses are averaged over that many last rounds [1.2.1].
-        threshold: posterior above which a sample is trusted [1.2.3].
-        min_per_class: trusted samples that a class keeps at least (or IPC, whichever is larger) [1.2.4].
-        weighting: "hard" (1) or "soft" (posterior, reliability) [1.2.5].
-        consistency: largest weight of the consistency term; 0 switches it off, and its N x K memory [1.3].
-        consistency_beta: decay of the running mean of predictions, in [0, 1) [1.3].
+        history: losses are averaged over this many last rounds [1.2].
+        threshold: posterior above which a sample is trusted [1.2].
+        min_per_class: fewest trusted samples of a class; IPC if that is larger [1.2].
+        weighting: "hard" (1) or "soft" (posterior or reliability) [1.2].
+        consistency: largest weight of the consistency term. 0 disables it and its N x K memory [1.3].
+        consistency_beta: decay of the running mean of predictions [1.3].
         consistency_rounds: rounds until the term has its full weight [1.3].
-        recall: whether untrusted samples are relabelled and recalled [1.4].
-        recall_precision: precision that the recall threshold must reach on trusted samples [1.4.4].
-        max_dim: features are projected to at most that many dimensions [1.4.1].
+        recall: True relabels and recalls untrusted samples [1.4].
+        recall_precision: estimated precision that recalled labels must reach [1.4].
+        max_dim: wider features are projected to this many dimensions [1.4].
     """
 
-    warmup: int = 3
-    history: int = 3
-    threshold: float = 0.5
-    min_per_class: int = 1
-    weighting: str = "soft"
-    consistency: float = 1.0
-    consistency_beta: float = 0.7
-    consistency_rounds: int = 5
-    recall: bool = True
-    recall_precision: float = 0.9
-    max_dim: int = 128
+    prefix: ClassVar[str] = "tad."
 
-    def __post_init__(self) -> None:
-        checks = [
-            (self.warmup >= 0, "warmup of at least 0", self.warmup),
-            (self.history >= 1, "history of at least 1", self.history),
-            (0 < self.threshold < 1, "threshold in (0, 1)", self.threshold),
-            (self.min_per_class >= 1, "min_per_class of at least 1", self.min_per_class),
-            (self.weighting in ("hard", "soft"), 'weighting "hard" or "soft"', self.weighting),
-            (self.consistency >= 0, "consistency of at least 0", self.consistency),
-            (0 <= self.consistency_beta < 1, "consistency_beta in [0, 1)", self.consistency_beta),
-            (self.consistency_rounds >= 1, "consistency_rounds of at least 1", self.consistency_rounds),
-            (0 < self.recall_precision <= 1, "recall_precision in (0, 1]", self.recall_precision),
-            (self.max_dim >= 1, "max_dim of at least 1", self.max_dim),
-        ]
-        for good, expected, got in checks:
-            if not good:
-                raise ConfigError(explain(f"tad.{expected}", repr(got), "Correct the setting"))
+    warmup: int = setting(3, at_least=0)
+    history: int = setting(3, at_least=1)
+    threshold: float = setting(THRESHOLD, above=0, below=1)
+    min_per_class: int = setting(1, at_least=1)
+    weighting: str = setting("soft", one_of=("hard", "soft"))
+    consistency: float = setting(1.0, at_least=0)
+    consistency_beta: float = setting(0.7, at_least=0, below=1)
+    consistency_rounds: int = setting(5, at_least=1)
+    recall: bool = True
+    recall_precision: float = setting(RECALL_PRECISION, above=0, at_most=1)
+    max_dim: int = setting(MAX_DIM, at_least=1)
+
+
+class _Recall(NamedTuple):
+    """The inner loop's decision: ``chosen`` bool [N], ``proposal`` int64 [N], ``score`` float32 [N], and its log."""
+
+    chosen: Tensor
+    proposal: Tensor
+    score: Tensor
+    log: dict[str, float]
 
 
 class TAD(Callback):
-    """Divides the real data into a trusted and an untrusted space each round, and recalls what it can relabel.
+    """Divides the real data into a trusted and an untrusted space each round, and recalls relabelled samples.
 
-    Outer loop [paper]: per-class mixture on the losses. Inner loop [paper]: Mahalanobis distance and cosine
-    to class anchors. Every formula between is [ours]; see METHODS in the package's README.
+    Outer loop [paper]: a mixture per class on the losses. Inner loop [paper]: the Mahalanobis distance and the cosine
+    to class anchors. The formulas are [ours]: README.md, section 1.
     """
 
     name: ClassVar[str] = "tad"
@@ -89,13 +88,12 @@ class TAD(Callback):
         self.round = 0
         self.history: list[Tensor] = []
         self.ensemble: TemporalEnsemble | None = None
+        # Running means of the last batch, before it was added: what `on_scorer_again` compares with.
         self._mean: Tensor | None = None
-        #: the last division's mixture, for pictures
-        self.mixture: ClassMixture | None = None
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
-        """Registers, float32 [N], ``tad_loss`` (mean of the last rounds) and ``recall_score`` (0 if not recalled)."""
+        """Registers ``tad_loss`` (mean of the last rounds) and ``recall_score`` (0 if not recalled), float32 [N]."""
         state.register("tad_loss", torch.zeros(len(state), device=state.device))
         state.register("recall_score", torch.zeros(len(state), device=state.device))
 
@@ -107,11 +105,11 @@ class TAD(Callback):
             self.ensemble = self._make_ensemble(len(state), state.num_classes, state.device)
         self._mean = self.ensemble.ensemble(indices)
         loss = self._consistent(logits, loss, self._mean)
-        self.ensemble.update(indices, logits.detach().softmax(1))
+        self.ensemble._update(indices, logits.detach().softmax(1))
         return loss
 
     def on_scorer_again(self, *, state: SampleState, indices: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """The same term against the same running means, which this prediction does not enter."""
+        """Adds the same term against the same running means. They do not take in this prediction."""
         return loss if self._mean is None else self._consistent(logits, loss, self._mean)
 
     def _consistent(self, logits: Tensor, loss: Tensor, mean: Tensor) -> Tensor:
@@ -119,79 +117,62 @@ class TAD(Callback):
         return loss + weight * consistency_loss(logits, mean)
 
     def on_scorer_start(self, *, state: SampleState) -> None:
-        """Another expert: warm-up, loss history and running means begin anew; the division so far stands meanwhile."""
+        """Resets warm-up, loss history and running means for the next expert. The division stays."""
         self.round, self.history, self.ensemble, self._mean = 0, [], None, None
 
     def on_scorer_epoch(self, *, state: SampleState, network: nn.Module, data: RealData) -> None:
-        """One round: outer loop, then inner loop.
+        """Runs one round: the outer loop, then the inner loop.
 
         Raises:
-            NonFiniteError: the network gives NaN or infinite losses.
+            NonFiniteError: the network gives NaN or infinite losses or features.
         """
-        config = self.config
         self.round += 1
         scores = score_all(network, data)
         losses = F.cross_entropy(scores.logits, state.observed, reduction="none")
-        if not bool(torch.isfinite(losses).all()):
-            bad = (~torch.isfinite(losses)).nonzero().flatten()
-            raise NonFiniteError(
-                explain(
-                    "finite losses of the scoring network",
-                    f"{len(bad)} that are not, the first at sample {int(bad[0])}",
-                    "Lower its learning rate, and check that image for NaN",
-                )
-            )
-        self.history = [*self.history, losses][-config.history :]
+        bad = ~torch.isfinite(losses)
+        if bool(bad.any()):
+            got = f"{int(bad.sum())} non-finite, the first at sample {int(bad.nonzero()[0])}"
+            do = "Lower its learning rate, and check that image for NaN"
+            raise NonFiniteError(explain("finite losses of the scoring network", got, do))
+        self.history = [*self.history, losses][-self.config.history :]
         mean = torch.stack(self.history).mean(0)
         state["tad_loss"].copy_(mean)
-        if self.round <= config.warmup:
+        if self.round <= self.config.warmup:
             self.report("round", round=self.round, warmup=True, trusted=len(state), untrusted=0, recalled=0, returned=0)
             return
-        self._divide_and_recall(state, data, scores.logits, scores.features, mean)
+        self._divide_and_recall(state, data, scores, mean.double())
 
     # -- one round ---------------------------------------------------------------------------------
-    def _divide_and_recall(
-        self, state: SampleState, data: RealData, logits: Tensor, features: Tensor, mean: Tensor
-    ) -> None:
-        config = self.config
+    # Everything below comes from the state or was checked above, so the unchecked forms are called.
+    def _divide_and_recall(self, state: SampleState, data: RealData, scores: Scores, losses: Tensor) -> None:
+        config, observed = self.config, state.observed
+        mixture = _fit_class_mixture(losses, observed, state.num_classes)
+        # The plain posterior would distrust the very lowest losses of a narrow low component.
+        trust = _posterior(mixture, losses, observed, monotone=True)
         minimum = max(config.min_per_class, data.ipc or 1)
-        mixture = fit_class_mixture(mean, state.observed, state.num_classes)
-        division = divide(
-            mean, state.observed, mixture, state.num_classes, threshold=config.threshold, min_per_class=minimum
-        )
-        self.mixture = mixture
-        # Flat in the tails: the plain posterior would distrust the very lowest losses of a narrow low component.
-        trust = mixture.posterior(mean, state.observed, monotone=True)
-        trusted, target, weight = division.trusted.clone(), state.observed.clone(), trust.clone()
-        # A class whose mixture was set aside has no posterior worth weighting by.
-        weight = torch.where(division.replaced[state.observed], torch.ones_like(weight), weight)
-        # Samples kept only to fill up a class would otherwise weigh next to nothing.
-        weight = torch.where(trusted, weight.clamp_min(0.05), weight)
+        division = _divide(losses, observed, mixture, trust, config.threshold, minimum)
+        trusted = division.trusted
+        # The posterior of a class whose mixture was set aside is no weight.
+        weight = torch.where(division.replaced[observed], torch.ones_like(trust), trust)
+        weight = torch.where(trusted, weight.clamp_min(_LEAST_WEIGHT), weight)
 
-        # Recalled samples stand the division on their target's loss; one that fails returns.
-        earned = state["recall_score"].clone()
+        # Samples recalled before must pass the division with the loss on their target. Otherwise they return.
+        earned = state["recall_score"]
         before = earned > 0
-        target_loss = F.cross_entropy(logits, state.target, reduction="none")
-        standing = mixture.posterior(target_loss, state.target, monotone=True) > config.threshold
+        target_loss = F.cross_entropy(scores.logits, state.target, reduction="none")
+        standing = _posterior(mixture, target_loss, state.target, monotone=True) > config.threshold
         kept = before & standing & ~trusted
-        target[kept] = state.target[kept]
-        weight[kept] = earned[kept]
+        target = torch.where(kept, state.target, observed)
+        weight = torch.where(kept, earned, weight)
 
-        score = torch.zeros(len(state), device=state.device)
-        rho = rho_agree = float("inf")
-        noise_rate, recalled = 1.0 - float(trusted.float().mean()), torch.zeros_like(trusted)
-        if config.recall:
-            space = trusted | kept
-            calibration, score, proposal = self._reliability(state, features, logits, target, space)
-            limit = torch.where(proposal == state.observed, calibration.threshold_agree, calibration.threshold)
-            recalled = ~space & (proposal >= 0) & (score >= limit)
-            rho, rho_agree, noise_rate = calibration.threshold, calibration.threshold_agree, calibration.noise_rate
-            target = torch.where(recalled, proposal, target)
-            score = score.clamp_min(0.05)
-            weight = torch.where(recalled, score, weight)
-        state["recall_score"].copy_(torch.where(recalled, score, torch.where(kept, earned, torch.zeros_like(earned))))
+        recall = self._recall(state, scores, target, trusted, kept)
+        recalled = recall.chosen
+        target = torch.where(recalled, recall.proposal, target)
+        weight = torch.where(recalled, recall.score, weight)
+        earned = torch.where(recalled, recall.score, torch.where(kept, earned, torch.zeros_like(earned)))
+        state["recall_score"].copy_(earned)
         space = trusted | kept | recalled
-        state.update(target=target, trusted=space, trust=trust.clamp(0, 1))
+        state.update(target=target, trusted=space, trust=trust)
         state.set_weights(self.name, weight if config.weighting == "soft" else torch.ones_like(weight))
         self.report(
             "round",
@@ -201,40 +182,44 @@ class TAD(Callback):
             untrusted=int((~space).sum()),
             recalled=int(recalled.sum()),
             returned=int((before & ~kept & ~recalled).sum()),
-            relabelled=int((state.target != state.observed).sum()),
-            rho=rho,
-            rho_agree=rho_agree,
-            noise_rate=noise_rate,
+            relabelled=int((target != observed).sum()),
+            **recall.log,
             kept_share=division.kept_share.tolist(),
             unimodal=division.replaced.nonzero().flatten().tolist(),
             separation=mixture.separation.tolist(),
         )
 
-    def _reliability(
-        self, state: SampleState, features: Tensor, logits: Tensor, target: Tensor, space: Tensor
-    ) -> tuple[Calibration, Tensor, Tensor]:
-        config = self.config
-        calibration = calibrate_threshold(
+    def _recall(self, state: SampleState, scores: Scores, target: Tensor, trusted: Tensor, kept: Tensor) -> _Recall:
+        """Chooses untrusted samples to recall, given the current targets and who is trusted or stays recalled."""
+        config, observed, k = self.config, state.observed, state.num_classes
+        if not config.recall:
+            noise_rate = 1.0 - float(trusted.float().mean())
+            log = {"rho": float("inf"), "rho_agree": float("inf"), "noise_rate": noise_rate}
+            return _Recall(torch.zeros_like(trusted), observed, torch.zeros_like(state.trust), log)
+        features, predicted, space = check_features(scores.features), scores.logits.argmax(1), trusted | kept
+        calibration = _calibrate_threshold(
             features,
             target,
             space,
-            logits,
-            state.num_classes,
+            predicted,
+            observed,
+            k,
             generator=self.generator,
             recall_precision=config.recall_precision,
-            observed=state.observed,
             max_dim=config.max_dim,
         )
-        found = reliability(
-            features,
-            target,
-            space,
-            logits,
-            state.num_classes,
-            temperature=calibration.temperature,
-            max_dim=config.max_dim,
-        )
-        return calibration, found.score, found.proposal
+        # A class with one trusted sample has no anchor here, and its sample must not enter the projection.
+        lone = bool((torch.bincount(target[space], minlength=k) == 1).any())
+        axes = None if lone else calibration.axes
+        found = _reliability(features, target, space, predicted, k, calibration.temperature, config.max_dim, axes)
+        limit = torch.where(found.proposal == observed, calibration.threshold_agree, calibration.threshold)
+        chosen = ~space & (found.proposal >= 0) & (found.score >= limit)
+        log = {
+            "rho": calibration.threshold,
+            "rho_agree": calibration.threshold_agree,
+            "noise_rate": calibration.noise_rate,
+        }
+        return _Recall(chosen, found.proposal, found.score.clamp_min(_LEAST_WEIGHT), log)
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:

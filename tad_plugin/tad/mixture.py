@@ -1,7 +1,9 @@
-"""A two-component Gaussian mixture per class on the sample losses, all classes in one tensor computation.
+"""A two-component Gaussian mixture per class on the sample losses, with all classes in one tensor computation.
 
 [paper] TAD divides the real data by a class-wise dynamic Gaussian mixture on the losses.
 [ours] The batched EM, its initialisation, and the test for one or two components.
+
+Public functions check their arguments. The functions with an underscore trust theirs.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 
 __all__ = ["ClassMixture", "MixtureInit", "check_losses", "fit_class_mixture"]
 
-# A mixture of two has five free parameters: fewer samples than that cannot show two groups.
+# Free parameters of a mixture of two. Fewer samples than that cannot show two groups.
 _PARAMETERS = 5
+# EM iterations, tolerance of the mean log-likelihood and variance floor: those of scikit-learn's GaussianMixture.
+_ITERATIONS, _TOLERANCE, _MIN_VARIANCE = 100, 1e-3, 1e-6
 # Ashman's D below which two normal components do not separate cleanly (Ashman, Bird & Zepf, 1994).
 _ASHMAN_BOUND = 2.0
 
 
 class MixtureInit(NamedTuple):
-    """Starting values of EM, each [K, 2], in the units in which the result is reported.
+    """Starting values of EM, each [K, 2], in the units of the result.
 
-    They play the part of scikit-learn's ``means_init``, ``1 / precisions_init`` and ``weights_init``.
+    They correspond to scikit-learn's ``means_init``, ``1 / precisions_init`` and ``weights_init``.
     """
 
     means: Tensor
@@ -38,14 +42,14 @@ class MixtureInit(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMixture:
-    """Two-component mixtures of K classes' losses; component 0 has the lower mean.
+    """Two-component mixtures of the losses of K classes. Component 0 has the lower mean.
 
-    Means and variances are in min-max normalised units, ``(loss - offset) / scale`` (raw units with
-    ``normalise=False``, where offset is 0 and scale 1). Per-class tensors are float64.
+    Means and variances are in min-max normalised units, ``(loss - offset) / scale``. With ``normalise=False`` they are
+    in raw units, offset is 0 and scale is 1. Per-class tensors are float64.
 
-    A class that cannot be fitted (no sample, one sample, or all losses equal) has means 0 (normalised),
-    variances ``min_variance``, proportions (1, 0), separation 0, is unimodal and converged after 0 iterations; its
-    samples' trust is 1.
+    A class cannot be fitted if it has no sample, one sample, or equal losses. Such a class has means 0 (normalised),
+    variances ``min_variance``, proportions (1, 0) and separation 0. It is unimodal and converged after 0 iterations.
+    Its samples have trust 1.
 
     Attributes:
         trust: float32 [N] in [0, 1], posterior of the low-mean component.
@@ -55,8 +59,8 @@ class ClassMixture:
         separation: [K], Ashman's D = sqrt(2) |m1 - m0| / sqrt(v0 + v1); >= 0.
         unimodal: bool [K]: D < 2, or BIC prefers one component, or no more than 5 samples.
         counts: int64 [K], samples per class.
-        offset: [K], what was subtracted from the losses.
-        scale: [K], what they were then divided by.
+        offset: [K], subtracted from the losses.
+        scale: [K], divisor of the losses after that.
         converged: bool [K], whether EM reached the tolerance.
         iterations: int64 [K], EM iterations taken.
     """
@@ -74,7 +78,9 @@ class ClassMixture:
     iterations: Tensor
 
     def density(self, index: int, grid: Tensor) -> Tensor:
-        """The two components' densities of one class, weighted by their proportions; their sum integrates to 1.
+        """Computes the densities of the two components of one class, weighted by their proportions.
+
+        Their sum integrates to 1.
 
         Args:
             index: class index.
@@ -94,30 +100,41 @@ class ClassMixture:
         return self.proportions[index] * bell / self.scale[index]
 
     def posterior(self, losses: Tensor, labels: Tensor, *, monotone: bool = False) -> Tensor:
-        """Posterior of the low-mean component for any losses.
+        """Computes the posterior of the low-mean component for any losses.
 
-        Two normals of unequal variance cross twice: far below a narrow low component (or far above a narrow high
-        one) the wide component wins again, so that the smallest losses would be distrusted or the largest trusted.
-        ``monotone`` holds the posterior constant beyond that turning point [ours]: it never rises with the loss.
+        Two normals of unequal variance cross twice. Far below a narrow low component the wide one wins again, and the
+        smallest losses would be distrusted. Far above a narrow high component the largest would be trusted.
+        ``monotone`` holds the posterior constant beyond the turning point, so that it never rises with the loss [ours].
 
         Args:
             losses: float [M], raw units.
-            labels: int64 [M], each loss's class.
-            monotone: whether to flatten the tails.
+            labels: integers [M] in [0, K), the class of each loss.
+            monotone: True flattens the tails.
 
         Returns:
             float32 [M] in [0, 1].
+
+        Raises:
+            InvalidInputError: losses of a wrong shape or type.
+            InvalidLabelsError: labels out of range, of a wrong type or length.
+            NonFiniteError: a NaN or infinite loss.
         """
-        labels = labels.to(self.means.device)
-        x = (losses.detach().to(self.means) - self.offset[labels]) / self.scale[labels]
-        gap = _coefficients(self.means, self.variances, self.proportions)
-        square, linear, constant = (gap[:, 0] - gap[:, 1]).unbind(1)
-        if monotone:
-            turn = torch.where(square != 0, -linear / (2 * square), torch.zeros_like(linear))
-            inf = torch.full_like(turn, math.inf)
-            upper, lower = torch.where(square > 0, turn, inf), torch.where(square < 0, turn, -inf)
-            x = torch.minimum(torch.maximum(x, lower[labels]), upper[labels])
-        return torch.sigmoid((square[labels] * x + linear[labels]) * x + constant[labels]).float()
+        losses = check_losses(losses)
+        return _posterior(self, losses, check_labels(labels, len(self.counts), len(losses)), monotone=monotone)
+
+
+def _posterior(mixture: ClassMixture, losses: Tensor, labels: Tensor, *, monotone: bool) -> Tensor:
+    means = mixture.means
+    labels = labels.to(means.device)
+    x = (losses.to(means) - mixture.offset[labels]) / mixture.scale[labels]
+    gap = _coefficients(means, mixture.variances, mixture.proportions)
+    square, linear, constant = (gap[:, 0] - gap[:, 1]).unbind(1)
+    if monotone:
+        turn = torch.where(square != 0, -linear / (2 * square), torch.zeros_like(linear))
+        inf = torch.full_like(turn, math.inf)
+        upper, lower = torch.where(square > 0, turn, inf), torch.where(square < 0, turn, -inf)
+        x = torch.minimum(torch.maximum(x, lower[labels]), upper[labels])
+    return torch.sigmoid((square[labels] * x + linear[labels]) * x + constant[labels]).float()
 
 
 def check_losses(losses: Tensor) -> Tensor:
@@ -125,20 +142,18 @@ def check_losses(losses: Tensor) -> Tensor:
 
     Raises:
         InvalidInputError: not a 1-D floating-point tensor.
-        NonFiniteError: NaN or infinite; says how many and where the first is.
+        NonFiniteError: NaN or infinite values. The message gives their number and the first position.
     """
     if losses.ndim != 1 or not losses.dtype.is_floating_point:
         got = f"shape {list(losses.shape)}, dtype {losses.dtype}"
-        raise InvalidInputError(
-            explain("floating-point `losses` of shape [N]", got, "Pass one loss per sample (reduction='none')")
-        )
+        expected, do = "floating-point `losses` of shape [N]", "Pass one loss per sample (reduction='none')"
+        raise InvalidInputError(explain(expected, got, do))
     bad = ~torch.isfinite(losses.detach())
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        got = f"{int(bad.sum())} of {len(losses)} that are not (first: {float(losses[first])} at position {first})"
-        raise NonFiniteError(
-            explain("finite `losses`", got, "Look for a diverged scorer (lower its learning rate) or broken images")
-        )
+        got = f"{int(bad.sum())} of {len(losses)} non-finite (first: {float(losses[first])} at position {first})"
+        do = "Check the images for NaN; the scorer may also have diverged: lower its learning rate"
+        raise NonFiniteError(explain("finite `losses`", got, do))
     return losses.detach().double()
 
 
@@ -147,43 +162,59 @@ def fit_class_mixture(
     labels: Tensor,
     num_classes: int,
     *,
-    iterations: int = 100,
-    tolerance: float = 1e-3,
+    iterations: int = _ITERATIONS,
+    tolerance: float = _TOLERANCE,
     normalise: bool = True,
-    min_variance: float = 1e-6,
+    min_variance: float = _MIN_VARIANCE,
     init: MixtureInit | None = None,
 ) -> ClassMixture:
-    """Fits the losses of each class by two Gaussians with EM, all classes at once.
+    """Fits two Gaussians to the losses of each class by EM, all classes at once.
 
     [paper] A class-wise Gaussian mixture on the losses. [ours] One padded K x N_max computation in float64 on the
-    losses' device; a class leaves it when it has converged. The stopping rule and the variance floor are those of
-    scikit-learn's ``GaussianMixture`` (``tol``, ``max_iter``, ``reg_covar``), and the same start gives the same result.
+    device of the losses. A class drops out of it when it has converged. The stopping rule and the variance floor are
+    those of scikit-learn's ``GaussianMixture`` (``tol``, ``max_iter``, ``reg_covar``). The same start gives the same
+    result up to rounding.
 
-    The default start is deterministic: the exact two-means split of each class (losses in one dimension are
-    sorted, so the best split is found by prefix sums), with the halves' proportions, means and variances.
+    The default start is deterministic: the exact two-means split of each class, with the proportions, means and
+    variances of the halves. Losses are one-dimensional, so sorting and prefix sums find the best split.
 
     Args:
         losses: float [N], any unit.
-        labels: integers [N] in [0, num_classes), the class that each loss is fitted in.
+        labels: integers [N] in [0, num_classes), the class of each loss.
         num_classes: K.
-        iterations: most EM iterations, >= 1.
+        iterations: largest number of EM iterations, >= 1.
         tolerance: EM stops when the mean log-likelihood changes by less; > 0.
-        normalise: whether to min-max normalise the losses of each class to [0, 1].
+        normalise: min-max normalise the losses of each class to [0, 1].
         min_variance: added to every variance, in the fitted units; > 0.
-        init: other starting values, in the fitted units.
+        init: starting values, in the fitted units. None starts from the two-means split.
 
     Raises:
         InvalidInputError: losses or an option of a wrong shape, type or range.
         InvalidLabelsError: labels out of range, of a wrong type or length.
-        NonFiniteError: a NaN or infinite loss; says how many and where the first is.
+        NonFiniteError: a NaN or infinite loss. The message gives their number and the first position.
     """
     values = check_losses(losses)
     labels = check_labels(labels, num_classes, len(values)).to(values.device)
     if iterations < 1 or not tolerance > 0 or not min_variance > 0:
         got = f"iterations={iterations}, tolerance={tolerance}, min_variance={min_variance}"
-        raise InvalidInputError(
-            explain("iterations >= 1, tolerance > 0, min_variance > 0", got, "Leave them at their defaults")
-        )
+        expected = "iterations >= 1, tolerance > 0, min_variance > 0"
+        raise InvalidInputError(explain(expected, got, "Leave them at their defaults"))
+    if init is not None:
+        init = _check_init(init, num_classes, values)
+    return _fit_class_mixture(values, labels, num_classes, iterations, tolerance, normalise, min_variance, init)
+
+
+def _fit_class_mixture(
+    values: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    iterations: int = _ITERATIONS,
+    tolerance: float = _TOLERANCE,
+    normalise: bool = True,
+    min_variance: float = _MIN_VARIANCE,
+    init: MixtureInit | None = None,
+) -> ClassMixture:
+    """:func:`fit_class_mixture` for finite float64 losses and int64 labels."""
     counts = torch.bincount(labels, minlength=num_classes)
     order = torch.argsort(labels, stable=True)
     row, values = labels[order], values[order]
@@ -196,7 +227,7 @@ def fit_class_mixture(
     fitted = scale > 0
     scale = torch.where(fitted, scale, torch.ones_like(scale))
 
-    # EM always runs in [0, 1], where float64 loses nothing; raw units only rescale the variance floor.
+    # EM always runs in [0, 1], where float64 loses nothing. Raw units only rescale the variance floor.
     offset = low if normalise else torch.zeros_like(low)
     unit = scale if normalise else torch.ones_like(scale)
     shift, ratio = ((low - offset) / unit).unsqueeze(1), (scale / unit).unsqueeze(1)
@@ -214,11 +245,10 @@ def fit_class_mixture(
         if init is None:
             start = _two_means(torch.where(mask, x, math.inf), counts[fitted], floor)
         else:
-            given = _check_init(init, num_classes, x)
             start = (
-                ((given.means - shift) / ratio)[fitted],
-                (given.variances / ratio.square())[fitted],
-                given.proportions[fitted],
+                ((init.means - shift) / ratio)[fitted],
+                (init.variances / ratio.square())[fitted],
+                init.proportions[fitted],
             )
         parameters, converged[fitted], steps[fitted] = _em(powers, start, floor, iterations, tolerance)
         swap = torch.argsort(parameters[0], dim=1, stable=True)
@@ -247,15 +277,15 @@ def fit_class_mixture(
 
 
 def _coefficients(means: Tensor, variances: Tensor, proportions: Tensor) -> Tensor:
-    """Of each component's log joint density as a polynomial in x: [R, 2, 3] for (x^2, x, 1)."""
+    """Coefficients [R, 2, 3] of (x^2, x, 1) in the log joint density of each component."""
     constant = proportions.log() - 0.5 * (2 * math.pi * variances).log() - means.square() / (2 * variances)
     return torch.stack([-0.5 / variances, means / variances, constant], dim=2)
 
 
 def _expectation(powers: Tensor, totals: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-odds of component 0 [R, N] and the log-likelihood [R].
+    """Computes the log-odds of component 0 [R, N] and the log-likelihood [R].
 
-    ``powers`` holds (x^2, x, 1) as [R, 3, N] with 0 in the padding, ``totals`` its sums [R, 3].
+    ``powers`` holds (x^2, x, 1) as [R, 3, N] with 0 in the padding. ``totals`` holds its sums [R, 3].
     """
     low, high = coefficients.unbind(1)
     odds = ((low - high).unsqueeze(1) @ powers).squeeze(1)
@@ -267,9 +297,9 @@ def _expectation(powers: Tensor, totals: Tensor, coefficients: Tensor) -> tuple[
 def _em(
     powers: Tensor, start: tuple[Tensor, Tensor, Tensor], floor: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """EM on [R, 3, N]; returns means, variances and proportions as [3, R, 2], converged [R] and iterations [R]."""
+    """Runs EM on [R, 3, N]. Returns (means, variances, proportions) as [3, R, 2], converged [R] and iterations [R]."""
     m, v, w = start
-    tiny = 10 * torch.finfo(powers.dtype).eps  # keeps a component that lost all samples finite
+    tiny = 10 * torch.finfo(powers.dtype).eps  # keeps a component without samples finite
     result = torch.stack(start)
     active = torch.arange(len(m), device=m.device)
     converged = torch.zeros_like(active, dtype=torch.bool)
@@ -277,7 +307,7 @@ def _em(
     totals, before = powers.sum(2), torch.full_like(m[:, 0], -math.inf)
     for step in range(1, iterations + 1):
         odds, likelihood = _expectation(powers, totals, _coefficients(m, v, w))
-        # Both responsibilities from the odds, not one from the other: 1 - r would lose a dying component.
+        # Each responsibility comes from the odds: 1 - r would lose the digits of a dying component.
         moments = torch.stack([odds, -odds], dim=1).sigmoid_() @ powers.transpose(1, 2)
         square, linear, mass = moments.unbind(2)
         mass = mass + tiny
@@ -298,7 +328,11 @@ def _em(
 
 
 def _two_means(x: Tensor, counts: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best split of each row [R, N] (inf in the padding) in two: (means, variances, proportions), each [R, 2]."""
+    """Finds the best split in two of each row [R, N] (inf in the padding).
+
+    Returns:
+        (means, variances, proportions), each [R, 2].
+    """
     x = x.sort(1).values
     x = torch.where(x < math.inf, x, 0.0)
     n = counts.to(x).unsqueeze(1)
@@ -316,7 +350,7 @@ def _two_means(x: Tensor, counts: Tensor, floor: Tensor) -> tuple[Tensor, Tensor
 
 
 def _bic_gain(powers: Tensor, floor: Tensor, likelihood: Tensor) -> Tensor:
-    """BIC of one Gaussian less BIC of the mixture, [R]: positive where two components are preferred."""
+    """BIC of one Gaussian minus BIC of the mixture, [R]. Positive where two components are preferred."""
     square, linear, n = powers.sum(2).unbind(1)
     spread = (square / n - (linear / n).square()).clamp_min(0)
     variance = spread + floor.flatten()
@@ -327,16 +361,10 @@ def _bic_gain(powers: Tensor, floor: Tensor, likelihood: Tensor) -> Tensor:
 def _check_init(init: MixtureInit, num_classes: int, like: Tensor) -> MixtureInit:
     parts = MixtureInit(*(torch.as_tensor(part).detach().to(like) for part in init))
     shapes = [list(part.shape) for part in parts]
-    usable = all(
-        shape == [num_classes, 2] and bool(torch.isfinite(part).all())
-        for shape, part in zip(shapes, parts, strict=True)
-    )
-    if not usable or bool((parts.variances <= 0).any()) or bool((parts.proportions <= 0).any()):
-        raise InvalidInputError(
-            explain(
-                f"finite `init` of shape [{num_classes}, 2] with variances and proportions > 0",
-                f"shapes {shapes} or values that do not fit",
-                "Leave init away to start from the two-means split",
-            )
-        )
+    shaped = all(shape == [num_classes, 2] for shape in shapes)
+    finite = all(bool(torch.isfinite(part).all()) for part in parts)
+    if not shaped or not finite or bool((parts.variances <= 0).any()) or bool((parts.proportions <= 0).any()):
+        expected = f"finite `init` of shape [{num_classes}, 2] with variances and proportions > 0"
+        got = f"shapes {shapes}" if not shaped else "non-finite or non-positive values"
+        raise InvalidInputError(explain(expected, got, "Omit init to start from the two-means split"))
     return parts

@@ -1,7 +1,9 @@
-"""New labels for untrusted samples: anchors, proposals, and how far each can be relied on.
+"""New labels for untrusted samples, and how reliable each one is.
 
 [paper] Untrusted samples are recalibrated by a reliability measure from the Mahalanobis distance to class anchors and
-cosine similarity. [ours] The agreement rule and how the two are combined.
+the cosine similarity. [ours] The rule of agreement, and how the two measures become one score.
+
+Public functions check their arguments. The functions with an underscore trust theirs.
 """
 
 from __future__ import annotations
@@ -14,35 +16,29 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.tad.geometry import (
-    Anchors,
-    check_features,
-    class_anchors,
-    ledoit_wolf,
-    mahalanobis,
-    principal_axes,
-    whitened_measures,
+    MAX_DIM,
+    _class_anchors,
+    _ledoit_wolf,
+    _principal_axes,
+    _whitened_measures,
+    check_samples,
 )
 
 __all__ = [
-    "Anchors",
     "FeatureModel",
     "Reliability",
-    "class_anchors",
+    "check_projection",
     "fit_features",
     "fit_temperature",
-    "ledoit_wolf",
-    "mahalanobis",
     "predicted_labels",
-    "principal_axes",
     "propose",
     "reliability",
     "reliability_score",
-    "whitened_measures",
 ]
 
-# One sample is its own anchor: its distance says nothing about the class.
-MIN_ANCHOR = 2
-# Samples that a temperature is fitted on at most, evenly spaced: one number needs no more.
+# Fewest trusted samples of an anchor. A single sample is its own anchor, and its distance says nothing.
+_MIN_ANCHOR = 2
+# Most samples that a temperature is fitted on, evenly spaced. One number needs no more.
 _TEMPERATURE_SAMPLES = 5000
 
 
@@ -51,11 +47,11 @@ class Reliability:
     """Proposals for untrusted samples.
 
     Attributes:
-        score: float32 [N] in [0, 1], the reliability r of the proposal; 0 without one.
-        proposal: int64 [N], the proposed label; -1 for a trusted sample and where the measures disagree.
-        distance: float32 [N, K], Mahalanobis distance (not squared) to each anchor; inf for a class without one.
-        cosine: float32 [N, K] in [-1, 1], cosine with each anchor; -1 for a class without one.
-        temperature: what the softmax of the score was tempered by.
+        score: float32 [N] in [0, 1], the reliability of each proposal; 0 without a proposal.
+        proposal: int64 [N], the proposed label; -1 for a trusted sample and where the judges disagree.
+        distance: float32 [N, K], Mahalanobis distance (not squared) to each anchor; inf for a class without an anchor.
+        cosine: float32 [N, K] in [-1, 1], whitened cosine with each anchor; -1 for a class without an anchor.
+        temperature: T of the score's softmax.
     """
 
     score: Tensor
@@ -67,13 +63,13 @@ class Reliability:
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """Anchors and shared covariance of trusted samples; ``measure`` applies them to any features.
+    """Anchors and shared covariance of the trusted samples. Build it with :func:`fit_features`.
 
     Attributes:
         anchors: float64 [K, D].
         counts: int64 [K], trusted samples behind each anchor.
-        axes: float64 [D, d], the projection for the distance, or None.
-        cholesky: float64 [d, d], factor of the shrunken covariance of the projected residuals, or None with no anchor.
+        axes: float64 [D, d], the projection; None without one.
+        cholesky: float64 [d, d], factor of the shrunken covariance of the projected residuals; None without an anchor.
     """
 
     anchors: Tensor
@@ -84,12 +80,16 @@ class FeatureModel:
     @property
     def available(self) -> Tensor:
         """Bool [K]: classes with an anchor, that is with at least 2 trusted samples."""
-        return self.counts >= MIN_ANCHOR
+        return self.counts >= _MIN_ANCHOR
 
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance [N, K] (inf without an anchor) and cosine [N, K] (-1 without), float32.
+        """Computes the distance and the whitened cosine to each anchor.
 
-        The cosine is that of :func:`~tad_plugin.tad.geometry.whitened_measures`.
+        Args:
+            features: float [M, D].
+
+        Returns:
+            Distance float32 [M, K], inf for a class without an anchor, and cosine float32 [M, K], -1 there.
         """
         shape = (len(features), len(self.counts))
         far = torch.full(shape, torch.inf, dtype=torch.float32, device=features.device)
@@ -97,9 +97,22 @@ class FeatureModel:
         if self.cholesky is not None:
             use = self.available
             rows, anchors = _project(features, self.axes), _project(self.anchors[use], self.axes)
-            distance, similar = whitened_measures(rows, anchors, self.cholesky)
+            distance, similar = _whitened_measures(rows, anchors, self.cholesky)
             far[:, use], close[:, use] = distance.float(), similar.float()
         return far, close
+
+
+def check_projection(max_dim: int, axes: Tensor | None, dimensions: int) -> None:
+    """Checks the projection options of features with ``dimensions`` columns.
+
+    Raises:
+        InvalidInputError: ``max_dim`` below 1, or ``axes`` that are not [dimensions, d].
+    """
+    if max_dim < 1:
+        raise InvalidInputError(explain("max_dim >= 1", str(max_dim), f"Leave it at {MAX_DIM}"))
+    if axes is not None and (axes.ndim != 2 or len(axes) != dimensions):
+        expected = f"`axes` of shape [{dimensions}, d]"
+        raise InvalidInputError(explain(expected, f"shape {list(axes.shape)}", "Compute them from the same features"))
 
 
 def fit_features(
@@ -108,17 +121,19 @@ def fit_features(
     trusted: Tensor,
     num_classes: int,
     *,
-    max_dim: int = 128,
+    max_dim: int = MAX_DIM,
     axes: Tensor | None = None,
 ) -> FeatureModel:
-    """Anchors and covariance from the trusted samples of classes that have at least two [ours].
+    """Fits anchors and one shared covariance to the trusted samples [ours].
+
+    Classes with fewer than 2 trusted samples are left out.
 
     Args:
         features: float [N, D].
         targets: integers [N] in [0, num_classes).
         trusted: bool [N].
         num_classes: K.
-        max_dim: wider features are projected to this many principal axes of the trusted samples for the distance.
+        max_dim: wider features are projected to this many principal axes of the trusted samples.
         axes: a projection [D, d] to use instead.
 
     Raises:
@@ -126,102 +141,126 @@ def fit_features(
         InvalidLabelsError: targets out of range, of a wrong type or length.
         NonFiniteError: NaN or infinite features.
     """
-    if max_dim < 1:
-        raise InvalidInputError(explain("max_dim >= 1", str(max_dim), "Leave it at 128"))
-    features = check_features(features)
-    if axes is not None and (axes.ndim != 2 or len(axes) != features.shape[1]):
-        expected = f"`axes` of shape [{features.shape[1]}, d]"
-        raise InvalidInputError(explain(expected, f"shape {list(axes.shape)}", "Compute them from the same features"))
-    anchors, counts = class_anchors(features, targets, trusted, num_classes)
-    targets, trusted = targets.to(features.device), trusted.to(features.device)
-    index = (trusted & (counts >= MIN_ANCHOR)[targets]).nonzero().flatten()
+    features, targets, trusted = check_samples(features, targets, trusted, num_classes)
+    check_projection(max_dim, axes, features.shape[1])
+    return _fit_features(features, targets, trusted, num_classes, max_dim, axes)
+
+
+def _fit_features(
+    features: Tensor, targets: Tensor, trusted: Tensor, num_classes: int, max_dim: int, axes: Tensor | None
+) -> FeatureModel:
+    anchors, counts = _class_anchors(features, targets, trusted, num_classes)
+    index = (trusted & (counts >= _MIN_ANCHOR)[targets]).nonzero().flatten()
     if len(index) == 0:
         return FeatureModel(anchors, counts, axes, None)
     inside = features[index]
     if axes is None and features.shape[1] > max_dim:
-        axes = principal_axes(inside, max_dim)
+        axes = _principal_axes(inside, max_dim)
     residuals = _project(inside, axes).double() - _project(anchors, axes)[targets[index]]
-    covariance, _ = ledoit_wolf(residuals)
+    covariance, _ = _ledoit_wolf(residuals)
     scale = covariance.diagonal().mean()
     if not float(scale) > 0:
-        raise InvalidInputError(
-            explain(
-                "trusted features that vary within a class",
-                "one point per class",
-                "The scorer's features have collapsed: lower its learning rate or train it anew",
-            )
-        )
-    # A feature that is always 0 (a dead unit) can leave the estimate singular to rounding.
+        expected, got = "trusted features that vary within a class", "one point per class"
+        do = "The scorer's features have collapsed: lower its learning rate or train it again"
+        raise InvalidInputError(explain(expected, got, do))
+    # A feature that is always 0 (a dead unit) can make the estimate singular up to rounding.
     jitter = 1e-9 * scale * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     return FeatureModel(anchors, counts, axes, torch.linalg.cholesky(covariance + jitter))
 
 
 def propose(distance: Tensor, cosine: Tensor, predictions: Tensor) -> Tensor:
-    """The label on which three judges agree: nearest anchor, most similar anchor, the scorer's prediction [ours].
+    """Proposes the label on which three judges agree [ours].
+
+    The judges are the nearest anchor, the most similar anchor and the scorer's prediction.
 
     Args:
         distance: float [N, K], inf where a class has no anchor.
         cosine: float [N, K].
-        predictions: int64 [N], the scorer's labels, or float [N, K], its logits.
+        predictions: integers [N], the scorer's labels, or float [N, K], its logits.
 
     Returns:
-        int64 [N], -1 where they disagree or no class has an anchor.
+        int64 [N], -1 where the judges disagree or no class has an anchor.
 
     Raises:
-        InvalidInputError: shapes that do not fit together.
+        InvalidInputError: shapes that do not match.
         InvalidLabelsError: predicted labels out of range.
     """
     if distance.ndim != 2 or cosine.shape != distance.shape:
         got = f"{list(distance.shape)} and {list(cosine.shape)}"
-        raise InvalidInputError(
-            explain("`distance` and `cosine` of one shape [N, K]", got, "Pass both for the same anchors")
-        )
-    predicted = predicted_labels(predictions, *distance.shape).to(distance.device)
+        expected = "`distance` and `cosine` of one shape [N, K]"
+        raise InvalidInputError(explain(expected, got, "Pass both for the same anchors"))
+    return _propose(distance, cosine, predicted_labels(predictions, *distance.shape).to(distance.device))
+
+
+def _propose(distance: Tensor, cosine: Tensor, predicted: Tensor) -> Tensor:
     nearest = distance.argmin(1)
-    agreed = (nearest == _masked(cosine, distance).argmax(1)) & (nearest == predicted)
-    agreed &= torch.isfinite(distance).any(1)
+    reachable = torch.isfinite(distance)
+    similar = torch.where(reachable, cosine, -torch.inf).argmax(1)
+    agreed = (nearest == similar) & (nearest == predicted) & reachable.any(1)
     return torch.where(agreed, nearest, -1)
 
 
 def reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temperature: float) -> Tensor:
-    """r = softmax_k(-d^2 / (2 T)) at the proposal, times (1 + cosine) / 2 [ours].
+    """Computes r = softmax_k(-d^2 / (2 T)) at the proposal, times (1 + cosine) / 2 [ours].
 
     Args:
         distance: float [N, K], inf where a class has no anchor.
         cosine: float [N, K].
         proposal: int64 [N], -1 for none.
-        temperature: T > 0. 1 is the posterior under the Gaussian model with equal priors.
+        temperature: T > 0. T = 1 gives the posterior of the Gaussian model with equal priors.
 
     Returns:
         float32 [N] in [0, 1]; 0 without a proposal.
 
     Raises:
-        InvalidInputError: a temperature that is not positive.
+        InvalidInputError: shapes that do not match, or a temperature that is not positive.
     """
+    if distance.ndim != 2 or cosine.shape != distance.shape or proposal.shape != distance.shape[:1]:
+        got = f"{list(distance.shape)}, {list(cosine.shape)} and {list(proposal.shape)}"
+        expected = "`distance` and `cosine` of one shape [N, K] and `proposal` [N]"
+        raise InvalidInputError(explain(expected, got, "Pass all three for the same samples"))
     if not temperature > 0:
-        raise InvalidInputError(explain("a temperature > 0", str(temperature), "Leave it None to have it fitted"))
+        raise InvalidInputError(explain("a temperature > 0", str(temperature), "Fit it with fit_temperature"))
+    return _reliability_score(distance, cosine, proposal, temperature)
+
+
+def _reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temperature: float) -> Tensor:
     at = proposal.clamp_min(0).unsqueeze(1)
     logits = -distance.double().square() / (2 * temperature)
-    # Not softmax(): a row of -inf (no anchor anywhere) is NaN there, and is masked below anyway.
+    # softmax() would give NaN for a row of -inf (no anchor at all). Such a row is masked below.
     share = (logits.gather(1, at).flatten() - logits.logsumexp(1)).exp()
     score = share * (1 + cosine.gather(1, at).flatten().double()) / 2
     return torch.where(proposal >= 0, score, 0.0).float().clamp(0, 1)
 
 
 def fit_temperature(distance: Tensor, targets: Tensor) -> float:
-    """The T >= 1 whose softmax(-d^2 / (2 T)) gives the targets the greatest likelihood [ours].
+    """Finds the T >= 1 that gives the targets the greatest likelihood under softmax(-d^2 / (2 T)) [ours].
 
-    In D dimensions squared distances differ by amounts of order D and the plain softmax saturates at 0 and 1. The
-    likelihood has one optimum in 1/T, found by bisection. T is never below 1, where the softmax is the exact posterior
-    of the Gaussian model: samples that were selected for being easy would ask for a sharper one.
+    Squared distances in D dimensions differ by amounts of order D, so the plain softmax saturates at 0 and 1. The
+    likelihood has one optimum in 1/T, which is found by bisection. At T = 1 the softmax is the exact posterior of the
+    Gaussian model. A sharper one is not allowed: trusted samples were selected for being easy and would ask for it.
 
     Args:
         distance: float [M, K], inf where a class has no anchor; M = 0 gives 1.
-        targets: int64 [M]; samples whose target has no anchor are left out.
+        targets: integers [M] in [0, K); samples whose target has no anchor are left out.
 
     Returns:
         T in [1, 1e6].
+
+    Raises:
+        InvalidInputError: ``distance`` of a wrong shape.
+        InvalidLabelsError: targets out of range, of a wrong type or length.
     """
+    if distance.ndim != 2:
+        got = f"shape {list(distance.shape)}"
+        raise InvalidInputError(explain("`distance` of shape [M, K]", got, "Pass one row per sample"))
+    if len(distance) == 0 and len(targets) == 0:
+        return 1.0
+    targets = check_labels(targets, distance.shape[1], len(distance), "targets").to(distance.device)
+    return _fit_temperature(distance, targets)
+
+
+def _fit_temperature(distance: Tensor, targets: Tensor) -> float:
     usable = torch.isfinite(distance.gather(1, targets.unsqueeze(1)).flatten()).nonzero().flatten()
     if len(usable) == 0:
         return 1.0
@@ -253,52 +292,64 @@ def reliability(
     num_classes: int,
     *,
     temperature: float | None = None,
-    max_dim: int = 128,
+    max_dim: int = MAX_DIM,
     axes: Tensor | None = None,
 ) -> Reliability:
-    """Proposes labels for untrusted samples and scores how far each can be relied on.
+    """Proposes labels for untrusted samples and scores each proposal.
 
-    [paper] Mahalanobis distance to class anchors and cosine similarity. [ours] The proposal is the nearest anchor, if
-    the most similar anchor and the scorer's prediction agree with it (:func:`propose`); the score is
-    :func:`reliability_score`. Both measures are taken after the projection, the cosine between whitened vectors.
+    [paper] The Mahalanobis distance to class anchors and the cosine similarity. [ours] The label comes from
+    :func:`propose` and the score from :func:`reliability_score`. Both measures are taken after the projection.
 
-    A class with fewer than 2 trusted samples has no anchor and is never proposed. A proposal may equal the sample's
-    own label: then the evidence speaks for the label although its loss is high.
+    A class with fewer than 2 trusted samples has no anchor and is never proposed. A proposal may repeat the label of
+    its sample: the evidence then supports the label although its loss is high.
 
     Args:
-        features: float [N, D], the scorer's input to its last layer.
+        features: float [N, D], the input of the scorer's last layer.
         targets: integers [N] in [0, num_classes); only those of trusted samples are used.
         trusted: bool [N].
         predictions: integers [N], the scorer's labels, or float [N, K], its logits.
         num_classes: K.
-        temperature: of the softmax; None fits it (:func:`fit_temperature`) on the trusted samples, each measured
-            against its own anchor with itself left out. For the threshold to fit the scores, take it from
-            :class:`~tad_plugin.tad.calibration.Calibration`, or give this result's to the calibration.
-        max_dim: wider features are projected to this many principal axes for the distance.
-        axes: a projection [D, d] to use instead, such as :func:`principal_axes` gave for the calibration.
+        temperature: T of the score, > 0. None fits it with :func:`fit_temperature` on the trusted samples; each is
+            left out of its own anchor. Pass that of :class:`~tad_plugin.tad.calibration.Calibration`, so that its
+            threshold fits the scores.
+        max_dim: wider features are projected to this many principal axes.
+        axes: a projection [D, d] to use instead, from :func:`~tad_plugin.tad.geometry.principal_axes`.
 
     Raises:
         InvalidInputError: a wrong shape, type or option; or trusted features that do not vary within any class.
         InvalidLabelsError: labels out of range, of a wrong type or length.
         NonFiniteError: NaN or infinite features.
     """
-    features = check_features(features)
-    targets = check_labels(targets, num_classes, len(features), "targets").to(features.device)
+    features, targets, trusted = check_samples(features, targets, trusted, num_classes)
+    check_projection(max_dim, axes, features.shape[1])
+    if temperature is not None and not temperature > 0:
+        raise InvalidInputError(explain("a temperature > 0", str(temperature), "Leave it None to have it fitted"))
     predicted = predicted_labels(predictions, len(features), num_classes).to(features.device)
-    model = fit_features(features, targets, trusted, num_classes, max_dim=max_dim, axes=axes)
-    trusted = trusted.to(features.device)
+    return _reliability(features, targets, trusted, predicted, num_classes, temperature, max_dim, axes)
+
+
+def _reliability(
+    features: Tensor,
+    targets: Tensor,
+    trusted: Tensor,
+    predicted: Tensor,
+    num_classes: int,
+    temperature: float | None,
+    max_dim: int,
+    axes: Tensor | None,
+) -> Reliability:
+    model = _fit_features(features, targets, trusted, num_classes, max_dim, axes)
     distance, similar = model.measure(features)
     if temperature is None:
-        temperature = fit_temperature(
-            _leave_one_out(distance[trusted], targets[trusted], model.counts), targets[trusted]
-        )
-    proposal = torch.where(trusted, -1, propose(distance, similar, predicted))
-    score = reliability_score(distance, similar, proposal, temperature)
+        own = targets[trusted]
+        temperature = _fit_temperature(_leave_one_out(distance[trusted], own, model.counts), own)
+    proposal = torch.where(trusted, -1, _propose(distance, similar, predicted))
+    score = _reliability_score(distance, similar, proposal, temperature)
     return Reliability(score, proposal, distance, similar, temperature)
 
 
 def _leave_one_out(distance: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
-    """Distances of trusted samples as if each were not in its own anchor.
+    """Distances of trusted samples as if each were left out of its own anchor.
 
     Without z the anchor is (n mu - z) / (n - 1), so z - anchor = (z - mu) n / (n - 1): a factor on the own distance.
     """
@@ -308,7 +359,17 @@ def _leave_one_out(distance: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
 
 
 def predicted_labels(predictions: Tensor, length: int, num_classes: int) -> Tensor:
-    """int64 [N] from labels [N] or logits [N, K]; raises InvalidInputError or InvalidLabelsError for anything else."""
+    """Checks predictions and returns labels, int64 [N].
+
+    Args:
+        predictions: integers [N], or logits, float [N, K].
+        length: N.
+        num_classes: K.
+
+    Raises:
+        InvalidInputError: logits of a wrong shape.
+        InvalidLabelsError: labels out of range, of a wrong type or length.
+    """
     if predictions.ndim == 2 and predictions.dtype.is_floating_point:
         if list(predictions.shape) != [length, num_classes]:
             expected = f"logits of shape [{length}, {num_classes}]"
@@ -319,7 +380,3 @@ def predicted_labels(predictions: Tensor, length: int, num_classes: int) -> Tens
 
 def _project(features: Tensor, axes: Tensor | None) -> Tensor:
     return features if axes is None else features @ axes.to(features.dtype)
-
-
-def _masked(cosine: Tensor, distance: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(distance), cosine, -torch.inf)

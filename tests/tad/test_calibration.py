@@ -10,6 +10,7 @@ import torch
 
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning
 from tad_plugin.tad.calibration import calibrate_threshold
+from tad_plugin.tad.geometry import principal_axes
 from tad_plugin.tad.mixture import fit_class_mixture
 from tad_plugin.tad.proposals import fit_features, propose, reliability, reliability_score
 from tad_plugin.tad.threshold import divide
@@ -166,12 +167,23 @@ def test_wide_features():
     features, _, observed, logits, trusted = simulate(0)
     calibration = calibrate_threshold(features, observed, trusted, logits, 10, generator=seeded(), max_dim=16)
     assert 0 < calibration.threshold < 1 and calibration.temperature >= 1
+    assert calibration.axes is not None
+    torch.testing.assert_close(calibration.axes, principal_axes(features[trusted], 16))
 
 
 @pytest.mark.parametrize(
-    "options", [{"recall_precision": 0.0}, {"recall_precision": 1.1}, {"min_support": 0}, {"noise_rate": 1.0}]
+    "options",
+    [
+        {"recall_precision": 0.0},
+        {"recall_precision": 1.1},
+        {"min_support": 0},
+        {"noise_rate": 1.0},
+        {"temperature": 0.0},
+        {"max_dim": 0},
+        {"axes": torch.zeros(3, 2)},
+    ],
 )
 def test_bad_options(options):
     features, _, observed, logits, trusted = simulate(0, each=10)
-    with pytest.raises(InvalidInputError, match="recall_precision in"):
+    with pytest.raises(InvalidInputError, match=next(iter(options))):
         calibrate_threshold(features, observed, trusted, logits, 10, generator=seeded(), **options)

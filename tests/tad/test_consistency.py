@@ -74,7 +74,7 @@ def test_state_is_restored_bit_for_bit():
         ensemble.update(torch.tensor([4, 5]), probabilities(2, 3, seed=1))
     assert torch.equal(first.mean, second.mean) and torch.equal(first.count, second.count)
     for other in (TemporalEnsemble(7, 3), TemporalEnsemble(6, 3, 0.7), TemporalEnsemble(6, 3, dtype=torch.float32)):
-        with pytest.raises(StateMismatchError, match="beta, size and dtype"):
+        with pytest.raises(StateMismatchError, match="beta.*dtype"):
             other.load_state_dict(first.state_dict())
 
 
@@ -82,22 +82,22 @@ def test_ramp_up():
     assert ramp_up(0, 10, 2.0) == pytest.approx(2 * math.exp(-5))
     assert ramp_up(5, 10, 2.0) == pytest.approx(2 * math.exp(-1.25))
     assert ramp_up(10, 10, 2.0) == ramp_up(99, 10, 2.0) == ramp_up(0, 0, 2.0) == 2.0
-    with pytest.raises(InvalidInputError, match=">= 0"):
+    with pytest.raises(InvalidInputError, match="epoch=-1"):
         ramp_up(-1, 10, 1.0)
 
 
 def test_bad_input():
     ensemble = TemporalEnsemble(4, 3)
     for arguments in ((0, 3), (4, 0), (4, 3, 1.0)):
-        with pytest.raises(InvalidInputError, match="beta in"):
+        with pytest.raises(InvalidInputError, match="num_samples.*beta"):
             TemporalEnsemble(*arguments)
     for indices in (torch.tensor([4]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])):
         with pytest.raises(InvalidInputError, match="indices"):
             ensemble.ensemble(indices)
-    with pytest.raises(InvalidInputError, match="one row per index"):
+    with pytest.raises(InvalidInputError, match="probabilities.*2, 3"):
         ensemble.update(torch.tensor([0]), probabilities(2, 3))
-    with pytest.raises(NonFiniteError, match="diverged"):
+    with pytest.raises(NonFiniteError, match="3 non-finite"):
         ensemble.update(torch.tensor([0]), torch.full((1, 3), math.nan))
-    with pytest.raises(InvalidInputError, match="one shape"):
+    with pytest.raises(InvalidInputError, match="2, 4"):
         consistency_loss(torch.zeros(2, 3), torch.zeros(2, 4))
     assert ensemble.count.tolist() == [0] * 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,11 +15,16 @@ from torch import Tensor, nn
 from tad_plugin import attach
 from tad_plugin.core.diagnostics import split_quality
 from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.scorer import score_all
 from tad_plugin.core.state import SampleState
+from tad_plugin.data.labels import check_labels
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, NonFiniteError
+from tad_plugin.tad import calibrate_threshold, divide, fit_class_mixture, geometry, reliability
 from tad_plugin.tad.consistency import ramp_up
+from tad_plugin.tad.geometry import check_features
 from tad_plugin.tad.method import TAD, TADConfig
+from tad_plugin.tad.mixture import check_losses
 from tests.problems import blobs, flip
 
 SCORER = {"width": 8, "epochs": 8, "batch_size": 32, "lr": 0.05}
@@ -198,6 +206,63 @@ def test_weights_have_mean_one_in_each_pool(weighting: str) -> None:
     )
 
 
+# what a round costs
+
+
+def test_a_round_checks_no_labels_scans_the_features_once_and_computes_the_axes_once() -> None:
+    """Arguments are checked where a user passes them. The callback's own are right by construction."""
+    fixed = Fixed(max_dim=3)  # features are 6 wide, so that they are projected
+    fixed.round()
+    watched = {f.__code__: f.__name__ for f in (check_labels, check_losses, check_features, geometry._principal_axes)}
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event != "call" or frame.f_code not in watched or frame.f_back is None:
+            return
+        # SampleState checks its own arguments; that is not TAD's.
+        if frame.f_back.f_globals["__name__"].startswith("tad_plugin.tad"):
+            calls[watched[frame.f_code]] += 1
+
+    sys.setprofile(count)
+    try:
+        fixed.round()
+    finally:
+        sys.setprofile(None)
+    assert int((fixed.state.target != fixed.observed).sum()) > 5  # the round relabels
+    assert calls == {"check_features": 1, "_principal_axes": 1}
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_a_round_gives_what_the_public_functions_give(lone: bool) -> None:
+    """One class may have a single trusted sample: it has no anchor, but it is in the calibration's projection."""
+    fixed = Fixed(max_dim=3, weighting="hard")
+    observed, k = fixed.observed, 3
+    if lone:
+        observed = torch.where(fixed.observed == 2, 0, fixed.observed)
+        observed[2] = 2
+        fixed.state, fixed.observed = SampleState(observed, 3), observed
+        fixed.data = RealData(fixed.data.images, observed, 3)
+        fixed.tad.on_start(state=fixed.state, data=fixed.data)
+    found = fixed.round()
+    scores = score_all(fixed.network, fixed.data)
+    losses = F.cross_entropy(scores.logits, observed, reduction="none")
+    trusted = divide(losses, observed, fit_class_mixture(losses, observed, k), k).trusted
+    assert not lone or int(trusted[observed == 2].sum()) == 1
+    calibration = calibrate_threshold(
+        scores.features, observed, trusted, scores.logits, k, generator=torch.Generator().manual_seed(3), max_dim=3
+    )
+    proposed = reliability(
+        scores.features, observed, trusted, scores.logits, k, temperature=calibration.temperature, max_dim=3
+    )
+    limit = torch.where(proposed.proposal == observed, calibration.threshold_agree, calibration.threshold)
+    recalled = (proposed.proposal >= 0) & (proposed.score >= limit)
+    assert found["rho"] == calibration.threshold and found["recalled"] == int(recalled.sum())
+    assert torch.equal(fixed.state.target, torch.where(recalled, proposed.proposal, observed))
+    assert torch.equal(fixed.state.trusted, trusted | recalled)
+    expected = torch.where(recalled, proposed.score.clamp_min(0.05), torch.zeros(150))
+    assert torch.equal(fixed.state["recall_score"], expected)
+
+
 # the consistency term
 
 
@@ -236,7 +301,26 @@ def test_losses_that_are_not_numbers_are_named() -> None:
     fixed = Fixed()
     fixed.data.images[7] = float("nan")
     fixed.data.images[9] = float("nan")
-    with pytest.raises(NonFiniteError, match="finite losses .*but got 2 that are not, the first at sample 7. Lower"):
+    with pytest.raises(NonFiniteError, match="2 .*sample 7"):
+        fixed.round()
+
+
+class OddHead(nn.Module):
+    """Finite logits from features of which one is not: what a foreign network may do after its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.where(torch.arange(6) == 5, images / 0.0, images)
+        return self.last(features).nan_to_num(0.0, 1.0, -1.0)
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    fixed = Fixed()
+    fixed.network = OddHead()  # type: ignore[assignment]
+    with pytest.raises(NonFiniteError, match="features.*150 of 150"):
         fixed.round()
 
 
@@ -245,9 +329,9 @@ def test_losses_that_are_not_numbers_are_named() -> None:
     [
         {"warmup": -1}, {"history": 0}, {"threshold": 0.0}, {"threshold": 1.0}, {"min_per_class": 0},
         {"weighting": "none"}, {"consistency": -1.0}, {"consistency_beta": 1.0}, {"consistency_rounds": 0},
-        {"recall_precision": 0.0}, {"max_dim": 0},
+        {"recall_precision": 0.0}, {"max_dim": 0}, {"recall": 1}, {"warmup": 1.5}, {"threshold": float("nan")},
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"Expected tad.{next(iter(given))} .*but got"):
+    with pytest.raises(ConfigError, match=f"tad.{next(iter(given))} .*{next(iter(given.values()))}"):
         TADConfig(**given)

@@ -175,7 +175,7 @@ def test_density_integrates_to_one_in_raw_units():
     torch.testing.assert_close(area, fit.proportions[0], atol=1e-5, rtol=0)
     both = fit.density(0, losses)
     torch.testing.assert_close((both[:, 0] / both.sum(1)).float(), fit.trust, atol=1e-5, rtol=1e-4)
-    with pytest.raises(InvalidInputError, match=r"class in \[0, 1\)"):
+    with pytest.raises(InvalidInputError, match="got 1"):
         fit.density(1, grid)
 
 
@@ -204,18 +204,18 @@ def test_inputs_of_other_types_and_no_graph():
 def test_non_finite_losses_are_counted_and_located():
     losses = torch.ones(10)
     losses[3], losses[7] = math.nan, math.inf
-    with pytest.raises(NonFiniteError, match=r"2 of 10.*position 3"):
+    with pytest.raises(NonFiniteError, match="2 of 10.* 3"):
         fit_class_mixture(losses, torch.zeros(10, dtype=torch.int64), 1)
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1, 2, 5]), r"in \[0, 3\)"),
-        (torch.tensor([0, -1, 2, 2]), "from -1 to 2"),
-        (torch.tensor([0, 1, 2]), "length 4"),
-        (torch.tensor([0.0, 1.0, 2.0, 2.0]), "integer"),
-        (torch.eye(4, dtype=torch.int64), r"shape \[N\]"),
+        (torch.tensor([0, 1, 2, 5]), "5"),
+        (torch.tensor([0, -1, 2, 2]), "-1"),
+        (torch.tensor([0, 1, 2]), "4.* 3"),
+        (torch.tensor([0.0, 1.0, 2.0, 2.0]), "float32"),
+        (torch.eye(4, dtype=torch.int64), r"\[4, 4\]"),
     ],
 )
 def test_bad_labels(labels, message):
@@ -235,11 +235,21 @@ def test_bad_labels(labels, message):
     ],
 )
 def test_bad_options(options):
-    with pytest.raises(InvalidInputError, match="Expected"):
+    with pytest.raises(InvalidInputError, match=next(iter(options))):
         fit_class_mixture(two_groups(20), torch.zeros(20, dtype=torch.int64), 1, **options)
 
 
 @pytest.mark.parametrize("losses", [torch.ones(2, 2), torch.tensor([1, 2])])
 def test_bad_losses(losses):
-    with pytest.raises(InvalidInputError, match="floating-point"):
+    with pytest.raises(InvalidInputError, match="losses"):
         fit_class_mixture(losses, torch.tensor([0, 0]), 1)
+
+
+def test_the_posterior_checks_its_arguments():
+    fit = fit_class_mixture(two_groups(20), torch.zeros(20, dtype=torch.int64), 1)
+    with pytest.raises(InvalidLabelsError, match="-1"):
+        fit.posterior(torch.ones(2), torch.tensor([0, -1]))
+    with pytest.raises(InvalidInputError, match="losses"):
+        fit.posterior(torch.ones(2, 2), torch.tensor([0, 0]))
+    with pytest.raises(NonFiniteError, match="1 of 2"):
+        fit.posterior(torch.tensor([1.0, math.nan]), torch.tensor([0, 0]))

@@ -83,7 +83,7 @@ def test_principal_axes_of_many_rows_use_an_even_share_of_them():
     for arguments in ({"dimensions": 6}, {"dimensions": 0}, {"dimensions": 2, "limit": 1}):
         with pytest.raises(InvalidInputError, match="dimensions"):
             principal_axes(x, **arguments)
-    with pytest.raises(NotEnoughSamplesError, match="two rows"):
+    with pytest.raises(NotEnoughSamplesError, match="got 1"):
         principal_axes(x[:1], 2)
 
 
@@ -226,7 +226,7 @@ def test_dead_features_do_no_harm_and_collapsed_ones_are_named():
     trusted = torch.arange(len(targets)) % 2 == 0
     dead = torch.cat([features, torch.zeros(len(targets), 3)], dim=1)
     assert bool(torch.isfinite(reliability(dead, targets, trusted, targets, 4).score).all())
-    with pytest.raises(InvalidInputError, match="collapsed"):
+    with pytest.raises(InvalidInputError, match="one point per class"):
         reliability(torch.ones_like(features), targets, trusted, targets, 4)
 
 
@@ -236,8 +236,10 @@ def test_score_bounds_and_masking():
     assert propose(distance, similar, torch.tensor([0, 0, 0])).tolist() == [0, -1, 0]
     score = reliability_score(distance, similar, torch.tensor([0, -1, 0]), 1.0)
     torch.testing.assert_close(score, torch.tensor([1.0, 0.0, 0.25]))
-    with pytest.raises(InvalidInputError, match="temperature"):
+    with pytest.raises(InvalidInputError, match="temperature.* 0.0"):
         reliability_score(distance, similar, torch.tensor([0, -1, 0]), 0.0)
+    with pytest.raises(InvalidInputError, match="proposal"):
+        reliability_score(distance, similar, torch.tensor([0, -1]), 1.0)
 
 
 def test_bad_input():
@@ -245,7 +247,7 @@ def test_bad_input():
     trusted = torch.ones(len(targets), dtype=torch.bool)
     bad = features.clone()
     bad[3, 1], bad[9] = math.nan, math.inf
-    with pytest.raises(NonFiniteError, match="2 of 160.*row 3"):
+    with pytest.raises(NonFiniteError, match="2 of 160.* 3"):
         reliability(bad, targets, trusted, targets, 4)
     with pytest.raises(InvalidLabelsError, match="targets"):
         reliability(features, targets + 1, trusted, targets, 4)
@@ -258,6 +260,7 @@ def test_bad_input():
         {"trusted": trusted[:-1]},
         {"predictions": torch.zeros(len(targets), 5)},
         {"max_dim": 0},
+        {"temperature": 0.0},
         {"axes": torch.zeros(3, 2)},
     ):
         arguments = {
@@ -267,11 +270,21 @@ def test_bad_input():
             "predictions": targets,
             "num_classes": 4,
         }
-        with pytest.raises(InvalidInputError, match="Expected"):
+        with pytest.raises(InvalidInputError):
             reliability(**(arguments | change))
-    with pytest.raises(InvalidInputError, match="matching shapes"):
+        if "temperature" not in change and "predictions" not in change:
+            fitted = {k: v for k, v in (arguments | change).items() if k != "predictions"}
+            with pytest.raises(InvalidInputError):
+                fit_features(**fitted)
+    with pytest.raises(InvalidInputError, match=r"\[2, 3\]"):
         mahalanobis(features, features[:2, :3], torch.eye(6))
-    with pytest.raises(InvalidInputError, match="matching shapes"):
+    with pytest.raises(InvalidInputError, match=r"\[2, 3\]"):
         cosine(features, features[:2, :3])
-    with pytest.raises(InvalidInputError, match="same anchors"):
+    with pytest.raises(InvalidInputError, match=r"\[2, 4\]"):
         propose(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 0]))
+    with pytest.raises(InvalidLabelsError, match="predictions"):
+        propose(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(InvalidInputError, match="distance"):
+        fit_temperature(torch.zeros(2), torch.tensor([0, 0]))
+    with pytest.raises(InvalidLabelsError, match="targets"):
+        fit_temperature(torch.zeros(2, 3), torch.tensor([0, 3]))

@@ -75,7 +75,7 @@ def test_two_groups_are_told_apart_without_a_warning():
 def test_a_unimodal_class_keeps_the_median_share_of_the_others():
     losses, labels = noisy([200, 200, 200, 100], shares=[0.5, 0.6, 0.7, 1.0])
     mixture = fit_class_mixture(losses, labels, 4)
-    with pytest.warns(UnimodalClassWarning, match=rf"class 3 \(D = {float(mixture.separation[3]):.2f}\).*median"):
+    with pytest.warns(UnimodalClassWarning, match=f"class 3 .*{float(mixture.separation[3]):.2f}"):
         division = divide(losses, labels, mixture, 4)
     assert division.replaced.tolist() == [False, False, False, True]
     assert float(division.kept_share[3]) == pytest.approx(float(division.kept_share[:3].median()), abs=0.01)
@@ -93,14 +93,15 @@ def test_the_median_of_an_even_number_is_between_the_middle_two():
 
 def test_no_evidence_of_noise_trusts_everything():
     losses, labels = noisy([50, 50], shares=[1.0, 1.0])
-    with pytest.warns(UnimodalClassWarning, match="all samples are trusted"):
+    with pytest.warns(UnimodalClassWarning, match="class 0 .*class 1") as warned:
         division = divide(losses, labels, fit_class_mixture(losses, labels, 2), 2)
     assert bool(division.trusted.all()) and division.kept_share.tolist() == [1, 1]
+    assert [w.filename for w in warned] == [__file__]  # shown at the line that called it
 
 
 def test_many_unimodal_classes_are_counted_not_all_named():
     losses, labels = noisy([30] * 14, shares=[1.0] * 14)
-    with pytest.warns(UnimodalClassWarning, match=r"class 9 .* and 4 more"):
+    with pytest.warns(UnimodalClassWarning, match=r"class 9 .*\b4 more"):
         divide(losses, labels, fit_class_mixture(losses, labels, 14), 14)
 
 
@@ -126,19 +127,19 @@ def test_the_literal_posterior_on_request():
 @pytest.mark.parametrize("options", [{"threshold": 1.0}, {"threshold": -0.1}, {"min_per_class": -1}])
 def test_bad_options(options):
     losses, labels = noisy([20])
-    with pytest.raises(InvalidInputError, match="threshold in"):
+    with pytest.raises(InvalidInputError, match=next(iter(options))):
         divide(losses, labels, fit_class_mixture(losses, labels, 1), 1, **options)
 
 
 def test_bad_data():
     losses, labels = noisy([20, 20])
     mixture = fit_class_mixture(losses, labels, 2)
-    with pytest.raises(InvalidInputError, match="Fit the mixture again"):
+    with pytest.raises(InvalidInputError, match="39 losses.* 40"):
         divide(losses[:-1], labels[:-1], mixture, 2)
-    with pytest.raises(InvalidInputError, match="Fit the mixture again"):
+    with pytest.raises(InvalidInputError, match="labels"):
         divide(losses, torch.zeros_like(labels), mixture, 2)
     with pytest.raises(InvalidLabelsError):
         divide(losses, labels + 1, mixture, 2)
     losses[2] = math.nan
-    with pytest.raises(NonFiniteError, match="position 2"):
+    with pytest.raises(NonFiniteError, match="1 of 40.* 2"):
         divide(losses, labels, mixture, 2)
