@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -249,12 +250,16 @@ def test_saved_description_recognises_its_labels(tmp_path: Path) -> None:
     NoiseSpec("symmetric", 0.4).apply(labels(), 10).check(path)
     with pytest.raises(StateMismatchError, match=noisy.digest[:16]):
         NoiseSpec("symmetric", 0.4, seed=1).apply(labels(), 10).check(path)
-    for content in ("{", "[]", '{"format": "other"}'):
-        path.write_text(content)
+    for content in ("{", "[]", '{"format": "other"}', "[" * 100_000, "\udcff"):
+        path.write_text(content, errors="surrogateescape")
         with pytest.raises(FileFormatError):
             NoiseSpec.load(path)
     with pytest.raises(FileFormatError):
         noisy.check(tmp_path / "absent.json")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.json")
+        with pytest.raises(FileFormatError):
+            NoiseSpec.load(tmp_path / "pipe.json")
 
 
 def test_empty_class_has_a_row_of_zeros() -> None:
