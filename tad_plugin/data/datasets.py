@@ -1,12 +1,13 @@
-"""Datasets as the loops want them: float tensors on the device, with a held-out part of the real training data.
+"""Datasets as float tensors on a device, with a held-out part of the real training data.
 
-"Best" iterates are chosen on the held-out part, never on the test part. The statistics that made the tensors travel
-with them (:class:`tad_plugin.data.preprocessing.Preprocessing`).
+The best iterate of a run is chosen on the held-out part, never on the test part. The normalisation is kept beside the
+tensors (:class:`tad_plugin.data.preprocessing.Preprocessing`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,12 +42,17 @@ class DataSplits:
         holdout_labels: int64 [V].
         test_images: float32 [M, C, H, W], normalised.
         test_labels: int64 [M].
-        preprocessing: what made the images from [0, 1].
+        preprocessing: maps images in [0, 1] to these.
         source_index: int64 [N], position of each training sample in the published order.
         holdout_source_index: int64 [V].
-        source_rank: int64 [N], number of each sample in its class, for image folders; else None.
+        source_rank: int64 [N], number of each sample in its class, for image folders whose file names are such
+            numbers; else None.
         holdout_source_rank: int64 [V], or None.
         pixel_scale: the published pixels are whole numbers from 0 to this (255; digits 16).
+        source_paths: N file names below the dataset's top ("train/cat/7.png"), for image folders; else None.
+        holdout_source_paths: V file names, or None.
+        skipped: how many files were passed over, by suffix or reason, for image folders.
+        constant_channels: channels with one value in all training pixels. Their std is taken as 1.
     """
 
     name: str
@@ -65,10 +71,31 @@ class DataSplits:
     source_rank: Tensor | None = None
     holdout_source_rank: Tensor | None = None
     pixel_scale: float = 255.0
+    source_paths: tuple[str, ...] | None = None
+    holdout_source_paths: tuple[str, ...] | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    constant_channels: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         parts = f"train={len(self.train_labels)}, holdout={len(self.holdout_labels)}, test={len(self.test_labels)}"
         return f"DataSplits({self.name!r}, K={self.num_classes}, shape={self.shape}, {parts})"
+
+    def summary(self) -> str:
+        """One line: numbers of images and classes, the smallest class, and what was passed over."""
+        labels = torch.cat([self.train_labels, self.holdout_labels])
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        smallest = int(counts.argmin())
+        text = (
+            f"{self.name}: {len(labels)} training images ({len(self.holdout_labels)} held out),"
+            f" {len(self.test_labels)} test images, {self.num_classes} classes,"
+            f" smallest class {self.class_names[smallest]} with {int(counts[smallest])}"
+        )
+        if total := sum(self.skipped.values()):
+            parts = ", ".join(f"{name} {n}" for name, n in sorted(self.skipped.items(), key=lambda item: -item[1]))
+            text += f"; skipped {total} files ({parts})"
+        if self.constant_channels:
+            text += f"; the same value in all pixels of channel {', '.join(map(str, self.constant_channels))}"
+        return text
 
     def apply_noise(self, spec: NoiseSpec) -> tuple[NoisyLabels, NoisyLabels | None]:
         """Noisy labels of the training part and of the held-out part (None where that is empty).
@@ -84,9 +111,12 @@ class DataSplits:
         index = torch.cat([self.source_index, self.holdout_source_index])
         order = index.argsort()
         true = torch.cat([self.train_labels, self.holdout_labels])
-        rank = None
+        rank = paths = None
         if self.source_rank is not None and self.holdout_source_rank is not None:
             rank = torch.cat([self.source_rank, self.holdout_source_rank])[order]
+        if self.source_paths is not None and self.holdout_source_paths is not None:
+            both = self.source_paths + self.holdout_source_paths
+            paths = [both[i] for i in order.tolist()]
         images = None
         if spec.kind == "instance":
             parts = [*self.train_images.split(_CHUNK), *self.holdout_images.split(_CHUNK)]
@@ -101,6 +131,7 @@ class DataSplits:
             class_names=self.class_names,
             source_index=index[order],
             source_rank=rank,
+            source_paths=paths,
         )
         labels = torch.empty_like(true)
         labels[order] = whole.labels
@@ -123,17 +154,18 @@ def load_dataset(
     download: bool = True,
     preprocessing: Preprocessing | None = None,
 ) -> DataSplits:
-    """Loads a dataset once, as tensors on a device.
+    """Loads a dataset as tensors on a device.
 
-    Normalisation: the field's statistics for the named datasets, those of the training images for folders. With
-    ``zca``, whitening is fitted on the images in [0, 1] without normalisation, as MTT's code does [ours: on the real
-    training images after ``per_class``, held-out ones included, so that it does not depend on ``seed``].
+    Normalisation: the field's statistics for the named datasets, those of the training images for folders. A channel
+    with the same value in every pixel gets std 1, so that it becomes 0. With ``zca``, whitening is fitted on the
+    images in [0, 1] without normalisation, as MTT's code does [ours: on the real training images after ``per_class``,
+    held-out ones included, so that it does not depend on ``seed``].
 
     Args:
         name: "digits" (8x8, 1,442 training and 355 test images), "cifar10", "cifar100", "svhn", "tinyimagenet", or
             "folder:PATH" for an image folder or a zip of one (``train/<class>/*``, ``test/<class>/*`` or ``val/``).
-        root: where the files are: torchvision's root, the folder of Tiny ImageNet, the base of a relative PATH. By
-            default "data", and for PATH the working directory.
+            A relative PATH starts at the working directory.
+        root: torchvision's root, or the folder of Tiny ImageNet; "data" by default. "~" is the home folder.
         per_class: take the first so many training samples of each class, before the split; None takes all.
         holdout: share of each class that is held out, in [0, 1); above 0 at least one sample per class.
         seed: of the split.
@@ -146,7 +178,7 @@ def load_dataset(
     Raises:
         UnknownNameError: no such dataset.
         MissingExtraError: digits without scikit-learn.
-        FileFormatError: files are missing, corrupt, or laid out in another way.
+        FileFormatError: files are missing, corrupt, too large, or laid out in another way.
         EmptyClassError: a class without images, in training or test data.
         NotEnoughSamplesError: ``per_class`` is more than a class has, or nothing would be left beside the holdout.
         InvalidInputError: an argument out of range, images of several sizes, a preprocessing that does not fit.
@@ -155,8 +187,9 @@ def load_dataset(
     _check_arguments(per_class, holdout, image_size, zca, preprocessing)
     raw = read_source(name, root, per_class=per_class, image_size=image_size, download=download)
     device = torch.device(device)
+    constant: tuple[int, ...] = ()
     if preprocessing is None:
-        preprocessing = _fit(raw, zca, image_size, device)
+        preprocessing, constant = _fit(raw, zca, image_size, device)
     train, held = stratified_holdout(raw.train_labels, len(raw.class_names), holdout, seed)
 
     def images(part: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -181,6 +214,10 @@ def load_dataset(
         source_rank=None if raw.rank is None else raw.rank[train].to(device),
         holdout_source_rank=None if raw.rank is None else raw.rank[held].to(device),
         pixel_scale=raw.scale,
+        source_paths=None if raw.paths is None else tuple(raw.paths[i] for i in train.tolist()),
+        holdout_source_paths=None if raw.paths is None else tuple(raw.paths[i] for i in held.tolist()),
+        skipped=raw.skipped,
+        constant_channels=constant,
     )
 
 
@@ -226,14 +263,19 @@ def _check_arguments(
         raise ConfigError(explain("a preprocessing with ZCA, because zca is on", str(preprocessing), do))
 
 
-def _fit(raw: RawSplits, zca: bool, image_size: int | None, device: torch.device) -> Preprocessing:
+def _fit(
+    raw: RawSplits, zca: bool, image_size: int | None, device: torch.device
+) -> tuple[Preprocessing, tuple[int, ...]]:
+    """The preprocessing, and the channels that are constant."""
     channels = raw.train.shape[1]
     if zca:
         plain = Preprocessing((0.0,) * channels, (1.0,) * channels)
-        return replace(plain, zca=fit_zca(_prepare(raw.train, None, raw.scale, image_size, plain, device)))
+        return replace(plain, zca=fit_zca(_prepare(raw.train, None, raw.scale, image_size, plain, device))), ()
     if raw.name in KNOWN_STATISTICS:
-        return Preprocessing(*KNOWN_STATISTICS[raw.name])
-    return Preprocessing(*channel_statistics(raw.train, raw.scale))
+        return Preprocessing(*KNOWN_STATISTICS[raw.name]), ()
+    mean, std = channel_statistics(raw.train, raw.scale)
+    constant = tuple(c for c, s in enumerate(std) if s == 0)
+    return Preprocessing(mean, tuple(s or 1.0 for s in std)), constant
 
 
 def _prepare(

@@ -1,100 +1,53 @@
-"""Image folders and zip archives of them: what lies inside, and its pixels.
+"""Image folders and zip archives of them: the images of each class, and their pixels.
 
-Layout: ``train/<class>/...`` and ``test/<class>/...`` (or ``val/``), at the top or below one single folder. A zip is
-read in place, nothing is unpacked.
+Layout: ``train/<class>/...`` and ``test/<class>/...`` (or ``val/``), at the top or below one single folder.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tad_plugin.data.image_tree import Tree, suffix_of
+from tad_plugin.data.labels import whole_number
 from tad_plugin.errors import EmptyClassError, FileFormatError, InvalidInputError, NotEnoughSamplesError, explain
 
-__all__ = ["ClassFiles", "Tree", "class_files", "decode", "open_tree"]
+__all__ = ["ClassFiles", "class_files", "decode"]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# Formats that hold pixels and that Pillow recognises by their first bytes. Others (EPS, PDF) may run programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "AVIF", "JPEG2000")
 _EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+_ORIENTATION = 0x0112
 _BAR_FROM = 2000
 _CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Tree:
-    """The files of a folder or zip: ``source`` for messages, relative ``names`` (with "/"), and a reader."""
-
-    source: str
-    names: tuple[str, ...]
-    read: Callable[[str], bytes]
-
-    def has(self, top: str) -> bool:
-        """Whether some file lies below the folder ``top``."""
-        return any(name.startswith(top + "/") for name in self.names)
-
-
-@dataclass(frozen=True)
 class ClassFiles:
-    """Image files of one split in class order: paths, labels (int64 [N]) and ranks inside the class (int64 [N])."""
+    """Image files of one split in class order.
+
+    Attributes:
+        paths: N names in the tree.
+        labels: int64 [N].
+        ranks: int64 [N], number of each image in its class, where the file names are such numbers; else None.
+        skipped: how many files of the split were passed over, by suffix or reason.
+    """
 
     paths: tuple[str, ...]
     labels: Tensor
-    ranks: Tensor
-
-
-@contextmanager
-def open_tree(path: str | Path, marker: str = "train") -> Iterator[Tree]:
-    """The tree whose top holds the folder ``marker``: ``path`` itself, or the single folder in it.
-
-    Raises:
-        FileFormatError: missing, neither folder nor zip, a corrupt zip, or without ``marker``.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder = path
-        # followlinks: large datasets often lie elsewhere, behind a link.
-        files = [Path(top, f) for top, _, found in os.walk(folder, followlinks=True) for f in found]
-        names = [f.relative_to(folder).as_posix() for f in files]
-        yield _rooted(str(folder), names, lambda name: (folder / name).read_bytes(), marker)
-        return
-    if not path.is_file():
-        do = "Check the path; it is relative to the working directory"
-        raise FileFormatError(explain("an image folder or a zip of one", f"nothing at {path}", do))
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        do = "Pass a folder or a zip; download the zip again if it is cut off"
-        raise FileFormatError(explain("an image folder or a zip of one", f"{path}: {error}", do)) from error
-    with archive:
-        names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-        yield _rooted(str(path), names, archive.read, marker)
-
-
-def _rooted(source: str, names: Sequence[str], read: Callable[[str], bytes], marker: str) -> Tree:
-    # Finder and Explorer leave files of their own in folders and archives.
-    names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-    tops = {n.split("/", 1)[0] for n in names if "/" in n}
-    if marker in tops:
-        prefix = ""
-    else:
-        below = {n.split("/", 2)[0] for n in names if n.count("/") >= 2 and n.split("/", 2)[1] == marker}
-        if len(below) != 1:
-            found = ", ".join(sorted(tops)[:8]) or "no folder"
-            do = "Arrange the images as train/<class>/* and test/<class>/*"
-            raise FileFormatError(explain(f"a folder '{marker}' in {source}", found, do))
-        prefix = below.pop() + "/"
-    inside = tuple(sorted(n[len(prefix) :] for n in names if n.startswith(prefix)))
-    return Tree(source, inside, lambda name: read(prefix + name))
+    ranks: Tensor | None
+    skipped: Mapping[str, int]
 
 
 def class_files(
@@ -102,8 +55,9 @@ def class_files(
 ) -> tuple[tuple[str, ...], ClassFiles]:
     """The image files below ``split/<class>/``, class by class, each class in the order of its file names.
 
-    File names that are whole numbers are sorted as such, and the number is the image's rank in its class; otherwise
-    the rank is the place in the order. Files that are no images are passed over.
+    File names that are whole numbers are sorted as numbers. They are ranks if every class has a number 0 and no number
+    twice; otherwise ``ranks`` is None. A file is an image if its suffix says so; without a suffix, if its first bytes
+    do. Each file counts once per class, however many links lead to it.
 
     Args:
         tree: where to look.
@@ -116,18 +70,12 @@ def class_files(
 
     Raises:
         FileFormatError: no image at all, or a class that ``class_names`` lacks.
-        EmptyClassError: a class without images.
+        EmptyClassError: a class folder without images.
         NotEnoughSamplesError: ``per_class`` is more than a class has.
     """
-    groups: dict[str, list[str]] = {}
-    for name in tree.names:
-        parts = name.split("/")
-        if parts[0] == split and len(parts) >= 3:
-            group = groups.setdefault(parts[1], [])
-            if PurePosixPath(name).suffix.lower() in SUFFIXES:
-                group.append(name)
+    groups, skipped = _grouped(tree, split)
     if not any(groups.values()):
-        kinds = " ".join(sorted(SUFFIXES))
+        kinds = " ".join(sorted(_suffixes()))
         raise FileFormatError(
             explain(f"images below {split}/<class>/ in {tree.source}", "none", f"Put images there ({kinds})")
         )
@@ -146,39 +94,107 @@ def class_files(
     paths: list[str] = []
     labels: list[int] = []
     ranks: list[int] = []
+    ranked = True
     for label, name in enumerate(classes):
-        ordered = _ordered(groups[name])
-        if per_class is not None and per_class > len(ordered):
+        ordered, numbers = _ordered(groups[name])
+        ranked &= numbers is not None and numbers[0] == 0
+        kept = len(ordered) if per_class is None else per_class
+        if kept > len(ordered):
             got = f"{len(ordered)} of class {name!r}"
             raise NotEnoughSamplesError(
                 explain(f"at least per_class = {per_class} images of each class", got, "Lower per_class")
             )
-        for rank, path in ordered[:per_class]:
-            paths.append(path)
-            labels.append(label)
-            ranks.append(rank)
-    return classes, ClassFiles(tuple(paths), torch.tensor(labels), torch.tensor(ranks))
+        paths += ordered[:kept]
+        labels += [label] * kept
+        ranks += (numbers or [0] * kept)[:kept]
+    return classes, ClassFiles(
+        tuple(paths), torch.tensor(labels), torch.tensor(ranks) if ranked else None, +Counter(skipped)
+    )
 
 
-def _ordered(paths: list[str]) -> list[tuple[int, str]]:
-    stems = [PurePosixPath(p).stem for p in paths]
-    if all(s.isdecimal() and s.isascii() for s in stems) and len({int(s) for s in stems}) == len(stems):
-        return sorted((int(s), p) for s, p in zip(stems, paths, strict=True))
-    return list(enumerate(sorted(paths)))
+def _grouped(tree: Tree, split: str) -> tuple[dict[str, list[str]], Counter[str]]:
+    """The images of each class folder, and what else lies in the split."""
+    groups: dict[str, list[str]] = {}
+    skipped: Counter[str] = Counter()
+    seen: set[tuple[str, tuple[int, int]]] = set()
+    for folder in tree.folders:
+        top, _, rest = folder.partition("/")
+        if top == split and rest:
+            groups.setdefault(rest.split("/")[0], [])
+    for name, file in tree.files.items():
+        parts = name.split("/")
+        if parts[0] != split:
+            continue
+        if len(parts) < 3:
+            skipped[f"directly in {split}/"] += 1
+            continue
+        group = groups.setdefault(parts[1], [])
+        if not _is_image(tree, name):
+            skipped[suffix_of(name)] += 1
+        elif file.identity is not None and (parts[1], file.identity) in seen:
+            skipped["second link to an image"] += 1
+        else:
+            group.append(name)
+            if file.identity is not None:
+                seen.add((parts[1], file.identity))
+    return groups, skipped
+
+
+def _ordered(paths: list[str]) -> tuple[list[str], list[int] | None]:
+    """The paths in order, and their numbers if all names are different whole numbers."""
+    numbers = [whole_number(PurePosixPath(path).stem) for path in paths]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return sorted(paths), None
+    pairs = sorted((n, path) for n, path in zip(numbers, paths, strict=True) if n is not None)
+    return [path for _, path in pairs], [n for n, _ in pairs]
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that the installed Pillow decodes."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    from PIL import Image
+
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
+
+
+def _is_image(tree: Tree, name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix:
+        return suffix in _suffixes()
+    from PIL import Image
+
+    try:
+        with tree.open(name) as file, Image.open(file, formats=_formats()):
+            return True
+    except Image.UnidentifiedImageError:
+        return False
+    except Exception:  # an image that is broken: decoding it names what is wrong
+        return True
 
 
 def decode(tree: Tree, paths: Sequence[str], image_size: int | None = None, label: str = "images") -> Tensor:
     """The pixels of image files, uint8 [N, C, H, W]; C is 1 if every image is grey, else 3.
 
+    Images are turned upright as their EXIF orientation says. Of an animation the first frame is taken.
+
     Args:
         tree: where the files are.
-        paths: N names in the tree.
+        paths: N names in the tree, at least one.
         image_size: height and width in pixels; the shorter side is resized to it (bilinear, antialiased) and the
             middle is cut out. None keeps the size, which must then be the same for all.
-        label: what the progress bar calls them; there is one from 2,000 images on, if tqdm is installed.
+        label: the progress bar's name for them; there is one from 2,000 images on, if tqdm is installed.
 
     Raises:
-        FileFormatError: an image that cannot be decoded, or has more than 8 bits per channel.
+        FileFormatError: an image that cannot be decoded, has more than 8 bits per channel, or is a file of more than
+            256 MiB.
         InvalidInputError: sizes differ and ``image_size`` is None.
     """
     out: np.ndarray | None = None
@@ -188,7 +204,7 @@ def decode(tree: Tree, paths: Sequence[str], image_size: int | None = None, labe
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             # One thread reads (a zip handle is not made for several), all decode: the decoder releases the lock.
-            blobs = [_read(tree, name) for name in chunk]
+            blobs = [tree.read(name) for name in chunk]
             names = [f"{tree.source}:{name}" for name in chunk]
             decoded = pool.map(_decode_one, blobs, names, [image_size] * len(chunk))
             for i, (pixels, is_grey) in enumerate(decoded, start):
@@ -196,13 +212,9 @@ def decode(tree: Tree, paths: Sequence[str], image_size: int | None = None, labe
                     out = np.empty((len(paths), *pixels.shape), dtype=np.uint8)
                 if pixels.shape != out.shape[1:]:
                     a, b = ("x".join(map(str, reversed(s[:2]))) for s in (out.shape[1:], pixels.shape))
-                    raise InvalidInputError(
-                        explain(
-                            f"images of one size ({a}, as the first)",
-                            f"{b} in {names[i - start]}",
-                            "Pass image_size to bring all images to one size",
-                        )
-                    )
+                    do = "Bring all images to one size with image_size (--image_size on the command line)"
+                    got = f"{b} in {names[i - start]}"
+                    raise InvalidInputError(explain(f"images of one size ({a}, as the first)", got, do))
                 out[i] = pixels
                 grey &= is_grey
             advance(len(chunk))
@@ -212,30 +224,23 @@ def decode(tree: Tree, paths: Sequence[str], image_size: int | None = None, labe
     return torch.from_numpy(np.ascontiguousarray(kept.transpose(0, 3, 1, 2)))
 
 
-def _read(tree: Tree, name: str) -> bytes:
-    try:
-        return tree.read(name)
-    except (OSError, KeyError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        do = "Restore the file; an encrypted archive must be unpacked first"
-        raise FileFormatError(explain("a readable image", f"{tree.source}:{name}: {error}", do)) from error
-
-
 def _decode_one(blob: bytes, name: str, image_size: int | None) -> tuple[np.ndarray, bool]:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    do = "Replace or remove the file"
     try:
-        with Image.open(io.BytesIO(blob)) as image:
+        with Image.open(io.BytesIO(blob), formats=_formats()) as image:
             if image.mode not in _EIGHT_BIT:
                 got = f"mode {image.mode} in {name}"
                 raise FileFormatError(explain("an image of 8 bits per channel", got, "Convert it to 8 bits"))
             grey = image.mode in {"1", "L", "LA"}
-            rgb = image.convert("RGB")
+            image.load()
+            turned = image.getexif().get(_ORIENTATION, 1) != 1
+            rgb = (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
     except FileFormatError:
         raise
     except Exception as error:  # decoders raise whatever the bytes provoke
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise FileFormatError(explain("a readable image", f"{name}: {reason}", do)) from error
+        raise FileFormatError(explain("a readable image", f"{name}: {reason}", "Replace or remove the file")) from error
     if image_size is not None and rgb.size != (image_size, image_size):
         scale = image_size / min(rgb.size)
         width, height = (max(image_size, round(side * scale)) for side in rgb.size)
@@ -252,7 +257,7 @@ def _bar(total: int, label: str) -> Iterator[Callable[[int], object]]:
         return
     try:
         from tqdm import tqdm
-    except ImportError:  # a bar is a comfort, not a need
+    except ImportError:  # the bar is optional
         yield lambda n: None
         return
     with tqdm(total=total, desc=f"decoding {label}", unit="image", leave=False) as bar:

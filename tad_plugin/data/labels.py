@@ -1,4 +1,4 @@
-"""Hard labels: checking them, and the hash by which a labelled dataset is known."""
+"""Hard labels: checks, numbers from text, and the hash that identifies a labelled dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, InvalidLabelsError, explain
 
-__all__ = ["check_labels", "label_digest"]
+__all__ = ["check_labels", "label_digest", "whole_number"]
 
 
 def check_labels(labels: Tensor, num_classes: int, length: int | None = None, name: str = "labels") -> Tensor:
@@ -18,7 +18,7 @@ def check_labels(labels: Tensor, num_classes: int, length: int | None = None, na
     Args:
         labels: integer class labels, shape [N], values in [0, num_classes).
         num_classes: number of classes K, at least 1.
-        length: the N that is expected, or None for any.
+        length: the expected N, or None for any.
         name: the argument's name in messages.
 
     Raises:
@@ -63,6 +63,11 @@ def check_labels(labels: Tensor, num_classes: int, length: int | None = None, na
 
 
 def label_digest(labels: Tensor) -> str:
-    """Sha256 (hex) of labels as int64 bytes: the identity of a labelled dataset. ``labels``: integers, shape [N]."""
+    """Sha256 (hex) of labels as int64 bytes; it identifies a labelled dataset. ``labels``: integers, shape [N]."""
     data = labels.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
+
+
+def whole_number(text: str) -> int | None:
+    """The number that ``text`` writes in digits, or None. More than 18 digits are no number, but a hash."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) <= 18 else None

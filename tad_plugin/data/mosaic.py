@@ -1,7 +1,8 @@
-"""Partition and expand (IDM, CVPR 2023): one image holds F x F small ones, each enlarged to full size where it is used.
+"""Partition and expand (IDM, CVPR 2023): one image, a mosaic, holds F x F small ones.
 
-A "mosaic" costs the storage of one image and trains like F^2 of a lower resolution. Small images are made and enlarged
-by bilinear interpolation without antialiasing, as the public code does; for F = 2 a small pixel is the mean of 2 x 2.
+A mosaic needs the storage of one image. For training each of its F^2 tiles is enlarged to full size. Images are shrunk
+and enlarged by bilinear interpolation without antialiasing, as in the public code [paper]. For F = 2 a small pixel is
+the mean of 2 x 2.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def check_factor(size: tuple[int, int], factor: int) -> None:
 
 
 def expand(images: Tensor, factor: int) -> Tensor:
-    """The F^2 tiles of every mosaic, each at full size; differentiable, and linear in the images.
+    """The F^2 tiles of every mosaic, each at full size. Differentiable, and linear in the images.
 
     Args:
         images: [M,C,H,W].
         factor: F; 1 returns the images as they are.
 
     Returns:
-        [F^2 M,C,H,W], tile after tile: the first M are the top left tiles, then the ones below them, column by column.
+        [F^2 M,C,H,W], tile after tile: first the M top left tiles, then the M below them, column by column.
 
     Raises:
         ConfigError: a side is not divisible by the factor.
@@ -53,7 +54,7 @@ def expand(images: Tensor, factor: int) -> Tensor:
 
 
 def mosaic(parts: Sequence[Tensor], factor: int) -> Tensor:
-    """Mosaics [M,C,H,W] out of F^2 sets of images [M,C,H,W], each shrunk into its tile, in the order of :func:`expand`.
+    """Mosaics [M,C,H,W] from F^2 sets of images [M,C,H,W], each shrunk into its tile, in the order of :func:`expand`.
 
     Raises:
         ConfigError: a side is not divisible by the factor.
@@ -72,7 +73,7 @@ def mosaic(parts: Sequence[Tensor], factor: int) -> Tensor:
 
 
 def decode(images: Tensor, labels: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Training images and labels of a set of mosaics: F^2 times as many, in the order of :func:`expand`.
+    """Training images and labels of mosaics: F^2 for each, in the order of :func:`expand`.
 
     Args:
         images: [M,C,H,W].

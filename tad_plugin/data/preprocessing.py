@@ -1,8 +1,8 @@
-"""How images become network input, as an object that is kept beside whatever was made with it.
+"""Normalisation and whitening of images, as an object that is kept beside everything made with it.
 
 Synthetic images that were learnt under one normalisation and tested under another give 10% accuracy and no message.
-:meth:`Preprocessing.check_same` makes that an error. Definitions are [ours], the statistics of known datasets are
-those that the field's codebases use.
+:meth:`Preprocessing.check_same` makes that an error. The definitions are [ours]; the statistics of known datasets are
+those of the field's codebases.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Preprocessing:
         fits = len(self.mean) == len(self.std) > 0
         if not fits or not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
             got = f"mean {self.mean}, std {self.std}"
-            do = "Give one mean and one std per channel; a constant channel needs a std of your own"
+            do = "Give one mean and one std per channel, and std 1 for a constant channel"
             raise InvalidInputError(explain("finite means and stds above 0, one per channel", got, do))
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Preprocessing:
         return images if self.zca is None else self.zca.to(images.device)(images)
 
     def inverse(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] from normalised ones, not clamped: what lies outside says how far a synthetic image went.
+        """Images in [0, 1] from normalised ones. Not clamped, so synthetic images may lie outside.
 
         Args:
             images: float [N, C, H, W].
@@ -102,37 +102,42 @@ class Preprocessing:
         return {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in self.zca.state_dict().items()}
 
     def fingerprint(self) -> str:
-        """16 hex digits of a sha256 over the statistics and the whitening's values; equal means the same input."""
+        """16 hex digits of a sha256 over the statistics and the whitening. Equal means the same network input."""
         digest = hashlib.sha256(json.dumps([self.mean, self.std]).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def to_header(self) -> dict[str, Any]:
-        """Plain values for a JSON header; :meth:`tensors` holds the rest."""
+        """Plain values for a JSON header, without the tensors of :meth:`tensors`."""
         values = {"mean": list(self.mean), "std": list(self.std), "zca": self.zca is not None}
         return values | {"fingerprint": self.fingerprint()}
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Preprocessing:
-        """What :meth:`to_header` and :meth:`tensors` described.
+        """The inverse of :meth:`to_header` and :meth:`tensors`.
 
         Args:
             header: the values.
             tensors: at least those of :meth:`tensors`; others are ignored.
 
         Raises:
-            FileFormatError: a value is missing or does not fit the fingerprint.
+            FileFormatError: a value is missing, of another type, or does not fit the fingerprint.
         """
-        do = "Use the file as it was written, or make it anew"
+        do = "Use the file as it was written, or write it again"
         try:
+            kinds = {"mean": list, "std": list, "zca": bool, "fingerprint": str}
+            wrong = [f"{name} = {header[name]!r}" for name, kind in kinds.items() if type(header[name]) is not kind]
+            wrong += [repr(v) for v in (*header["mean"], *header["std"]) if type(v) not in (int, float)]
+            if wrong:
+                raise TypeError(", ".join(wrong)[:200])
             zca = None
             if header["zca"]:
                 own = {name.removeprefix(_PREFIX): t for name, t in (tensors or {}).items() if name.startswith(_PREFIX)}
                 zca = ZCA.from_state_dict(own)
             made = cls(tuple(header["mean"]), tuple(header["std"]), zca)
-            expected = str(header["fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
+            expected = header["fingerprint"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             got = f"{type(error).__name__}: {error}"
             raise FileFormatError(explain("a complete description of the preprocessing", got, do)) from error
         if made.fingerprint() != expected:
@@ -141,16 +146,16 @@ class Preprocessing:
         return made
 
     def check_same(self, other: Preprocessing) -> None:
-        """Checks that ``other`` gives the same network input as this one.
+        """Checks that ``other`` gives the same network input.
 
         Raises:
-            PreprocessingMismatchError: it does not; both fingerprints and statistics are shown.
+            PreprocessingMismatchError: it does not. Both fingerprints and statistics are shown.
         """
         if self.fingerprint() == other.fingerprint():
             return
         do = (
-            "Load the data with the preprocessing that is saved with the synthetic set"
-            " (load_dataset(..., preprocessing=...)), or distil again"
+            "Load the data with the preprocessing of the synthetic set (load_dataset(..., preprocessing=...)),"
+            " or distil again"
         )
         raise PreprocessingMismatchError(explain(f"images prepared with {self}", str(other), do))
 

@@ -1,4 +1,4 @@
-"""RealData: the real training data of a loop."""
+"""The real training data of a distillation loop."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ __all__ = ["RealData"]
 
 @dataclass
 class RealData:
-    """The real training data of a loop, held on one device.
+    """The real training data of a distillation loop, on one device.
 
     Attributes:
         images: float32 [N,C,H,W], normalised.
         labels: int64 [N], observed labels.
         num_classes: K.
-        true_labels: int64 [N] where they are known (controlled experiments), else None. Only oracles and
-            diagnostics read them.
-        dataset: name of the dataset, "" if unknown; chooses which augmentations are label-preserving.
-        noise_rate: nominal share of wrong labels where the experiment set it, else None.
-        ipc: images per class of the synthetic set, where known (TAD keeps at least that many per class).
+        true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
+        dataset: name of the dataset, "" if unknown. It decides which augmentations keep the label.
+        noise_rate: nominal share of wrong labels in controlled experiments, else None.
+        ipc: images per class of the synthetic set, if known. A method may keep at least that many per class.
+
+    Raises:
+        InvalidInputError: images that are no float tensor.
+        InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
     images: Tensor

@@ -1,9 +1,11 @@
-"""The datasets as they are published: 8-bit images, true labels, names, and where each sample stood."""
+"""The datasets as published: 8-bit images, true labels, class names, and the position of each sample."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tad_plugin.data.image_folder import class_files, decode, open_tree
+from tad_plugin.data.image_folder import class_files, decode
+from tad_plugin.data.image_tree import Tree, open_tree, suffix_of
 from tad_plugin.data.noise.class_maps import DIGITS_CLASSES
 from tad_plugin.errors import (
     EmptyClassError,
@@ -38,10 +41,12 @@ class RawSplits:
         train: uint8 [N, C, H, W], the real training data.
         train_labels: int64 [N], true labels.
         index: int64 [N], position of each sample in the published order.
-        rank: int64 [N], number of each sample in its class, for folders; None where ``index`` is the published order.
+        rank: int64 [N], number of each sample in its class, if the file names are such numbers; else None.
         test: uint8 [M, C, H, W].
         test_labels: int64 [M].
         scale: the pixel value that stands for 1.
+        paths: N file names of the training samples below the dataset's top, for folders; else None.
+        skipped: how many files were passed over, by suffix or reason; empty for the named datasets.
     """
 
     name: str
@@ -53,6 +58,8 @@ class RawSplits:
     test: Tensor
     test_labels: Tensor
     scale: float = 255.0
+    paths: tuple[str, ...] | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_source(
@@ -60,13 +67,14 @@ def read_source(
 ) -> RawSplits:
     """Reads a dataset by name; the arguments are those of :func:`tad_plugin.data.datasets.load_dataset`."""
     if name.startswith(_FOLDER):
-        return _folder(Path(root or ".") / name[len(_FOLDER) :], per_class, image_size)
+        return _folder(Path(os.path.expanduser(name[len(_FOLDER) :])), per_class, image_size)
+    root = Path(os.path.expanduser(root or "data"))
     if name == "digits":
         return _first_per_class(_digits(), per_class)
     if name in {"cifar10", "cifar100", "svhn"}:
-        return _first_per_class(_torchvision(name, Path(root or "data"), download), per_class)
+        return _first_per_class(_torchvision(name, root, download), per_class)
     if name == "tinyimagenet":
-        return _tinyimagenet(Path(root or "data"), per_class, image_size)
+        return _tinyimagenet(root, per_class, image_size)
     raise unknown_name("dataset", name, [*DATASETS, _FOLDER + "PATH"])
 
 
@@ -98,8 +106,8 @@ def _torchvision(name: str, root: Path, download: bool) -> RawSplits:
         else:
             source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             train, test = (source(str(root), train=part, download=download) for part in (True, False))
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        do = "Allow the download, or put the published files there (they are those of torchvision)"
+    except Exception as error:  # broken files provoke whatever the parsers raise
+        do = "Allow the download, or put the published files there (those that torchvision reads)"
         raise FileFormatError(explain(f"the files of {name} below {root}", str(error), do)) from error
     arrays = []
     for part in (train, test):
@@ -116,16 +124,29 @@ def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSpl
         names, train = class_files(tree, "train", per_class=per_class)
         held = next((split for split in ("test", "val") if tree.has(split)), None)
         if held is None:
-            got = "only train/"
+            got = ", ".join(sorted({name.split("/")[0] + "/" for name in (*tree.files, *tree.folders) if "/" in name}))
             raise FileFormatError(
                 explain(f"test images below test/<class>/ or val/<class>/ in {path}", got, "Add one of the two folders")
             )
         _, test = class_files(tree, held, names)
         # One call, so that both have the same number of channels.
         pixels = decode(tree, [*train.paths, *test.paths], image_size, label=path.name)
+        skipped = _outside(tree, ("train", held)) + Counter(train.skipped) + Counter(test.skipped)
     n = len(train.paths)
+    index = torch.arange(n)
     name = _FOLDER + path.resolve().stem
-    return RawSplits(name, names, pixels[:n], train.labels, torch.arange(n), train.ranks, pixels[n:], test.labels)
+    parts = (pixels[:n], train.labels, index, train.ranks, pixels[n:], test.labels)
+    return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped)
+
+
+def _outside(tree: Tree, splits: Sequence[str]) -> Counter[str]:
+    """What a tree holds beside the splits that are read, and what could not be listed."""
+    found = Counter(tree.skipped)
+    for name in tree.files:
+        top, below, _ = name.partition("/")
+        if top not in splits:
+            found[f"below {top}/" if below else suffix_of(name)] += 1
+    return found
 
 
 def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None) -> RawSplits:
@@ -134,14 +155,14 @@ def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None) -> 
     with open_tree(places[0] if places else root) as tree:
         names, train = class_files(tree, "train", per_class=per_class)
         listing = "val/val_annotations.txt"
-        if listing not in tree.names:
-            do = "Use the archive as published; for a rearranged val/<class>/ give folder:PATH as the dataset"
+        if listing not in tree.files:
+            do = "Use the archive as published. For a rearranged val/<class>/ give folder:PATH as the dataset"
             raise FileFormatError(explain(f"{listing} in {tree.source}", "none", do))
-        paths, labels = _annotations(tree.read(listing).decode("utf-8", "replace"), names, set(tree.names), listing)
+        paths, labels = _annotations(tree.read(listing).decode("utf-8", "replace"), names, set(tree.files), listing)
         pixels = decode(tree, [*train.paths, *paths], image_size, label="tinyimagenet")
     n = len(train.paths)
-    index = torch.arange(n)
-    return RawSplits("tinyimagenet", names, pixels[:n], train.labels, index, train.ranks, pixels[n:], labels)
+    parts = (pixels[:n], train.labels, torch.arange(n), train.ranks, pixels[n:], labels)
+    return RawSplits("tinyimagenet", names, *parts, paths=train.paths)
 
 
 def _annotations(text: str, names: Sequence[str], files: set[str], listing: str) -> tuple[list[str], Tensor]:
@@ -179,14 +200,5 @@ def _first_per_class(raw: RawSplits, per_class: int | None) -> RawSplits:
             )
         kept.append(members[:per_class])
     keep = torch.cat(kept).sort().values
-    return RawSplits(
-        raw.name,
-        raw.class_names,
-        raw.train[keep],
-        raw.train_labels[keep],
-        raw.index[keep],
-        None if raw.rank is None else raw.rank[keep],
-        raw.test,
-        raw.test_labels,
-        raw.scale,
-    )
+    # Only arrays come here: folders and Tiny ImageNet are cut while their files are listed.
+    return replace(raw, train=raw.train[keep], train_labels=raw.train_labels[keep], index=raw.index[keep])

@@ -1,4 +1,4 @@
-"""Stratified draws: samples shuffled inside each class, and dealt out."""
+"""Stratified draws: samples shuffled inside each class, and divided evenly into parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shuffled_groups(groups: Tensor, generator: torch.Generator, mask: Tensor | N
 
 
 def dealt_evenly(labels: Tensor, num_classes: int, parts: int, generator: torch.Generator) -> Tensor:
-    """The part of each sample, int64 [N] in [0, parts): each class shuffled and dealt out evenly."""
+    """The part of each sample, int64 [N] in [0, parts): each class is shuffled and divided evenly."""
     part = torch.empty_like(labels)
     for members in shuffled_classes(labels, num_classes, generator):
         part[members] = torch.arange(len(members), device=labels.device) % parts

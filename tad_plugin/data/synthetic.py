@@ -1,7 +1,9 @@
-"""The synthetic set: images, labels, and the preprocessing that its pixels went through, in one file."""
+"""The synthetic set: images, labels and their preprocessing, in one file."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ _FILE = TensorFile(
     "a synthetic set",
     "Pass the synthetic.safetensors of a finished run",
     tensors=("images", "labels"),
+    fields=("num_classes", "dataset", "class_names", "learning_rate", "decode", "preprocessing"),
 )
+_TYPES = {"num_classes": int, "dataset": str, "class_names": list, "decode": str, "preprocessing": dict}
 
 
 @dataclass
@@ -29,17 +33,18 @@ class SyntheticSet:
     """A distilled set of M images.
 
     Attributes:
-        images: float32 [M,C,H,W], in the space that ``preprocessing`` maps to.
-        labels: int64 [M], or soft labels float32 [M,K] (logits of the teachers are not accepted: rows sum to 1).
+        images: float32 [M,C,H,W], normalised by ``preprocessing``.
+        labels: int64 [M], or soft labels float32 [M,K] whose rows sum to 1 (probabilities, not logits).
         num_classes: K.
-        preprocessing: how real images in [0,1] were mapped; test images must be mapped the same way.
+        preprocessing: maps images in [0,1] to network input. Test images must be mapped the same way.
         dataset: name of the real dataset.
         class_names: K names, or empty.
-        learning_rate: the learned rate of trajectory matching, to be used when training on the set; else None.
+        learning_rate: the learned rate of trajectory matching, for training on the set; else None.
         decode: how the images become training images: "" as they are, "partition:F" each is F x F images (IDM).
 
     Raises:
-        InvalidInputError: images of another shape, or not one label for each, or soft labels of another width.
+        InvalidInputError: images of another shape or type, not one label for each, soft labels of another width or
+            type, or not K class names.
         InvalidLabelsError: hard labels out of range or of another type.
     """
 
@@ -53,24 +58,21 @@ class SyntheticSet:
     decode: str = ""
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or len(self.images) != len(self.labels):
+        if self.images.ndim != 4 or not self.images.is_floating_point() or len(self.images) != len(self.labels):
+            got = f"images {self.images.dtype} {list(self.images.shape)} and labels {list(self.labels.shape)}"
             raise InvalidInputError(
-                explain(
-                    "images [M,C,H,W] with one label each",
-                    f"images {list(self.images.shape)} and labels {list(self.labels.shape)}",
-                    "Pass as many labels as images",
-                )
+                explain("float images [M,C,H,W] with one label each", got, "Pass as many labels as images")
             )
         if self.labels.ndim == 1:
             check_labels(self.labels, self.num_classes)
-        elif self.labels.ndim != 2 or self.labels.shape[1] != self.num_classes:
+        elif self.labels.shape[1:] != (self.num_classes,) or not self.labels.is_floating_point():
+            got = f"{self.labels.dtype} {list(self.labels.shape)}"
             raise InvalidInputError(
-                explain(
-                    f"soft labels [M,{self.num_classes}]",
-                    f"{list(self.labels.shape)}",
-                    "Pass one probability per class",
-                )
+                explain(f"soft labels, float [M,{self.num_classes}]", got, "Pass one probability per class")
             )
+        if len(self.class_names) not in (0, self.num_classes):
+            got = str(len(self.class_names))
+            raise InvalidInputError(explain(f"{self.num_classes} class names", got, "Pass one per class, or none"))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,15 +83,15 @@ class SyntheticSet:
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
     def detached(self) -> SyntheticSet:
-        """A copy whose tensors share nothing with this one's."""
+        """A copy with tensors of its own, without gradients."""
         return replace(self, images=self.images.detach().clone(), labels=self.labels.detach().clone())
 
     def to(self, device: torch.device | str) -> SyntheticSet:
-        """The set with its tensors on ``device``."""
+        """The set with images and labels on ``device``."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (atomic) with everything that is needed to use or undo the images."""
+        """Writes a safetensors file (atomically replaced): images, labels, and all attributes."""
         header: dict[str, Any] = {
             "num_classes": self.num_classes,
             "dataset": self.dataset,
@@ -104,25 +106,40 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> SyntheticSet:
-        """Reads what :meth:`save` wrote.
+        """Reads a file of :meth:`save`.
 
         Raises:
-            FileFormatError: missing, truncated, or another format.
+            FileFormatError: missing, truncated, of another format, or with a value of another type.
         """
         header, tensors = _FILE.read(path)
         prefix = "preprocessing/"
         stats = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
-            return cls(
+            _check_types(header)
+            found = cls(
                 tensors["images"],
                 tensors["labels"],
-                int(header["num_classes"]),
+                header["num_classes"],
                 Preprocessing.from_header(header["preprocessing"], stats),
                 header["dataset"],
                 tuple(header["class_names"]),
                 header["learning_rate"],
                 header["decode"],
-            ).to(device)
-        except (KeyError, TypeError, InvalidInputError) as error:
+            )
+            found.preprocessing.inverse(found.images[:1])  # raises for other channels or another size
+        except (TypeError, RuntimeError, InvalidInputError) as error:
             got = f"{path} with {type(error).__name__}: {error}"
-            raise FileFormatError(explain("all fields of a synthetic set", got, _FILE.way_out)) from error
+            raise FileFormatError(explain("the fields of a synthetic set", got, _FILE.way_out)) from error
+        return found.to(device)
+
+
+def _check_types(header: Mapping[str, Any]) -> None:
+    wrong = [f"{name} = {header[name]!r}" for name, kind in _TYPES.items() if type(header[name]) is not kind]
+    wrong += (
+        [f"class name {name!r}" for name in header["class_names"] if not isinstance(name, str)] if not wrong else []
+    )
+    rate = header["learning_rate"]
+    if rate is not None and (type(rate) not in (int, float) or not math.isfinite(rate)):
+        wrong.append(f"learning_rate = {rate!r}")
+    if wrong:
+        raise TypeError(", ".join(wrong)[:200])

@@ -1,4 +1,4 @@
-"""ZCA whitening as the baselines use it: kornia computes the matrices, and the result is kept beside the images."""
+"""ZCA whitening as the baselines use it. kornia computes the matrices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ZCA:
         inverse_matrix: float [D, D], its inverse.
 
     Raises:
-        InvalidInputError: shapes that do not belong together.
+        InvalidInputError: shapes that do not fit each other.
     """
 
     mean: Tensor
@@ -46,7 +46,7 @@ class ZCA:
         """Whitened images, float [N, C, H, W] as given; differentiable.
 
         Raises:
-            InvalidInputError: images with another number of values than those it was fitted on.
+            InvalidInputError: images with another number of values than in the fit.
         """
         flat = self._flat(images)
         return ((flat - self.mean) @ self.matrix).reshape(images.shape)
@@ -55,7 +55,7 @@ class ZCA:
         """Undoes :meth:`__call__` up to rounding; images, float [N, C, H, W]; differentiable.
 
         Raises:
-            InvalidInputError: images with another number of values than those it was fitted on.
+            InvalidInputError: images with another number of values than in the fit.
         """
         return (self._flat(images) @ self.inverse_matrix + self.mean).reshape(images.shape)
 
@@ -69,10 +69,10 @@ class ZCA:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> ZCA:
-        """The inverse of :meth:`state_dict`; other keys are not looked at.
+        """The inverse of :meth:`state_dict`; other keys are ignored.
 
         Raises:
-            InvalidInputError: a tensor is missing, or shapes do not belong together.
+            InvalidInputError: a tensor is missing, or shapes do not fit each other.
         """
         names = ("mean", "matrix", "inverse_matrix")
         missing = [name for name in names if name not in state]
@@ -91,9 +91,9 @@ class ZCA:
         if flat.shape[1] != len(self.mean):
             raise InvalidInputError(
                 explain(
-                    f"images with C*H*W = {len(self.mean)} values, as the whitening was fitted on",
+                    f"images with C*H*W = {len(self.mean)} values, as in the fit of the whitening",
                     f"shape {list(images.shape)}",
-                    "Use images of the dataset that it was fitted on, or fit it anew",
+                    "Use images of the same dataset, or fit the whitening again",
                 )
             )
         return flat
@@ -105,9 +105,9 @@ def fit_zca(images: Tensor, eps: float = 0.1) -> ZCA:
     Time grows with D^3 and memory with D^2, D = C*H*W: at 3x64x64 each matrix has 604 MB.
 
     Args:
-        images: float32 or float64 [N, C, H, W], N >= 2, normalised as the network will see them.
-        eps: added to the covariance's eigenvalues; 0.1 is what the baselines pass. Smaller values whiten more fully
-            and amplify the directions in which images hardly vary.
+        images: float32 or float64 [N, C, H, W], N >= 2.
+        eps: added to the covariance's eigenvalues; the baselines use 0.1. Smaller values whiten more fully and amplify
+            directions in which the images hardly vary.
 
     Raises:
         InvalidInputError: images of another shape or type, fewer than two, or an eps below 0.

@@ -87,12 +87,12 @@ def read_json(path: str | Path) -> Any:
         FileFormatError: the file does not exist, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(_text(path))
     except OSError as error:
         raise FileFormatError(
             explain(f"a readable file at {path}", str(error.strerror or error), "Check the path and the permissions")
         ) from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except (ValueError, RecursionError, MemoryError) as error:  # JSON and Unicode errors are ValueErrors
         raise FileFormatError(
             explain(f"JSON in {path}", f"text that does not parse ({error})", "Restore the file, or write it again")
         ) from error
@@ -107,10 +107,17 @@ def read_yaml(path: str | Path) -> Any:
     """
     yaml = _yaml(f"reading {path}")
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return yaml.safe_load(_text(path))
+    except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
         got = str(getattr(error, "strerror", None) or error)
         raise FileFormatError(explain(f"YAML in {path}", got, "Check the path, or correct the file")) from error
+
+
+def _text(path: str | Path) -> str:
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+        raise OSError("not a regular file")
+    return path.read_text(encoding="utf-8")
 
 
 def yaml_text(value: Any) -> str:

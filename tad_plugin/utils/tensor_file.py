@@ -88,7 +88,7 @@ class TensorFile:
                 text = (file.metadata() or {}).get(_KEY, "{}")
                 header = json.loads(text)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise self._error(f"{self.what} that can be read", f"{path}: {error}") from error
         header = header if isinstance(header, dict) else {}
         version = header.get("version")

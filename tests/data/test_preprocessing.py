@@ -100,6 +100,11 @@ def test_broken_headers(whitening: Preprocessing) -> None:
         ({**header, "mean": [0.0, 0.0, 0.0]}, tensors),
         ({**header, "std": [0.0, 1.0, 1.0]}, tensors),
         ({**header, "mean": None}, tensors),
+        ({**header, "mean": [str(v) for v in header["mean"]]}, tensors),
+        ({**header, "mean": [10**400] * 3}, tensors),
+        ({**header, "std": "123"}, tensors),
+        ({**header, "zca": 1}, tensors),
+        ({**header, "fingerprint": None}, tensors),
         ({"mean": [0.0]}, tensors),
     ]:
         with pytest.raises(FileFormatError):
@@ -109,12 +114,12 @@ def test_broken_headers(whitening: Preprocessing) -> None:
 def test_bad_values_and_images(images: torch.Tensor) -> None:
     nothing: tuple[float, ...] = ()
     for mean, std in [(MEAN, STD[:2]), (MEAN, (1.0, 1.0, 0.0)), ((float("nan"),), (1.0,)), (nothing, nothing)]:
-        with pytest.raises(InvalidInputError, match="one per channel"):
+        with pytest.raises(InvalidInputError, match="mean .*, std "):
             Preprocessing(mean, std)
     pre = Preprocessing(MEAN, STD)
     for bad in (images[0], images[:, :1], (images * 255).to(torch.uint8)):
         for call in (pre, pre.inverse):
-            with pytest.raises(InvalidInputError, match=r"float images \[N, 3, H, W\]"):
+            with pytest.raises(InvalidInputError, match="3, H, W"):
                 call(bad)
 
 

@@ -58,15 +58,19 @@ def test_copies_share_nothing_and_soft_labels_have_a_hard_form() -> None:
 
 def test_bad_sets_are_named() -> None:
     for images, labels, error, message in (
-        (IMAGES, LABELS[:3], InvalidInputError, "one label each"),
-        (IMAGES[0], LABELS, InvalidInputError, r"images \[M,C,H,W\]"),
-        (IMAGES, torch.ones(6, 4) / 4, InvalidInputError, r"soft labels \[M,3\], but got \[6, 4\]"),
-        (IMAGES, torch.ones(6, 3, 1), InvalidInputError, r"soft labels \[M,3\]"),
-        (IMAGES, LABELS + 1, InvalidLabelsError, r"in \[0, 3\)"),
-        (IMAGES, LABELS.float(), InvalidLabelsError, "integer `labels`"),
+        (IMAGES, LABELS[:3], InvalidInputError, r"\[3\]"),
+        (IMAGES[0], LABELS, InvalidInputError, r"\[1, 4, 4\]"),
+        (IMAGES, torch.ones(6, 4) / 4, InvalidInputError, r"\[6, 4\]"),
+        (IMAGES, torch.ones(6, 3, 1), InvalidInputError, r"\[6, 3, 1\]"),
+        (IMAGES, LABELS + 1, InvalidLabelsError, "3"),
+        (IMAGES, LABELS.float(), InvalidLabelsError, "float32"),
+        (IMAGES.long(), LABELS, InvalidInputError, "int64"),
+        (IMAGES, torch.ones(6, 3, dtype=torch.int64), InvalidInputError, "int64"),
     ):
         with pytest.raises(error, match=message):
             SyntheticSet(images, labels, 3, PLAIN)
+    with pytest.raises(InvalidInputError, match="2"):
+        SyntheticSet(IMAGES, LABELS, 3, PLAIN, class_names=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -97,5 +101,34 @@ def test_a_damaged_file_is_named(tmp_path: Path, how: str) -> None:
         elif how == "labels":
             tensors["labels"] = tensors["labels"] + 9
         save_file(tensors, path, metadata={"tad_plugin": json.dumps(header)})
-    with pytest.raises(FileFormatError, match="Expected .*, but got"):
+    with pytest.raises(FileFormatError, match=r"s\.safetensors"):
         SyntheticSet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_classes", "3"), ("num_classes", 3.0), ("num_classes", True), ("dataset", None), ("dataset", 5),
+        ("class_names", "abc"), ("class_names", ["a", "b", 3]), ("class_names", ["a", "b"]),
+        ("class_names", {"a": 0, "b": 1, "c": 2}), ("learning_rate", "0.1"), ("learning_rate", True),
+        ("learning_rate", float("nan")), ("learning_rate", [0.1]), ("decode", None), ("decode", 2),
+        ("preprocessing", None), ("preprocessing", []), ("preprocessing", "plain"),
+        ("preprocessing", Preprocessing((0.3,) * 3, (0.4,) * 3).to_header()),
+        ("preprocessing", {**PLAIN.to_header(), "mean": ["0.3"]}), ("preprocessing", {**PLAIN.to_header(), "zca": 0}),
+    ],
+)  # fmt: skip
+def test_header_values_of_another_type_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    """As in a file of version 1, whose header has no hash."""
+    make().save(tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as f:
+        header = json.loads(f.metadata()["tad_plugin"])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    del header["header"]
+    for changed, fits in ((header, True), ({**header, name: value}, False)):
+        whole = {**changed, "version": 1}
+        save_file(tensors, tmp_path / "s.safetensors", metadata={"tad_plugin": json.dumps(whole)})
+        if fits:
+            assert SyntheticSet.load(tmp_path / "s.safetensors").class_names == ("a", "b", "c")
+        else:
+            with pytest.raises(FileFormatError, match=r"s\.safetensors|preprocessing"):
+                SyntheticSet.load(tmp_path / "s.safetensors")

@@ -1,1 +1,1 @@
-"""Label noise as a versioned object, with its text form, its flips and label files."""
+"""Label noise: the spec, its text form, the random flips, class maps, and label files."""

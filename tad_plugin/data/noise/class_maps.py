@@ -1,6 +1,6 @@
-"""Which class is mistaken for which: the maps of asymmetric label noise, and how a dataset is recognised.
+"""Class maps of asymmetric label noise: which class is mistaken for which.
 
-All maps are those of METHODS.md section 3, after Patrini et al. (CVPR 2017) for CIFAR [paper].
+CIFAR-10 and CIFAR-100 after Patrini et al. (CVPR 2017) [paper], digits [ours].
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _MAPS = {"cifar10": (_CIFAR10, 10), "cifar100": (_CIFAR100, 100), "digits": (_DI
 
 
 def asymmetric_map(dataset: str | None, num_classes: int, class_names: Sequence[str] | None = None) -> dict[int, int]:
-    """The confusable class of each class of a known dataset; a class that is not a key never flips.
+    """The confusable class of each class of a known dataset. A class that is not a key never flips.
 
-    An image folder is recognised by its class names, so CIFAR-10 as a folder of JPEG files gets CIFAR-10's map.
+    CIFAR-10 as an image folder is recognised by its class names.
 
     Args:
         dataset: "cifar10", "cifar100", "digits", another name, or None.

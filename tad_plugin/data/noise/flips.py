@@ -1,8 +1,8 @@
-"""The random label flips behind :class:`tad_plugin.data.noise.spec.NoiseSpec`, as pure functions.
+"""Random label flips as pure functions; :class:`tad_plugin.data.noise.spec.NoiseSpec` chooses among them.
 
-Every function takes true labels (int64 [N] on the CPU) and a CPU generator and returns new labels (int64 [N]).
-All draws are made for all samples, flipped or not, so at one seed the flips at a lower rate are a subset of
-those at a higher one (not for the instance kind, whose rates are themselves drawn).
+Every function takes true labels (int64 [N] on the CPU) and a CPU generator, and returns new labels (int64 [N]).
+Numbers are drawn for every sample, flipped or not. So at one seed the flips at a lower rate are a subset of those at a
+higher rate. The instance kind is the exception, because its rates are drawn as well.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def instance_dependent(
 ) -> Tensor:
     """Flips that depend on the image: Xia et al., NeurIPS 2020, algorithm 2 [paper], images standardised [ours].
 
-    Each sample has a flip probability q_i drawn from a normal distribution around ``rate`` truncated to [0, 1]. For
-    each class c a projection W_c (D x K) is drawn; the scores x_i W_{y_i}, without the true class, go through a
-    softmax that shares q_i among the other classes. Each image is first brought to mean 0 and variance 1 over its
-    own values, so its label depends on no other image, brightness or contrast [ours]. As in the source, the scores
-    grow with the square root of D, so the direction of a flip is nearly a function of the image.
+    Each sample has a flip probability q_i, drawn from a normal distribution around ``rate`` truncated to [0, 1]. For
+    each class c a projection W_c (D x K) is drawn. A softmax of the scores x_i W_{y_i}, without the true class, shares
+    q_i among the other classes. Each image is first brought to mean 0 and variance 1 over its own values, so its label
+    does not depend on other images, on brightness or on contrast [ours]. As in the source, the scores grow with the
+    square root of D, so the direction of a flip is nearly a function of the image.
 
     Args:
         labels: int64 [N] in [0, K).
@@ -85,7 +85,7 @@ def instance_dependent(
     if not bool(torch.isfinite(flat).all()):
         raise InvalidInputError(explain("finite images", "NaN or infinite pixels", "Check how the images were decoded"))
 
-    # Truncated normal by inversion: one draw per sample, so nothing is rejected and the stream's length is fixed.
+    # Truncated normal by inversion: one number per sample, without rejection, so the stream's length is fixed.
     low, high = torch.special.ndtr(torch.tensor([-rate / spread, (1.0 - rate) / spread], dtype=torch.float64))
     u = torch.rand(len(labels), generator=generator, dtype=torch.float64)
     flip_rate = (rate + spread * torch.special.ndtri(low + u * (high - low))).clamp(0.0, 1.0)
@@ -110,8 +110,8 @@ def instance_dependent(
 
 
 def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The class (int64 [N]) at which each row of probabilities [N, K], summed up, first exceeds u [N] in [0, 1)."""
+    """The first class (int64 [N]) whose cumulative probability, in the rows of [N, K], exceeds u [N] in [0, 1)."""
     edges = probabilities.cumsum(1)
-    # Rounding may leave the last edge below 1: classes after the last non-zero entry must stay unreachable.
+    # Rounding may leave the last edge below 1. Classes after the last non-zero entry must stay unreachable.
     edges = torch.where(edges >= edges[:, -1:], torch.ones_like(edges), edges)
     return torch.searchsorted(edges, u.unsqueeze(1), right=True).squeeze(1)

@@ -1,14 +1,15 @@
-"""Label noise as a versioned object: what was flipped, by which convention, from which seed.
+"""Label noise as a versioned object: kind, rate, convention and seed.
 
-Section 3 of the methods: codebases differ in what "40% symmetric" means, so :class:`NoiseSpec` says it, and
-:class:`NoisyLabels` records what came out (realised rate, realised matrix, hash of the labels). Every draw comes
-from a CPU generator of the object's own, so a CUDA run gets the same labels.
+Codebases differ in the meaning of "40% symmetric", so :class:`NoiseSpec` states the convention. :class:`NoisyLabels`
+records the realised rate, the realised matrix and the hash of the labels. All draws come from a CPU generator of their
+own, so a CUDA run gets the same labels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,25 @@ from tad_plugin.utils.files import atomic_write, read_json
 
 __all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
 
-KINDS = ("none", "symmetric", "asymmetric", "pair", "instance", "matrix", "human")
 VERSION = 1
 _FORMAT = "tad_plugin.noise"
-_RATED = {"symmetric", "asymmetric", "pair", "instance"}
+# The settings of each kind beside kind, seed and version.
+_TAKES: dict[str, set[str]] = {
+    "none": set(),
+    "symmetric": {"rate", "convention"},
+    "asymmetric": {"rate", "class_map"},
+    "pair": {"rate"},
+    "instance": {"rate", "spread"},
+    "matrix": {"matrix", "path"},
+    "human": {"path", "key"},
+}
+KINDS = tuple(_TAKES)
+_RATED = {kind for kind, takes in _TAKES.items() if "rate" in takes}
 
 
 @dataclass(frozen=True)
 class NoisyLabels:
-    """Labels after noise, and what the noise turned out to be.
+    """Labels after noise, with the realised noise.
 
     Attributes:
         labels: int64 [N], the observed labels, on the true labels' device.
@@ -44,7 +55,7 @@ class NoisyLabels:
         matrix: float64 [K, K] on the CPU, ``matrix[true, observed]`` as shares of the true class; a class without
             samples has a row of zeros.
         digest: sha256 (hex) of the observed labels.
-        spec: what made them.
+        spec: the noise that made them.
     """
 
     labels: Tensor
@@ -56,7 +67,7 @@ class NoisyLabels:
 
     @classmethod
     def of(cls, spec: NoiseSpec, labels: Tensor, true_labels: Tensor, num_classes: int) -> NoisyLabels:
-        """Measures observed labels (int64 [N]) against the true ones (int64 [N]) of K classes."""
+        """Compares observed labels (int64 [N]) with the true ones (int64 [N]) of K classes."""
         pairs = true_labels.cpu() * num_classes + labels.cpu()
         counts = torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).double()
         matrix = counts / counts.sum(1, keepdim=True).clamp_min(1.0)
@@ -64,7 +75,7 @@ class NoisyLabels:
         return cls(labels, true_labels, rate, matrix, label_digest(labels), spec)
 
     def description(self) -> dict[str, Any]:
-        """Plain values for a JSON file: the spec, the realised rate and matrix, the hash."""
+        """Plain values for a JSON file: spec, realised rate and matrix, hash."""
         return {
             "format": _FORMAT,
             "spec": self.spec.to_dict(),
@@ -75,15 +86,15 @@ class NoisyLabels:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes :meth:`description` as JSON (atomically replaced); the labels follow from the spec."""
+        """Writes :meth:`description` as JSON (atomically replaced). The labels follow from the spec."""
         atomic_write(path, json.dumps(self.description(), indent=1) + "\n")
 
     def check(self, path: str | Path) -> None:
-        """Checks that these are the labels which a saved description speaks of.
+        """Checks that these are the labels of a saved description.
 
         Raises:
             FileFormatError: not such a file.
-            StateMismatchError: other labels; both hashes and both specs are shown.
+            StateMismatchError: other labels. Both hashes and both specs are shown.
         """
         saved = _read_description(path)
         if saved.get("digest") == self.digest:
@@ -100,24 +111,24 @@ class NoisyLabels:
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """What noise to put on labels. Checked when made; equal specs give equal labels.
+    """Label noise. Checked when created; equal specs give equal labels.
 
     Attributes:
-        kind: "none"; "symmetric" (see ``convention``); "asymmetric" (to the confusable class of the dataset, for
-            classes that have one); "pair" (c to c + 1 mod K); "instance" (depends on the image,
+        kind: "none"; "symmetric"; "asymmetric" (to the confusable class, for classes that have one); "pair" (c to
+            c + 1 mod K); "instance" (depends on the image, see
             :func:`tad_plugin.data.noise.flips.instance_dependent`); "matrix"; "human" (a label file).
-        rate: flip probability of a sample in [0, 1], for the four kinds from symmetric to instance. For asymmetric
-            that of samples in a confusable class, so the share over the dataset is lower. Mean before truncation for
-            instance.
-        seed: seed of the generator, >= 0. Ignored by none and human.
-        convention: for symmetric: "others" draws from the other K-1 classes (default: 0.4 makes 40% wrong), "all"
-            from all K (with K = 10, 0.4 makes 36% wrong).
-        matrix: K x K row-stochastic, ``matrix[true][observed]``, for kind matrix; any nested sequence or tensor.
-        path: label file for human; file with the matrix (``.npy`` or ``.json``) for matrix.
-        key: which label set of the file, for human ("worse", "aggre", ...).
-        class_map: for asymmetric, pairs (class, confusable class); None takes the dataset's own.
-        spread: for instance, standard deviation of the samples' flip probabilities, > 0.
-        version: of this definition; a later one that draws differently gets another number.
+        rate: flip probability of a sample in [0, 1], for symmetric, asymmetric, pair and instance. For asymmetric it
+            concerns classes with a confusable class, so the share over the dataset is lower. For instance it is the
+            mean before truncation.
+        seed: seed of the generator, in [0, 2^63). Ignored by none and human.
+        convention: for symmetric: "others" draws from the other K-1 classes (0.4 makes 40% wrong), "all" from all K
+            (with K = 10, 0.4 makes 36% wrong).
+        matrix: for matrix: K x K row-stochastic, ``matrix[true][observed]``; any nested sequence or tensor.
+        path: for human the label file, for matrix the file of the matrix (``.npy`` or ``.json``).
+        key: for human the label set of the file ("worse", "aggre", ...).
+        class_map: for asymmetric pairs (class, confusable class); None takes the dataset's own.
+        spread: for instance the standard deviation of the samples' flip probabilities, > 0.
+        version: of this definition. A definition that draws differently gets another number.
 
     Raises:
         ConfigError: an unknown kind, a value out of range, or one that the kind does not take.
@@ -135,16 +146,33 @@ class NoiseSpec:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        """Normalises the values' types and checks them."""
-        if self.kind not in KINDS:
-            raise ConfigError(explain(f"a kind of noise out of {', '.join(KINDS)}", repr(self.kind), ACCEPTED))
+        self._require(self.kind in KINDS, f"a kind of noise out of {', '.join(KINDS)}", self.kind)
         try:
             self._normalise()
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(explain("noise settings of the documented types", str(error), ACCEPTED)) from error
-        for wrong, expected, got in self._complaints():
-            if wrong:
-                raise ConfigError(explain(expected, got, ACCEPTED))
+        for field in dataclasses.fields(self):
+            if field.name not in {"kind", "seed", "version"} and getattr(self, field.name) != field.default:
+                takes = field.name in _TAKES[self.kind]
+                self._require(takes, f"no {field.name} for {self.kind} noise", getattr(self, field.name))
+        rows, sources = self.matrix or (), [a for a, _ in self.class_map or ()]
+        self._require(self.version == VERSION, f"version {VERSION} of the noise definition", self.version)
+        self._require(0.0 <= self.rate <= 1.0, "a rate in [0, 1]", self.rate)
+        self._require(type(self.seed) is int and 0 <= self.seed < 2**63, "a seed from 0 to 2**63 - 1", self.seed)
+        self._require(self.convention in ("others", "all"), "convention 'others' or 'all'", self.convention)
+        self._require(0.0 < self.spread < float("inf"), "a spread above 0", self.spread)
+        self._require(self.kind != "human" or bool(self.key), "a label set, as in 'human:worse'", self.key)
+        either = (self.matrix is None) != (self.path is None)
+        self._require(self.kind != "matrix" or either, "a matrix or the path of one", "none or both")
+        square = self.matrix is None or (len(rows) > 0 and all(len(row) == len(rows) for row in rows))
+        self._require(square, "a matrix of K rows with K entries", [len(row) for row in rows])
+        stochastic = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in rows)
+        self._require(stochastic, "rows of numbers >= 0 that sum to 1", [round(sum(row), 6) for row in rows])
+        self._require(len(set(sources)) == len(sources), "one confusable class per class", self.class_map)
+
+    def _require(self, condition: bool, expected: str, got: object) -> None:
+        if not condition:
+            raise ConfigError(explain(expected, repr(got), ACCEPTED))
 
     def _normalise(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -157,36 +185,9 @@ class NoiseSpec:
             put("matrix", tuple(tuple(float(v) for v in row) for row in rows))
         if self.class_map is not None:
             pairs = self.class_map.items() if isinstance(self.class_map, Mapping) else self.class_map
-            put("class_map", tuple(sorted((int(a), int(b)) for a, b in pairs)))
+            put("class_map", tuple(sorted((operator.index(a), operator.index(b)) for a, b in pairs)))
         if self.path is not None:
             put("path", str(self.path))
-
-    def _complaints(self) -> list[tuple[bool, str, str]]:
-        kind = self.kind
-        whole_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        rows = self.matrix
-        square = rows is None or (len(rows) > 0 and all(len(row) == len(rows) for row in rows))
-        stochastic = rows is None or all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in rows if row)
-        sources = [a for a, _ in self.class_map or ()]
-        return [
-            (self.version != VERSION, f"version {VERSION} of the noise definition", str(self.version)),
-            (not 0.0 <= self.rate <= 1.0, "a rate in [0, 1]", str(self.rate)),
-            (kind not in _RATED and self.rate != 0.0, f"no rate for {kind} noise", str(self.rate)),
-            (not (whole_seed and 0 <= self.seed < 2**63), "a seed from 0 to 2**63 - 1", repr(self.seed)),
-            (self.convention not in {"others", "all"}, "convention 'others' or 'all'", repr(self.convention)),
-            (self.convention != "others" and kind != "symmetric", f"no convention for {kind} noise", self.convention),
-            (kind != "instance" and self.spread != 0.1, f"no spread for {kind} noise", str(self.spread)),
-            (not 0.0 < self.spread < float("inf"), "a spread above 0", str(self.spread)),
-            (kind == "human" and not self.key, "a label set for human noise, as in 'human:worse'", "none"),
-            (kind != "human" and self.key is not None, f"no key for {kind} noise", repr(self.key)),
-            (kind not in {"human", "matrix"} and self.path is not None, f"no path for {kind} noise", repr(self.path)),
-            (kind != "matrix" and rows is not None, f"no matrix for {kind} noise", "a matrix"),
-            (kind == "matrix" and (rows is None) == (self.path is None), "a matrix or the path of one", "none or both"),
-            (not square, "a matrix of K rows with K entries", f"rows of {[len(r) for r in rows or ()]} entries"),
-            (not stochastic, "rows of numbers >= 0 that sum to 1", f"sums {[round(sum(r), 6) for r in rows or ()]}"),
-            (kind != "asymmetric" and self.class_map is not None, f"no map for {kind} noise", "a map"),
-            (len(set(sources)) != len(sources), "one confusable class per class", f"pairs {self.class_map}"),
-        ]
 
     # -- text and files ----------------------------------------------------------------------------
     @classmethod
@@ -194,8 +195,8 @@ class NoiseSpec:
         """Reads the short form: ``none``, ``symmetric:0.4``, ``asymmetric:0.4@seed=3``, ``human:worse@path=FILE``.
 
         Args:
-            text: ``KIND[:RATE or label set][@name=value,...]``; names are seed, convention, spread, map
-                (``7-1/2-7``), rows (``0.9:0.1/0.2:0.8``) and, last, path. ``str(spec)`` gives it back.
+            text: ``KIND[:RATE or label set][@name=value,...]``. Names are seed, convention, spread, map
+                (``7-1/2-7``), rows (``0.9:0.1/0.2:0.8``) and path, which comes last. ``str(spec)`` is the inverse.
             seed: replaces the text's seed, if given.
             path: replaces the text's path, if given.
 
@@ -210,7 +211,7 @@ class NoiseSpec:
         return cls(**fields)
 
     def __str__(self) -> str:
-        """The text form that :meth:`parse` reads, without what equals the default."""
+        """The text form of :meth:`parse`, without values that equal the default."""
         head = self.kind
         if self.kind in _RATED:
             head += f":{self.rate:g}" if float(f"{self.rate:g}") == self.rate else f":{self.rate!r}"
@@ -232,7 +233,7 @@ class NoiseSpec:
         return head + ("@" + ",".join(options) if options else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; only what differs from the defaults, and always kind, rate, seed and version."""
+        """Plain values for JSON: kind, rate, seed, version, and values that differ from the default."""
         values = dataclasses.asdict(self)
         default = {f.name: f.default for f in dataclasses.fields(self)}
         always = {"kind", "rate", "seed", "version"}
@@ -276,18 +277,21 @@ class NoiseSpec:
         class_names: Sequence[str] | None = None,
         source_index: Tensor | None = None,
         source_rank: Tensor | None = None,
+        source_paths: Sequence[str] | None = None,
     ) -> NoisyLabels:
-        """Puts the noise on true labels. Draws from its own CPU generator only.
+        """Puts the noise on true labels. Draws from a CPU generator of its own.
 
         Args:
             labels: integers [N] in [0, K), the true labels.
             num_classes: number of classes K.
-            images: float [N, C, H, W], needed for instance; in [0, 1], so that the labels do not depend on a
-                normalisation per channel.
-            dataset: name, for the class map of asymmetric.
-            class_names: names of the K classes, by which an image folder of CIFAR-10 is recognised.
-            source_index: int64 [N], position of each sample in the published order, for human.
-            source_rank: int64 [N], rank of each sample in its class, for human; goes before ``source_index``.
+            images: float [N, C, H, W] in [0, 1], for instance noise. Normalised images would give other labels.
+            dataset: name of the dataset, for the class map of asymmetric noise.
+            class_names: names of the K classes: an image folder of CIFAR-10 is recognised by them, and label files may
+                hold them.
+            source_index: int64 [N], position of each sample in the published order, for human noise.
+            source_rank: int64 [N], rank of each sample in its class, for human noise.
+            source_paths: N file names below the dataset's top, for human noise. See
+                :func:`tad_plugin.data.noise.label_files.human_labels` for the order of precedence.
 
         Raises:
             InvalidLabelsError: labels out of range or of a wrong type.
@@ -301,7 +305,14 @@ class NoiseSpec:
                 do = "Add the file, as in 'human:worse@path=FILE'"
                 raise ConfigError(explain("a path of a label file for human noise", "none", do))
             noisy = human_labels(
-                self.path, self.key or "", true, num_classes, source_index=source_index, source_rank=source_rank
+                self.path,
+                self.key or "",
+                true,
+                num_classes,
+                source_index=source_index,
+                source_rank=source_rank,
+                source_paths=source_paths,
+                class_names=class_names,
             )
         else:
             generator = torch.Generator().manual_seed(self.seed)

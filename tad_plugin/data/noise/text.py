@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ ACCEPTED = (
     " pair:0.4, instance:0.4@spread=0.1, matrix@path=FILE.npy, matrix@rows=0.9:0.1/0.2:0.8, human:worse@path=FILE;"
     " each with @seed=3, options separated by commas, path last"
 )
+_LARGEST = 256 * 2**20
 _OPTIONS = {"seed", "convention", "spread", "map", "rows"}
 
 
@@ -43,7 +46,7 @@ def parse_fields(text: str, rated: Collection[str]) -> dict[str, Any]:
         fields["key"] = argument or None
     elif colon:
         raise bad(f"nothing after {kind!r}", argument)
-    # A path may hold commas and equals signs, so it comes last and takes the rest.
+    # A path may hold commas and equals signs, so it comes last.
     before, has_path, path = tail.partition("path=") if tail.startswith("path=") else _split_path(tail)
     if has_path:
         fields["path"] = path
@@ -80,17 +83,24 @@ def _option(name: str, value: str) -> dict[str, Any]:
 
 
 def read_matrix(path: str) -> tuple[tuple[float, ...], ...]:
-    """A noise matrix [K, K] from a ``.npy`` file (no pickle) or a JSON list of lists.
+    """A noise matrix [K, K] from a ``.npy`` file (no pickle) or a JSON list of lists; at most 256 MiB.
 
     Raises:
-        FileFormatError: missing, corrupt, or not a matrix of numbers.
+        FileFormatError: missing, corrupt, too large, or not a matrix of numbers.
     """
+    file = Path(os.path.expanduser(path))
     try:
+        if not file.is_file():  # a pipe or a device would wait for ever
+            raise ValueError("no file")
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"{file.stat().st_size / 2**20:.0f} MiB")
         if path.endswith(".npy"):
-            values: Any = np.load(path, allow_pickle=False).tolist()
+            values: Any = np.load(file, allow_pickle=False).tolist()
         else:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
+        if not all(type(v) in (int, float) and math.isfinite(v) for row in values for v in row):
+            raise TypeError("entries that are no finite numbers")
         return tuple(tuple(float(v) for v in row) for row in values)
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # the parsers raise whatever the bytes provoke
         do = "Write it with numpy.save, or as a JSON list of rows"
         raise FileFormatError(explain("a .npy or .json file with a K x K matrix", f"{path}: {error}", do)) from error

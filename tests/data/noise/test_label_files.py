@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tad_plugin.data.noise import label_files
 from tad_plugin.data.noise.label_files import human_labels, read_label_file
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.errors import (
@@ -112,8 +114,84 @@ def test_bad_files(tmp_path: Path, npz: Path) -> None:
     (tmp_path / "labels.csv").write_text("1,2")
     bad = ["floats.npz", "square.npz", "negative.npz", "noclean.npz", "lengths.npz", "cut.npz", "text.npz", "text.pt"]
     for name in [*bad, "empty.pt", "list.pt", "nested.pt", "labels.csv", "absent.npz"]:
-        with pytest.raises(FileFormatError, match=r"Expected .* but got"):
+        with pytest.raises(FileFormatError, match=name):
             read_label_file(tmp_path / name)
+
+
+def npy(header: bytes, data: bytes = b"") -> bytes:
+    head = header + b" " * (53 - len(header) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }"),
+        npy(b"{'descr': '<i8', 'shape': (3,"),
+        npy(b"((" * 3000),
+        npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }"),
+        npy(b"{'descr': '<i8', 'fortran_order': False, 'shape': (-3,), }"),
+        npy(b"{'descr': '\xff\xfe', 'fortran_order': False, 'shape': (3,), }"),
+        b"\x93NUMPY\x09\x00",
+        b"no array",
+    ],
+    ids=["huge", "cut header", "nested header", "objects", "negative", "unicode", "version", "text"],
+)
+def test_npz_with_a_broken_member(tmp_path: Path, member: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "l.npz", "w") as archive:
+        archive.writestr("clean.npy", member)
+    with pytest.raises(FileFormatError, match=r"l\.npz"):
+        read_label_file(tmp_path / "l.npz")
+
+
+def test_npz_with_any_damaged_byte(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "good.npz", clean=CLEAN, worse=WORSE)
+    whole = (tmp_path / "good.npz").read_bytes()
+    for at in range(0, len(whole), 3):
+        data = bytearray(whole)
+        data[at] ^= 0xFF
+        (tmp_path / "l.npz").write_bytes(data)
+        try:
+            found = read_label_file(tmp_path / "l.npz")
+        except FileFormatError:
+            continue
+        assert found["clean"].tolist() == CLEAN.tolist()  # a byte that is not read, such as a date
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_that_are_too_large_double_or_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "zeros.npz", clean=np.zeros(10**6, dtype=np.int64))
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
+        for labels in (CLEAN, WORSE):
+            buffer = io.BytesIO()
+            np.save(buffer, labels)
+            archive.writestr("clean.npy", buffer.getvalue())
+    with pytest.raises(FileFormatError, match="twice"):
+        read_label_file(tmp_path / "twice.npz")
+    torch.save({"clean": torch.zeros(10**6)}, tmp_path / "zeros.pt")
+    np.savez(tmp_path / "far.npz", clean=np.full(3, 2**64 - 1, dtype=np.uint64))
+    with pytest.raises(FileFormatError, match="clean"):
+        read_label_file(tmp_path / "far.npz")
+    monkeypatch.setattr(label_files, "_LARGEST", 10**5)
+    for name in ("zeros.npz", "zeros.pt"):
+        with pytest.raises(FileFormatError, match=name):
+            read_label_file(tmp_path / name)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.npz")
+        with pytest.raises(FileFormatError, match=r"pipe\.npz"):
+            read_label_file(tmp_path / "pipe.npz")
+
+
+def test_the_home_folder_is_expanded(npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(npz.parent))
+    monkeypatch.setenv("USERPROFILE", str(npz.parent))
+    noisy = NoiseSpec.parse("human:worse@path=~/labels.npz").apply(torch.from_numpy(CLEAN), K)
+    assert noisy.labels.tolist() == WORSE.tolist()
+
+
+def test_a_label_set_that_is_not_there_is_named_with_those_that_are(npz: Path) -> None:
+    with pytest.raises(UnknownNameError, match="clean, worse.*'aggre'.*human:NAME"):
+        human_labels(npz, "aggre", torch.from_numpy(CLEAN), K)
 
 
 def test_mapping_by_position(npz: Path) -> None:
@@ -139,20 +217,20 @@ def test_mapping_by_rank(npz: Path, tmp_path: Path, stored: bool) -> None:
 
 def test_wrong_mappings_are_errors(npz: Path, tmp_path: Path) -> None:
     true = torch.from_numpy(CLEAN)
-    with pytest.raises(StateMismatchError, match="differ, first sample"):
+    with pytest.raises(StateMismatchError, match="of 60"):
         human_labels(npz, "worse", true.roll(1), K)
-    with pytest.raises(StateMismatchError, match="60 entries"):
+    with pytest.raises(StateMismatchError, match="60"):
         human_labels(npz, "worse", true[:3], K, source_index=torch.tensor([0, 1, 60]))
-    with pytest.raises(StateMismatchError, match="60 entries"):
+    with pytest.raises(StateMismatchError, match="60"):
         human_labels(npz, "worse", torch.cat([true, true]), K)
     for rank in (-1, 1000):
-        with pytest.raises(StateMismatchError, match=f"number {rank} of class"):
+        with pytest.raises(StateMismatchError, match=f"{rank} of class"):
             human_labels(npz, "worse", true[:1], K, source_rank=torch.tensor([rank]))
-    with pytest.raises(StateMismatchError, match="labels of 3 classes"):
+    with pytest.raises(StateMismatchError, match="3"):
         human_labels(npz, "worse", torch.zeros(5, dtype=torch.int64), 3)
     with pytest.raises(InvalidInputError, match="source_index"):
         human_labels(npz, "worse", true, K, source_index=torch.arange(3))
-    with pytest.raises(UnknownNameError, match="Did you mean 'worse'"):
+    with pytest.raises(UnknownNameError, match="'worse'"):
         human_labels(npz, "worst", true, K)
     with pytest.raises(UnknownNameError):
         human_labels(npz, "rank_in_class", true, K)
@@ -160,7 +238,7 @@ def test_wrong_mappings_are_errors(npz: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidLabelsError, match="worse"):
         human_labels(tmp_path / "wide.npz", "worse", true, K)
     np.savez(tmp_path / "ranks.npz", clean=CLEAN, rank_in_class=RANK + 10**12)
-    with pytest.raises(FileFormatError, match="ranks below 60"):
+    with pytest.raises(FileFormatError, match="rank_in_class"):
         human_labels(tmp_path / "ranks.npz", "clean", true, K, source_rank=torch.from_numpy(RANK))
 
 

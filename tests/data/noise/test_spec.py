@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,19 +73,58 @@ def test_short_forms() -> None:
      "matrix@rows=1.5:-0.5/0:1", "instance:0.1@spread=0", "symmetric:0.1@spread=0.2", "none@rows=1"],
 )  # fmt: skip
 def test_bad_text_names_the_accepted_forms(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"Expected .* but got .*symmetric:0\.4.*human:worse"):
+    with pytest.raises(ConfigError, match=r"symmetric:0\.4.*human:worse"):
         NoiseSpec.parse(text)
 
 
 def test_other_versions_types_and_keys_are_refused() -> None:
-    with pytest.raises(ConfigError, match="version 1"):
+    with pytest.raises(ConfigError, match="2"):
         NoiseSpec("none", version=2)
-    with pytest.raises(ConfigError, match="documented types"):
+    with pytest.raises(ConfigError, match="much"):
         NoiseSpec("symmetric", rate="much")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keys out of"):
+    with pytest.raises(ConfigError, match="colour"):
         NoiseSpec.from_dict({"kind": "none", "colour": 1})
-    with pytest.raises(ConfigError, match="a kind"):
+    with pytest.raises(ConfigError, match="kind"):
         NoiseSpec.from_dict({"rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes"),
+    [("none", ""), ("symmetric", "rate convention"), ("asymmetric", "rate class_map"), ("pair", "rate"),
+     ("instance", "rate spread"), ("matrix", "matrix path"), ("human", "path key")],
+)  # fmt: skip
+def test_each_kind_takes_its_own_settings_only(kind: str, takes: str) -> None:
+    needed: dict[str, dict[str, Any]] = {"matrix": {"matrix": MATRIX}, "human": {"key": "worse"}}
+    values = {"rate": 0.1, "convention": "all", "class_map": ((0, 1),), "spread": 0.2, "matrix": MATRIX, "path": "f",
+              "key": "worse"}  # fmt: skip
+    for name, value in values.items():
+        given = {**needed.get(kind, {}), name: value}
+        if kind == "matrix" and name == "path":
+            del given["matrix"]
+        if name in takes.split():
+            assert getattr(NoiseSpec(kind, **given), name) == value
+        else:
+            with pytest.raises(ConfigError, match=f"{name} for {kind}"):
+                NoiseSpec(kind, **given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("matrix", {"matrix": MATRIX, "path": "f.npy"}),
+        ("asymmetric", {"class_map": ((0.5, 1),)}),
+        ("asymmetric", {"class_map": ((0, 1, 2),)}),
+        ("symmetric", {"rate": 10**400}),
+        ("symmetric", {"seed": 1.0}),
+        ("symmetric", {"seed": True}),
+        ("matrix", {"matrix": ()}),
+        ("matrix", {"matrix": ((float("nan"), 1.0), (0.0, 1.0))}),
+        (["none"], {}),
+    ],
+)
+def test_bad_values_are_config_errors(kind: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        NoiseSpec(kind, **values)
 
 
 @pytest.mark.parametrize("text", ["none", "symmetric:0.4", "asymmetric:0.4", "pair:0.3", "instance:0.3"])
@@ -156,34 +197,42 @@ def test_matrix_from_memory_and_files(tmp_path: Path) -> None:
         NoiseSpec.parse(f"matrix@path={tmp_path / 't.json'}").apply(true, 3).digest,
     }
     assert len(digests) == 1
-    with pytest.raises(ConfigError, match="for 4 classes"):
+    with pytest.raises(ConfigError, match="4"):
         NoiseSpec("matrix", matrix=MATRIX).apply(true, 4)
     for name, content in (("a.npy", b"junk"), ("b.json", b"{"), ("c.json", b"[1, 2]")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(FileFormatError, match="K x K matrix"):
+        with pytest.raises(FileFormatError, match=name):
             NoiseSpec("matrix", path=str(tmp_path / name)).apply(true, 3)
     np.save(tmp_path / "o.npy", np.array([[None]]), allow_pickle=True)
-    for name in ("o.npy", "absent.npy"):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "text.json").write_text('[["1", "0"], ["0", "1"]]')
+    (tmp_path / "bool.json").write_text("[[true, false], [false, true]]")
+    (tmp_path / "nan.json").write_text("[[NaN, 1], [0, 1]]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "head.npy").write_bytes(np.lib.format.magic(1, 0) + b"\x08\x00{'descr'")
+    (tmp_path / "folder.npy").mkdir()
+    broken = ("o.npy", "absent.npy", "deep.json", "text.json", "bool.json", "nan.json", "bytes.json", "head.npy")
+    for name in (*broken, "folder.npy"):
         with pytest.raises(FileFormatError):
             NoiseSpec("matrix", path=str(tmp_path / name)).apply(true, 3)
     (tmp_path / "d.json").write_text("[[0.5, 0.4], [0, 1]]")
-    with pytest.raises(ConfigError, match="sum to 1"):
+    with pytest.raises(ConfigError, match="0.9"):
         NoiseSpec("matrix", path=str(tmp_path / "d.json")).apply(labels(10, 2), 2)
 
 
 def test_what_is_missing_is_named() -> None:
     true = labels()
-    with pytest.raises(ConfigError, match="images for instance"):
+    with pytest.raises(ConfigError, match="instance"):
         NoiseSpec("instance", 0.1).apply(true, 10)
-    with pytest.raises(ConfigError, match="class map"):
+    with pytest.raises(ConfigError, match="svhn"):
         NoiseSpec("asymmetric", 0.1).apply(true, 10, dataset="svhn")
-    with pytest.raises(ConfigError, match="class map"):
+    with pytest.raises(ConfigError, match="11"):
         NoiseSpec("asymmetric", 0.1).apply(true, 11, dataset="cifar10")
-    with pytest.raises(ConfigError, match=r"map between classes in \[0, 10\)"):
+    with pytest.raises(ConfigError, match="0-10"):
         NoiseSpec("asymmetric", 0.1, class_map=((0, 10),)).apply(true, 10)
-    with pytest.raises(ConfigError, match="path of a label file"):
+    with pytest.raises(ConfigError, match="path"):
         NoiseSpec("human", key="worse").apply(true, 10)
-    with pytest.raises(ConfigError, match="at least 2 classes"):
+    with pytest.raises(ConfigError, match="1"):
         NoiseSpec("symmetric", 0.1).apply(torch.zeros(4, dtype=torch.int64), 1)
     with pytest.raises(InvalidLabelsError):
         NoiseSpec("symmetric", 0.1).apply(true, 9)
@@ -201,12 +250,16 @@ def test_saved_description_recognises_its_labels(tmp_path: Path) -> None:
     NoiseSpec("symmetric", 0.4).apply(labels(), 10).check(path)
     with pytest.raises(StateMismatchError, match=noisy.digest[:16]):
         NoiseSpec("symmetric", 0.4, seed=1).apply(labels(), 10).check(path)
-    for content in ("{", "[]", '{"format": "other"}'):
-        path.write_text(content)
+    for content in ("{", "[]", '{"format": "other"}', "[" * 100_000, "\udcff"):
+        path.write_text(content, errors="surrogateescape")
         with pytest.raises(FileFormatError):
             NoiseSpec.load(path)
     with pytest.raises(FileFormatError):
         noisy.check(tmp_path / "absent.json")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.json")
+        with pytest.raises(FileFormatError):
+            NoiseSpec.load(tmp_path / "pipe.json")
 
 
 def test_empty_class_has_a_row_of_zeros() -> None:
