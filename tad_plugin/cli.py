@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ ABOUT = """Dataset distillation on imperfect real data.
 
 Every verb except patch and run takes --config FILE.yaml; flags after it override the file.
 The same command resumes a run that was interrupted."""
+
+
+SEVERAL = {"ipc", "seed"}
+"""Settings of which a comparison takes several values, with flags of its own."""
 
 
 def _parser() -> Any:
@@ -97,7 +101,7 @@ def _parser() -> Any:
         "compare",
         "--arms A,B --out FOLDER [options]",
         f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}",
-        {"ipc", "seed"},
+        SEVERAL,
     )
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
@@ -129,12 +133,12 @@ def _parser() -> Any:
     return parser
 
 
-def _run_config(values: Any) -> Any:
+def _run_config(values: Any, skip: Collection[str] = ()) -> Any:
     import dataclasses
 
     from tad_plugin.experiments.config import RunConfig
 
-    names = {f.name for f in dataclasses.fields(RunConfig)}
+    names = {f.name for f in dataclasses.fields(RunConfig)} - set(skip)
     return RunConfig.from_flags({k: v for k, v in values.as_dict().items() if k in names})
 
 
@@ -210,7 +214,7 @@ def _compare(values: Any) -> int:
     from tad_plugin.experiments.report.tables import markdown_table, summarise, text_table
     from tad_plugin.utils.files import atomic_write
 
-    config = _run_config(values)
+    config = _run_config(values, skip=SEVERAL)
     arms = [a.strip() for a in values.arms.split(",") if a.strip()]
     seeds, ipcs, out = c.parse_seeds(values.seeds), c.parse_numbers(values.ipc, "ipc"), Path(values.out)
     failures: list[c.Failure] = []
