@@ -59,11 +59,13 @@ def _run(arguments: Sequence[str]) -> int:
         prog="tad-plugin run",
         usage="tad-plugin run --upstream PATH [options] -- SCRIPT.py [its arguments]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{ABOUT['run']}\nIt runs in the script's own folder, to which paths in its arguments are relative."
-        f"\n\nSwitches, each off unless script and machine need it, and printed when on:\n{switches}",
+        description=f"{ABOUT['run']}\nThe working directory is the folder of the script."
+        f"\n\nSwitches. One is on if script and machine need it, and is then printed:\n{switches}",
     )
     parser.add_argument("--upstream", required=True, metavar="PATH", help="folder of the checkout")
-    parser.add_argument("--seed", type=int, default=None, help="a repeatable run: seeds, and a clock that counts calls")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="make the run repeatable: fixed seeds, and a clock that counts calls"
+    )
     parser.add_argument("--with", dest="on", default="", metavar="A,B", help="switches to force on")
     parser.add_argument("--without", dest="off", default="", metavar="A,B", help="switches to force off")
     given = list(arguments)

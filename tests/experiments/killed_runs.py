@@ -2,8 +2,8 @@
 
 ``python -m tests.experiments.killed_runs FOLDER ARM...`` does it.
 
-Each attempt is a process of its own (a fork, so that the packages are imported once) that kills itself where a real
-kill is most awkward. It prints one JSON line per arm: for each planned kill the attempt's signal, and the status of
+Each attempt is a process of its own (a fork, so that packages are imported once) that kills itself where a kill does most
+harm. It prints one JSON line per arm: for each planned kill the attempt's signal, and the status of
 the last attempt, which is left to finish. An arm is one of DM, or BASELINE/ARM.
 """
 
