@@ -2,8 +2,8 @@
 
 ``python -m tests.experiments.killed_runs FOLDER ARM...`` does it.
 
-Each attempt is a process of its own (a fork, so that packages are imported once). It kills itself where a kill does most
-harm. One JSON line is printed per arm: the signal of the attempt of each planned kill, and the status of the last
+Each attempt is a process of its own (a fork, so that packages are imported once). It kills itself where a kill does
+most harm. One JSON line is printed per arm: the signal of the attempt of each planned kill, and the status of the last
 attempt, which runs to its end. An arm is one of DM, or BASELINE/ARM.
 """
 
