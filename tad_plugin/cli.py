@@ -1,15 +1,16 @@
-"""The command line: ``tad-plugin VERB ...``. Flags and YAML files are the fields of the same dataclasses."""
+"""The command line: ``tad-plugin VERB ...``. Each verb calls one function; flags are fields of settings classes."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tad_plugin import __version__, checkout_cli
+from tad_plugin import __version__
 from tad_plugin.errors import InvalidInputError, TadPluginError, explain, missing_extra
+from tad_plugin.upstream import cli as checkouts
 
 __all__ = ["main"]
 
@@ -24,8 +25,12 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
 
-Every verb but patch and run takes --config FILE.yaml; flags after it win.
-A run that was cut short goes on with the same command."""
+Every verb except patch and run takes --config FILE.yaml; flags after it override the file.
+The same command resumes a run that was interrupted."""
+
+
+SEVERAL = {"ipc", "seed"}
+"""Settings of which a comparison takes several values, with flags of its own."""
 
 
 def _parser() -> Any:
@@ -41,7 +46,7 @@ def _parser() -> Any:
     from tad_plugin.experiments.config import RunConfig
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the line breaks of the descriptions."""
+        """Keeps line breaks in descriptions and shows defaults."""
 
     arms = "".join(f"\n  {name:18} {arm.about}" for name, arm in ARMS.items())
     parser = ArgumentParser(prog="tad-plugin", description=ABOUT, formatter_class=Formatter)
@@ -64,12 +69,9 @@ def _parser() -> Any:
     )
     one.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
     one.add_argument("--out", type=str, required=True, help="run folder")
+    one.add_argument("--overwrite", type=bool, default=False, help="start over and remove an earlier run in the folder")
     one.add_argument(
-        "--overwrite", type=bool, default=False, help="start over, removing what an earlier run left in the folder"
-    )
-
-    one.add_argument(
-        "--shared", type=str, default="", help="folder of divisions and experts that several runs share (none: its own)"
+        "--shared", type=str, default="", help="folder of decisions and experts that runs share (by default: none)"
     )
 
     from tad_plugin.distill.experts.trainer import ExpertConfig
@@ -85,9 +87,7 @@ def _parser() -> Any:
     teach.add_argument("--arm", type=str, default="noisy", help="labels and method, see above")
     teach.add_argument("--out", type=str, required=True, help="run folder, which is the replay buffer")
     teach.add_argument("--jobs", type=int, default=1, help="experts trained side by side")
-    teach.add_argument(
-        "--overwrite", type=bool, default=False, help="start over, removing the buffer that is in the folder"
-    )
+    teach.add_argument("--overwrite", type=bool, default=False, help="start over and remove the buffer in the folder")
 
     check = verb(
         "evaluate",
@@ -101,7 +101,7 @@ def _parser() -> Any:
         "compare",
         "--arms A,B --out FOLDER [options]",
         f"Run several arms x seeds side by side; table, plots and page.\n\nArms:{arms}",
-        {"ipc", "seed"},
+        SEVERAL,
     )
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
@@ -109,38 +109,37 @@ def _parser() -> Any:
     many.add_argument("--jobs", type=int, default=1, help="runs side by side")
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument(
-        "--shared", type=str, default="", help="folder of divisions and experts that runs share (OUT/shared)"
+        "--shared", type=str, default="", help="folder of decisions and experts that runs share (OUT/shared)"
     )
     many.add_argument("--out", type=str, required=True, help="folder for runs, table, pictures and page")
-    many.add_argument(
-        "--overwrite", type=bool, default=False, help="start over, removing what earlier runs left in the folder"
-    )
+    many.add_argument("--overwrite", type=bool, default=False, help="start over and remove earlier runs in the folder")
     many.add_argument("--pictures", type=bool, default=True, help="draw the pictures and the HTML page")
 
     who = verb(
         "influence",
         "FOLDER [options]",
-        "The most helpful and most harmful real samples of a run with iwd: a table and a picture.",
+        "The most helpful and most harmful real samples of a run that scored influences: a table and a picture.",
         run=False,
     )
-    who.add_argument("folder", type=str, help="run folder of an arm with iwd (--out of distill, or OUT/ARM/ipcN/seedS)")
+    who.add_argument(
+        "folder", type=str, help="run folder (--out of distill, or OUT/ARM/ipcN/seedS) of an arm such as iwd"
+    )
     who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
-    who.add_argument("--out", type=str, default="", help="where to write; by default into the run folder")
+    who.add_argument("--out", type=str, default="", help="output folder; the run folder by default")
 
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
-    for name, about in checkout_cli.ABOUT.items():
-        verb(name, "...", about, run=False)  # for the list of verbs; main() hands these over before it parses
+    for name, about in checkouts.ABOUT.items():
+        verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
     return parser
 
 
-def _run_config(values: Any, **overrides: Any) -> Any:
+def _run_config(values: Any, skip: Collection[str] = ()) -> Any:
     import dataclasses
 
     from tad_plugin.experiments.config import RunConfig
 
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    given = {k: v for k, v in values.as_dict().items() if k in names}
-    return RunConfig(**{**given, **overrides})
+    names = {f.name for f in dataclasses.fields(RunConfig)} - set(skip)
+    return RunConfig.from_flags({k: v for k, v in values.as_dict().items() if k in names})
 
 
 def _distill(values: Any) -> None:
@@ -169,27 +168,26 @@ def _experts(values: Any) -> None:
 
 
 def _evaluate(values: Any) -> None:
-    import torch
-
     from tad_plugin.data.synthetic import SyntheticSet
     from tad_plugin.evaluate import evaluate
-    from tad_plugin.experiments.config import load_splits
+    from tad_plugin.experiments.loading import load_splits
+    from tad_plugin.experiments.plan import resolve
     from tad_plugin.utils.files import atomic_write
+    from tad_plugin.utils.seeds import seeded_generator
 
-    config = _run_config(values).resolved()
-    synthetic = SyntheticSet.load(values.synthetic, device=config.device)
-    _check_dataset(config.dataset, synthetic.dataset, values.synthetic)
-    splits = load_splits(config, synthetic.preprocessing)
+    plan = resolve(_run_config(values), "noisy")  # evaluation is the same for all arms
+    synthetic = SyntheticSet.load(values.synthetic, device=plan.device)
+    _check_dataset(plan.dataset, synthetic.dataset, values.synthetic)
+    splits = load_splits(plan, synthetic.preprocessing)
     found = {}
-    for network in config.networks():
-        generator = torch.Generator().manual_seed(config.seed)
+    for network in plan.evaluation.networks:
         result = evaluate(
             synthetic,
             (splits.test_images, splits.test_labels),
-            config.evaluation(),
+            plan.evaluation,
             preprocessing=splits.preprocessing,
             network=network,
-            generator=generator,
+            generator=seeded_generator(plan.seed),
         )
         found[network] = {"mean": result.mean, "std": result.std, "accuracies": list(result.accuracies)}
         print(f"{network:12} {result.mean:6.2f} +- {result.std:.2f} %  ({len(result.accuracies)} networks)")
@@ -198,7 +196,7 @@ def _evaluate(values: Any) -> None:
 
 
 def _check_dataset(wanted: str, distilled: str, path: str) -> None:
-    """The images are loaded with the set's own preprocessing, so only the name can tell that they are others."""
+    """Compares dataset names: test images get the preprocessing of the set, so nothing else can tell them apart."""
     if wanted.startswith("folder:"):
         wanted = "folder:" + Path(wanted.removeprefix("folder:")).resolve().stem
     if distilled and wanted != distilled:
@@ -216,7 +214,7 @@ def _compare(values: Any) -> int:
     from tad_plugin.experiments.report.tables import markdown_table, summarise, text_table
     from tad_plugin.utils.files import atomic_write
 
-    config = _run_config(values)
+    config = _run_config(values, skip=SEVERAL)
     arms = [a.strip() for a in values.arms.split(",") if a.strip()]
     seeds, ipcs, out = c.parse_seeds(values.seeds), c.parse_numbers(values.ipc, "ipc"), Path(values.out)
     failures: list[c.Failure] = []
@@ -251,7 +249,7 @@ def _compare(values: Any) -> int:
     for failure in failures:
         print(f"tad-plugin: failed: {failure}", file=sys.stderr)
     count, report_file = f"{len(failures)} of {len(results) + len(failures)} runs", out / "failures.txt"
-    do = "The others are kept, and the same command tries these again"
+    do = "The other results are kept, and the same command tries these runs again"
     print(f"tad-plugin: {count} failed; tracebacks in {report_file}. {do}.", file=sys.stderr)
     return 1
 
@@ -295,12 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can mend.
+        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can correct.
     """
     given = list(argv) if argv is not None else sys.argv[1:]
     try:
-        if given and given[0] in checkout_cli.VERBS:
-            return checkout_cli.VERBS[given[0]](given[1:])
+        if given and given[0] in checkouts.VERBS:
+            return checkouts.VERBS[given[0]](given[1:])
         parser = _parser()
         values = parser.parse_args(given)
         return VERBS[values.verb](values[values.verb]) or 0
@@ -308,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tad-plugin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("tad-plugin: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
 
 

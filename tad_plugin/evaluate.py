@@ -1,16 +1,17 @@
-"""Evaluation: fresh networks are trained on the synthetic set and tested on real images."""
+"""Evaluation of a synthetic set: trains fresh networks on it and tests them on real images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.data import mosaic as partition
+from tad_plugin.data import mosaic
 from tad_plugin.data.labels import check_labels
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.synthetic import SyntheticSet
@@ -18,60 +19,61 @@ from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, ex
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
 
-DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {"partition": partition.decode}
-"""By the word before ":" of ``SyntheticSet.decode``: (images, labels, factor) -> training (images, labels)."""
+DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {"partition": mosaic.decode}
+"""Decoders by the name before ":" in ``SyntheticSet.decode``: (images, labels, factor) -> (images, labels)."""
 
 
 @dataclass
-class EvaluateConfig:
-    """How a synthetic set is evaluated [METHODS 4].
+class EvaluateConfig(Settings):
+    """Settings of an evaluation. The defaults are the field's protocol.
 
     Attributes:
-        network: architecture, or several joined by "," for cross-architecture evaluation.
+        network: architecture, or several joined by "," for cross-architecture evaluation; see :attr:`networks`.
         width: channels of a ConvNet.
         depth: blocks of a ConvNet; 0 takes 3 (2 for images under 16 pixels).
-        norm: normalisation; "" takes the architecture's own.
-        runs: networks per evaluation.
-        epochs: epochs of each (1000 in the field).
+        norm: normalisation layer; "" takes the architecture's own.
+        runs: number of networks.
+        epochs: epochs of each network.
         batch_size: images per step.
-        lr: SGD learning rate, times 0.1 after half of the epochs; a learned rate of the set wins over it.
+        lr: SGD learning rate, times 0.1 after half of the epochs. A learned rate of the synthetic set replaces it.
         momentum: SGD momentum.
         weight_decay: L2 penalty.
-        augment: DSA strategy; "auto" is the dataset's own, "none" switches it off.
+        augment: DSA strategy; "auto" takes the dataset's, "none" switches augmentation off.
     """
 
+    prefix: ClassVar[str] = "evaluation."
+
     network: str = "convnet"
-    width: int = 128
-    depth: int = 0
+    width: int = setting(128, at_least=1)
+    depth: int = setting(0, at_least=0)
     norm: str = ""
-    runs: int = 5
-    epochs: int = 1000
-    batch_size: int = 256
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    runs: int = setting(5, at_least=1)
+    epochs: int = setting(1000, at_least=1)
+    batch_size: int = setting(256, at_least=1)
+    lr: float = setting(0.01, above=0)
+    momentum: float = setting(0.9, at_least=0, below=1)
+    weight_decay: float = setting(5e-4, at_least=0)
     augment: str = "auto"
 
-    def __post_init__(self) -> None:
-        for name in ("runs", "epochs", "batch_size", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    explain(f"evaluation {name} of at least 1", str(getattr(self, name)), "Correct the setting")
-                )
-        if not self.lr > 0:
-            raise ConfigError(explain("an evaluation lr above 0", str(self.lr), "Correct the setting"))
+    @property
+    def networks(self) -> list[str]:
+        """The architectures in :attr:`network`."""
+        return [name.strip() for name in self.network.split(",")]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in percent, one per network.
+    """Result of an evaluation.
 
     Attributes:
-        accuracies: one number in [0, 100] per network.
+        accuracies: accuracy of each network in percent, [0, 100].
         network: the architecture.
+        mean: mean of the accuracies.
+        std: their standard deviation (biased).
     """
 
     accuracies: tuple[float, ...]
@@ -86,10 +88,10 @@ class Evaluation:
 
 
 def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
-    """The (images, labels) that a network is trained on: decoded where the set says so.
+    """The (images, labels) that a network is trained on, decoded if the set names a decoder.
 
     Raises:
-        ConfigError: the set names a decoder that does not exist, or a factor that does not fit its images.
+        ConfigError: the set names an unknown decoder, or a factor that does not fit its images.
     """
     if not synthetic.decode:
         return synthetic.images, synthetic.labels
@@ -111,10 +113,10 @@ def train_on_synthetic(
     """Trains ``network`` in place on the synthetic set and returns it in eval mode.
 
     Args:
-        network: a fresh network.
-        synthetic: hard labels give cross-entropy, soft labels cross-entropy with probabilities.
+        network: a fresh network, on the device of the set.
+        synthetic: the set; with soft labels the loss is cross-entropy with probabilities.
         config: the settings.
-        generator: CPU generator of batch order and augmentation.
+        generator: CPU generator of the batch order and of augmentation.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -125,7 +127,7 @@ def train_on_synthetic(
     augmentation = Augmentation.configured(config.augment, synthetic.dataset)
     rate = config.lr if synthetic.learning_rate is None else synthetic.learning_rate
     if not 0 < rate < math.inf:
-        do = "Set synthetic.learning_rate to None to train with the evaluation's own lr"
+        do = "Set synthetic.learning_rate to None to train with the lr of the evaluation"
         raise InvalidInputError(explain("a learned learning rate above 0", str(rate), do))
     optimizer = torch.optim.SGD(
         network.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -157,7 +159,7 @@ def train_on_synthetic(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent of ``network`` (put into eval mode) on images [N,C,H,W] and labels int64 [N]."""
+    """Accuracy in percent of ``network`` on images [N,C,H,W] and labels int64 [N]. Switches it to eval mode."""
     network.eval()
     batch_size = chunk_size(images.device)
     hits = sum(
@@ -182,16 +184,18 @@ def evaluate(
     Args:
         synthetic: the set.
         test: (images float32 [N,C,H,W], labels int64 [N]).
-        config: the settings.
-        preprocessing: how the test images were mapped; checked against the synthetic set's.
-        network: overrides ``config.network`` (one architecture).
+        config: the settings; defaults if None.
+        preprocessing: preprocessing of the test images, compared with that of the set; None skips the comparison.
+        network: one architecture; overrides ``config.network``, and is needed if that names several.
         runs: overrides ``config.runs``.
         generator: CPU generator of initial weights, batches and augmentation.
 
     Raises:
         PreprocessingMismatchError: test and synthetic images were normalised or whitened differently.
-        InvalidInputError: images of another shape.
-        InvalidLabelsError: test labels that are no classes of the synthetic set, or not one per image.
+        InvalidInputError: test images of another shape, or a learned learning rate that is not above 0.
+        InvalidLabelsError: test labels that are no classes of the set, or not one per image.
+        UnknownNameError: no such architecture.
+        NonFiniteError: the training loss is NaN or infinite.
     """
     config = config or EvaluateConfig()
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")

@@ -88,7 +88,7 @@ def test_a_learned_rate_wins_over_the_settings() -> None:
     b = train_on_synthetic(linear(), given, replace(SMALL, lr=0.05), seeded())
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     for rate in (-0.1, 0.0, float("nan")):
-        with pytest.raises(InvalidInputError, match="a learned learning rate above 0, but got"):
+        with pytest.raises(InvalidInputError, match=str(rate)):
             train_on_synthetic(linear(), replace(given, learning_rate=rate), SMALL, seeded())
 
 
@@ -117,14 +117,14 @@ def test_mean_and_std_are_numpys_and_the_generator_decides() -> None:
 def test_other_architectures_and_numbers_of_runs() -> None:
     found = evaluate(small_set(), blobs(), SMALL, network="mlp", runs=1, generator=seeded())
     assert found.network == "mlp" and len(found.accuracies) == 1
-    with pytest.raises(UnknownNameError, match="a network out of .*but got 'resnet19'. Did you mean 'resnet18'"):
+    with pytest.raises(UnknownNameError, match="'resnet19'.*'resnet18'"):
         evaluate(small_set(), blobs(), SMALL, network="resnet19", generator=seeded())
 
 
 def test_test_images_prepared_in_another_way_are_an_error() -> None:
     own = load_dataset("digits", per_class=3, preprocessing=Preprocessing((0.5,), (0.5,)))
     given = SyntheticSet(own.train_images, own.train_labels, 10, load_dataset("digits", per_class=3).preprocessing)
-    with pytest.raises(PreprocessingMismatchError, match=r"mean 0.3051.*but got .*mean 0.5000.*preprocessing=\.\.\."):
+    with pytest.raises(PreprocessingMismatchError, match="0.3051.*0.5000"):
         evaluate(
             given, (own.test_images, own.test_labels), SMALL, preprocessing=own.preprocessing, generator=seeded()
         )  # fmt: skip
@@ -135,21 +135,32 @@ def test_test_images_prepared_in_another_way_are_an_error() -> None:
 
 def test_bad_input_is_named() -> None:
     images, labels = blobs()
-    with pytest.raises(InvalidInputError, match=r"test images \[1, 8, 8\], but got \[1, 4, 4\]. Load the dataset"):
+    with pytest.raises(InvalidInputError, match=r"\[1, 8, 8\].*\[1, 4, 4\]"):
         evaluate(small_set(), (images[..., :4, :4], labels), SMALL, generator=seeded())
-    with pytest.raises(InvalidLabelsError, match=r"`test labels` in \[0, 3\)"):
+    with pytest.raises(InvalidLabelsError, match="test labels"):
         evaluate(small_set(), (images, labels + 1), SMALL, generator=seeded())
-    with pytest.raises(InvalidLabelsError, match="`test labels` of length 60, but got length 59"):
+    with pytest.raises(InvalidLabelsError, match="60.*59"):
         evaluate(small_set(), (images, labels[1:]), SMALL, generator=seeded())
     broken = small_set()
     broken.images[0] = float("nan")
-    with pytest.raises(NonFiniteError, match="a finite training loss on the synthetic set, but got nan"):
+    with pytest.raises(NonFiniteError, match="nan"):
         evaluate(broken, (images, labels), SMALL, generator=seeded())
-    with pytest.raises(ConfigError, match="a decoder out of .*but got 'puzzle:2'"):
+    with pytest.raises(ConfigError, match="'puzzle:2'"):
         training_pairs(replace(small_set(), decode="puzzle:2"))
 
 
-@pytest.mark.parametrize("given", [{"runs": 0}, {"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}])
+@pytest.mark.parametrize(
+    "given",
+    [{"runs": 0}, {"epochs": 0}, {"batch_size": 0}, {"width": 0}, {"lr": 0.0}, {"lr": math.nan}, {"momentum": 1.0}],
+)
 def test_bad_settings_are_named(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="Expected .*evaluation .*but got"):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"evaluation.{name}"):
         EvaluateConfig(**given)
+
+
+def test_several_architectures_are_joined_by_commas() -> None:
+    assert EvaluateConfig().networks == ["convnet"] and EvaluateConfig(network="mlp, vgg11").networks == [
+        "mlp",
+        "vgg11",
+    ]

@@ -39,7 +39,9 @@ from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.distill.mtt import MTT, MTTConfig
 from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.arm_hook import arm_hook
-from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import command_line, versions
 from tad_plugin.utils.seeds import expert_generator, generator_of, seeded_generator
@@ -95,9 +97,10 @@ def main() -> None:
         config = RunConfig(
             baseline="mtt", dataset=name, per_class=1000, noise="symmetric:0.4", seed=seed, width=16,
             methods={"iwd": {"ess": 0.5}}, device="cpu",
-        ).resolved()  # fmt: skip
-        splits, noisy, _ = load_noisy(config)
-        hook = arm_hook(config, "iwd", splits, noisy, trains_on_real=True)
+        )  # fmt: skip
+        plan = resolve(config, "iwd")
+        splits, noisy, _ = load_noisy(plan)
+        hook = arm_hook(plan, splits, noisy)
         hook.start()
         hook.settle()
         data = hook.data

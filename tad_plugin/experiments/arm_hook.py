@@ -1,4 +1,4 @@
-"""The hook of one arm on loaded data: the same for a run, its experts and what runs share."""
+"""Attaches the methods of an arm to loaded data: the same way for runs, experts and shared decisions."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise.spec import NoisyLabels
 from tad_plugin.distill.experts.buffer import BufferInfo
 from tad_plugin.distill.experts.trainer import ExpertConfig
-from tad_plugin.experiments.arms import parse_arm
-from tad_plugin.experiments.config import RunConfig, settings_of
+from tad_plugin.experiments.plan import Plan, settings_of
 from tad_plugin.utils.seeds import derived_seed
 
 __all__ = ["PILOT_ROUNDS", "arm_hook", "buffer_settings", "nominal_rate", "pilot_settings"]
 
 PILOT_ROUNDS = 3
-"""Rounds at the end of a pilot in which a method decides, where its warm-up is not set."""
+"""Rounds that a method decides in at the end of a pilot, if the user does not set its warm-up."""
 
 
 def nominal_rate(noisy: NoisyLabels) -> float | None:
-    """The share of wrong labels that the noise was set to; None where it was not set (no noise, human labels)."""
+    """Share of wrong labels that the noise was set to, in [0, 1]; None if it was not set (no noise, human labels)."""
     return noisy.spec.rate if noisy.spec.kind not in ("none", "human", "matrix") else None
 
 
 def pilot_settings(methods: Mapping[str, Any], method: str, experts: ExpertConfig) -> dict[str, Any]:
-    """Settings of the methods for experts of these settings: a warm-up that is not set takes most of a pilot.
+    """Settings of the methods when they decide on a pilot: by default the warm-up takes most of it.
 
-    A method that decides early trains the rest of the pilot on its own choice and agrees with it more and more: on
+    A method that decides early trains the rest of the pilot on its own choice and agrees with it more and more. On
     CIFAR-10 TAD then keeps 54% of the right labels instead of 82%.
 
     Args:
         methods: settings by method.
         method: as in :func:`tad_plugin.attach`.
-        experts: the experts' settings.
+        experts: settings of the experts.
+
+    Returns:
+        ``methods``, with a warm-up for each method that has one and whose warm-up is not set.
     """
     found = dict(methods)
     rounds = experts.pilot_epochs or experts.epochs
@@ -51,7 +53,7 @@ def pilot_settings(methods: Mapping[str, Any], method: str, experts: ExpertConfi
 
 
 def buffer_settings(methods: Mapping[str, Any], method: str, folder: str | Path) -> dict[str, Any]:
-    """Settings of the methods that decided while a buffer was trained: what is not set here is as it was there.
+    """Method settings stored with the replay buffer in ``folder``, overridden by ``methods``.
 
     Raises:
         FileFormatError: a damaged description or state.
@@ -64,49 +66,44 @@ def buffer_settings(methods: Mapping[str, Any], method: str, folder: str | Path)
 
 
 def arm_hook(
-    config: RunConfig,
-    arm: str,
+    plan: Plan,
     splits: DataSplits,
     noisy: NoisyLabels,
     *,
     experts: ExpertConfig | None = None,
-    buffer: str | Path = "",
-    trains_on_real: bool = False,
+    ipc: int | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Hook:
-    """The hook, not yet started.
+    """The hook of a run, not yet started.
 
     Args:
-        config: resolved settings.
-        arm: a name of ``ARMS`` or a method.
-        splits: the data.
-        noisy: the observed labels of its training part.
-        experts: the experts on which the methods decide, in trajectory matching.
-        buffer: folder of a replay buffer on which they decided before.
-        trains_on_real: see :func:`tad_plugin.attach`.
+        plan: the run's plan.
+        splits: its data.
+        noisy: observed labels of the training part.
+        experts: experts on which the methods decide (trajectory matching); no effect with a given buffer.
+        ipc: usable samples per class that the methods must leave; the run's IPC by default.
         log: receives log records.
 
     Raises:
         See :func:`tad_plugin.attach`.
     """
-    chosen = parse_arm(arm)
-    methods = config.methods
-    if buffer:
-        methods = buffer_settings(methods, chosen.method, buffer)
+    method, methods = plan.arm.method, plan.methods
+    if plan.buffer:
+        methods = buffer_settings(methods, method, plan.buffer)
     elif experts is not None:
-        methods = pilot_settings(methods, chosen.method, experts)
+        methods = pilot_settings(methods, method, experts)
     return attach(
-        chosen.method,
-        labels=splits.train_labels if chosen.true_labels else noisy.labels,
+        method,
+        labels=splits.train_labels if plan.arm.true_labels else noisy.labels,
         data=splits.train_images,
         num_classes=splits.num_classes,
-        seed=derived_seed(config.seed, "hook") % 2**31,
-        config=settings_of(methods, chosen.method),
+        seed=derived_seed(plan.seed, "hook") % 2**31,
+        config=settings_of(methods, method),
         true_labels=splits.train_labels,
         dataset=splits.name,
-        ipc=config.ipc,
+        ipc=plan.loop.ipc if ipc is None else ipc,
         noise_rate=nominal_rate(noisy),
-        trains_on_real=trains_on_real,
+        trains_on_real=plan.baseline.trains_on_real,
         log=log,
         start=False,
     )

@@ -1,4 +1,4 @@
-"""Arms: which labels a loop sees and which method acts. What a comparison puts side by side."""
+"""Arms: the variants that a comparison puts side by side."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["ARMS", "Arm", "parse_arm"]
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: which labels the loop sees and which method acts.
+    """One variant: which labels the loop sees, and which method acts.
 
     Attributes:
         method: as in :func:`tad_plugin.attach`.
         true_labels: the loop sees the true labels instead of the noisy ones.
-        distil: False leaves the initial real images as they are.
+        distil: False keeps the initial real images unchanged.
         about: one line for tables and help.
     """
 
@@ -33,14 +33,14 @@ ARMS: dict[str, Arm] = {
     "random": Arm(distil=False, about="random real images with observed labels, no distillation"),
     "random-subset": Arm("random", about="a random part of the real data: the control for fewer samples"),
     "oracle": Arm("oracle", about="only the correctly labelled samples; needs the true labels"),
-    "loss-prune": Arm("loss-prune", about="lowest-loss samples of each class; is told the nominal noise rate"),
-    "el2n": Arm("el2n", about="EL2N pruning; is told the nominal noise rate"),
+    "loss-prune": Arm("loss-prune", about="lowest-loss samples of each class; knows the nominal noise rate"),
+    "el2n": Arm("el2n", about="EL2N pruning; knows the nominal noise rate"),
     "clean-then-distil": Arm("clean-then-distil", about="cross-validated confident learning, then the baseline"),
     "tad": Arm("tad", about="trust-aware diversion"),
     "iwd": Arm("iwd", about="influence-weighted distillation"),
     "tad+iwd": Arm("tad+iwd", about="both"),
 }
-"""Named arms; any other registered method, or several joined by "+", is an arm too."""
+"""Named arms. Any other registered method, or several joined by "+", is an arm too."""
 
 
 def parse_arm(name: str) -> Arm:

@@ -1,15 +1,13 @@
-"""Several arms x several seeds x several IPC, side by side: runs, table, pictures, page."""
+"""Runs several arms, seeds and IPC side by side and collects their results."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import shutil
 import traceback
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,29 @@ from typing import Any
 import torch
 
 from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra
-from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.progress import bar
+from tad_plugin.utils.workers import spawn_pool, threads_each
 
 __all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
 
-
 SHARED = "shared"
-"""Folder of what runs share, in that of a comparison."""
+"""Folder inside that of a comparison, for decisions and experts that its runs share."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a comparison."""
+    """One run of a comparison. The process that runs it resolves its settings: "auto" is that machine's device.
+
+    Attributes:
+        arm: the arm.
+        config: the user's settings, with the IPC and seed of this run.
+        folder: run folder.
+        shared: folder of what runs share.
+    """
 
     arm: str
     config: RunConfig
@@ -41,13 +47,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run of a comparison that failed; its ``str`` is one line for people.
+    """A run of a comparison that failed; ``str()`` gives one line.
 
     Attributes:
         arm: the arm.
         ipc: images per class.
         seed: the seed.
-        message: what went wrong.
+        message: the error's message.
         trace: the traceback.
     """
 
@@ -92,20 +98,25 @@ def tasks_of(
     out: Path,
     shared: str | Path | None = None,
 ) -> list[Task]:
-    """All runs, seeds first, so that a comparison that is cut short holds whole arms of few seeds.
+    """All runs of a comparison, seed by seed, so that an interrupted one has complete sets of arms for the first seeds.
 
-    ``shared`` is the folder of what runs share, by default ``out/shared``.
+    Args:
+        config: settings of all runs.
+        arms: names of ``ARMS`` or methods.
+        seeds: one run each.
+        ipcs: images per class.
+        out: folder of the comparison.
+        shared: folder of what runs share; ``out/shared`` by default.
 
     Raises:
-        UnknownNameError, ConfigError: see :func:`tad_plugin.experiments.config.check_config`; or no arm, or one named
-            twice.
+        UnknownNameError, ConfigError: wrong settings of any arm, no arm, or an arm named twice.
     """
     arms, ipcs = list(arms), list(ipcs)
     if not arms or len(set(arms)) != len(arms):
         raise ConfigError(explain("arms, each named once", repr(",".join(arms)), "Correct --arms"))
     for arm in arms:
         for ipc in ipcs:
-            check_config(dataclasses.replace(config, ipc=ipc).resolved(), arm)
+            resolve(dataclasses.replace(config, ipc=ipc), arm)
     common = Path(shared) if shared else out / SHARED
     return [
         Task(arm, dataclasses.replace(config, ipc=ipc, seed=seed), out / arm / f"ipc{ipc}" / f"seed{seed}", common)
@@ -116,7 +127,7 @@ def tasks_of(
 
 
 def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[str, Any] | Failure:
-    """One run, or why it failed: the other runs of the comparison go on."""
+    """The results of one run, or its failure, which does not stop the other runs."""
     torch.set_num_threads(threads)
     try:
         return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite, shared=task.shared)
@@ -144,24 +155,27 @@ def compare(
     failures: list[Failure] | None = None,
     shared: str | Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs every combination (finished ones are kept) and returns their results, also in ``out/results.json``.
+    """Runs every combination that is not finished yet and writes all results to ``out/results.json``.
 
-    A run that fails does not stop the others. What failed stands, with the traceback, in ``out/failures.txt``; the
-    same command tries those runs again.
+    A failed run does not stop the others. Failures are written to ``out/failures.txt`` with their tracebacks; the same
+    command tries them again.
 
     Args:
-        config: settings that all runs share.
-        arms: names of ``experiment.ARMS`` or methods.
-        seeds: one run each; a seed fixes noise, split, initial images and networks, the same for all arms.
+        config: settings of all runs.
+        arms: names of ``ARMS`` or methods.
+        seeds: one run each. A seed fixes noise, split, initial images and networks, the same for all arms.
         ipcs: images per class.
-        out: folder; a run stands in ``out/ARM/ipcN/seedS``.
-        jobs: processes side by side (local launcher).
-        launcher: "local", or "ray" to run them as Ray tasks on a cluster that shares the file system.
-        overwrite: start over, removing what earlier runs left.
+        out: folder of the comparison; run folders are ``out/ARM/ipcN/seedS``.
+        jobs: number of processes (local launcher), at least 1.
+        launcher: "local", or "ray" to run Ray tasks on a cluster that shares the file system.
+        overwrite: start over and remove what earlier runs left.
         progress: show progress bars.
-        failures: failed runs are added to it; None raises for them, after the results were written.
-        shared: folder of divisions and experts that runs share (:mod:`tad_plugin.experiments.sharing`); by default
-            ``out/shared``, which ``overwrite`` removes. Another folder is left as it is.
+        failures: failed runs are appended to it; None raises for them after the results are written.
+        shared: folder of decisions and experts that runs share (:mod:`tad_plugin.experiments.sharing`). The default is
+            ``out/shared``, which ``overwrite`` removes; another folder is not removed.
+
+    Returns:
+        The results.json of each run that finished.
 
     Raises:
         UnknownNameError, ConfigError: wrong settings, before anything runs.
@@ -198,10 +212,8 @@ def compare(
 
 
 def _in_processes(tasks: list[Task], jobs: int, progress: bool, overwrite: bool) -> list[dict[str, Any] | Failure]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # spawn, because a forked process inherits locked thread pools and cannot use CUDA
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_attempt, t, threads, False, overwrite): i for i, t in enumerate(tasks)}
+    with spawn_pool(jobs) as pool:
+        futures = {pool.submit(_attempt, t, threads_each(jobs), False, overwrite): i for i, t in enumerate(tasks)}
         found: dict[int, dict[str, Any] | Failure] = {}
         try:
             for future in bar(as_completed(futures), "runs", progress, len(tasks)):

@@ -1,6 +1,6 @@
-"""One run of experts: dataset, noise, an arm, and a replay buffer; resumable, in a run folder.
+"""One run that trains experts: data, noise, an arm, and a replay buffer. It resumes after a kill.
 
-The folder is the buffer: ``replay_buffer_*.pt``, ``buffer.json`` and ``state.safetensors`` stand beside the run's
+The run folder is the buffer: ``replay_buffer_*.pt``, ``buffer.json`` and ``state.safetensors`` lie beside the run's
 ``config.yaml``, ``log.jsonl`` and ``results.json``.
 """
 
@@ -19,54 +19,53 @@ from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import clear_buffer
 from tad_plugin.distill.experts.train import STATE_FILE, train_experts
 from tad_plugin.distill.experts.trainer import ExpertConfig
-from tad_plugin.errors import ConfigError, explain
 from tad_plugin.experiments.arm_hook import arm_hook, pilot_settings
-from tad_plugin.experiments.arms import parse_arm
-from tad_plugin.experiments.config import MAY_DIFFER, RunConfig, check_config, load_noisy
+from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
 from tad_plugin.utils.seeds import derived_seed
 
-__all__ = ["NOT_FOR_EXPERTS", "experts_settings", "run_experts"]
+__all__ = ["NOT_FOR_EXPERTS", "experts_record", "plan_experts", "run_experts", "train_planned"]
 
 NOT_FOR_EXPERTS = {"baseline", "iterations", "lr_img", "loop", "candidates"} | {
     f.name for f in dataclasses.fields(RunConfig) if f.name.startswith("eval_")
 }
-"""Settings of :class:`RunConfig` that only a distillation reads."""
+"""Settings of :class:`RunConfig` that only a distillation uses."""
 
 
-def experts_settings(config: RunConfig, experts: ExpertConfig, arm: str) -> dict[str, Any]:
+def plan_experts(config: RunConfig, arm: str) -> Plan:
+    """The plan of a run that trains experts. Raises UnknownNameError, ConfigError."""
+    # As in trajectory matching, where presets made for the plugin's own scorer are not used.
+    return resolve(dataclasses.replace(config, baseline="mtt", loop={}), arm)
+
+
+def experts_record(plan: Plan, experts: ExpertConfig) -> dict[str, Any]:
     """Everything that the experts of one arm and seed depend on, as plain values: the run's config.yaml."""
-    # As the expert phase of a distillation, where a preset made for the plugin's own scorer is not taken.
-    config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
-    config = dataclasses.replace(config, methods=pilot_settings(config.methods, parse_arm(arm).method, experts))
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_FOR_EXPERTS}
-    return {"arm": arm, **kept, "expert": dataclasses.asdict(dataclasses.replace(experts, width=config.width))}
+    kept = {k: v for k, v in plan.record.items() if k not in NOT_FOR_EXPERTS}
+    methods = pilot_settings(plan.methods, plan.arm.method, experts)
+    return {**kept, "methods": methods, "expert": dataclasses.asdict(_experts_of(plan, experts))}
+
+
+def _experts_of(plan: Plan, experts: ExpertConfig) -> ExpertConfig:
+    return dataclasses.replace(experts, width=plan.record["width"])
 
 
 def run_experts(
-    config: RunConfig,
-    experts: ExpertConfig,
-    arm: str,
-    folder: str | Path,
-    *,
-    progress: bool = False,
-    overwrite: bool = False,
-    jobs: int = 1,
+    config: RunConfig, experts: ExpertConfig, arm: str, folder: str | Path, **options: Any
 ) -> dict[str, Any]:
-    """Trains (or goes on with, or returns) the experts of one arm and seed in one folder.
+    """Trains the experts of one arm and seed, resumes their training, or returns their results.
 
     Args:
-        config: data, noise, methods and seed; ``NOT_FOR_EXPERTS`` are not read, ``width`` is the experts'.
-        experts: the experts' own settings.
+        config: data, noise, methods and seed. ``NOT_FOR_EXPERTS`` are not used; ``width`` is that of the experts.
+        experts: the other settings of the experts.
         arm: a name of ``ARMS`` or a method.
-        folder: run folder, and the buffer.
-        progress: show a progress bar.
-        overwrite: start over, removing what an earlier run left there, its buffer included.
-        jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train.train_experts`.
+        folder: run folder, which becomes the replay buffer.
+        options: ``progress``, ``overwrite`` and ``jobs`` of :func:`train_planned`.
 
     Returns:
-        What results.json says: each expert's test accuracy in percent, seconds, and the quality of the division.
+        The contents of results.json: test accuracy in percent of each expert, seconds, quality of the division.
 
     Raises:
         UnknownNameError, ConfigError: a wrong setting.
@@ -74,10 +73,29 @@ def run_experts(
         DiskSpaceError: the disk has no room.
         NonFiniteError: an expert diverged.
     """
-    written = experts_settings(config, experts, arm)
-    config = dataclasses.replace(config, baseline="mtt", loop={}).resolved()
-    check_config(config, arm)
-    experts = dataclasses.replace(experts, width=config.width)
+    return train_planned(plan_experts(config, arm), experts, folder, **options)
+
+
+def train_planned(
+    plan: Plan,
+    experts: ExpertConfig,
+    folder: str | Path,
+    *,
+    progress: bool = False,
+    overwrite: bool = False,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """:func:`run_experts` with a plan of :func:`plan_experts`.
+
+    Args:
+        plan: what to run.
+        experts: settings of the experts; their width comes from the plan.
+        folder: run folder, which becomes the replay buffer.
+        progress: show a progress bar.
+        overwrite: start over and remove what an earlier run left in the folder, its buffer included.
+        jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train.train_experts`.
+    """
+    written, experts = experts_record(plan, experts), _experts_of(plan, experts)
     place = RunFolder(folder, overwrite=overwrite)
     if overwrite:
         clear_buffer(place.path)
@@ -90,12 +108,11 @@ def run_experts(
         write_config()
     if place.is_done():
         return place.results()
-    reset_peak_memory(config.device)
-    splits, noisy, _ = load_noisy(config)
+    reset_peak_memory(plan.device)
+    splits, noisy, _ = load_noisy(plan)
     write_config()
-    hook = arm_hook(config, arm, splits, noisy, experts=experts, trains_on_real=True, log=place.log)
-    if hook.data is None:
-        raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
+    hook = arm_hook(plan, splits, noisy, experts=experts, log=place.log)
+    assert hook.data is not None  # arm_hook attaches with data
     test = RealData(splits.test_images, splits.test_labels, splits.num_classes)
 
     def accuracy(_number: int, network: nn.Module) -> Mapping[str, Any]:
@@ -107,9 +124,9 @@ def run_experts(
         experts,
         place.path,
         hook=hook,
-        seed=derived_seed(config.seed, "experts"),
+        seed=derived_seed(plan.seed, "experts"),
         preprocessing=splits.preprocessing,
-        every=config.checkpoint_seconds,
+        every=plan.checkpoint_seconds,
         store=place,
         progress=progress,
         log=place.log,
@@ -120,22 +137,22 @@ def run_experts(
     s = hook.state
     place.write_results(
         {
-            "arm": arm,
+            "arm": plan.name,
             "dataset": splits.name,
-            "per_class": config.per_class,
-            "noise": {"text": config.noise, "realised_rate": noisy.realised_rate},
-            "seed": config.seed,
+            "per_class": plan.per_class,
+            "noise": {"text": plan.record["noise"], "realised_rate": noisy.realised_rate},
+            "seed": plan.seed,
             "accuracy": {"experts": [r["accuracy"] for r in records]},
             "experts": info.experts,
             "epochs": info.epochs,
             "seconds": records[-1]["seconds"] if records else 0.0,
             "scoring_seconds": hook.scoring_seconds,
-            "peak_memory_bytes": peak_memory_bytes(config.device),
+            "peak_memory_bytes": peak_memory_bytes(plan.device),
             "split": split_quality(s.observed, s.target, s.trusted, s.trust, splits.train_labels)
             if hook.enabled
             else None,
             "state": s.summary(),
-            "versions": versions(config.device),
+            "versions": versions(plan.device),
             "command": command_line(),
         }
     )

@@ -1,13 +1,13 @@
 """The run folder: configuration, log, checkpoints and results of one run.
 
-    config.yaml      the resolved configuration; a run resumes only under the same one
+    config.yaml      the resolved configuration; a run resumes only with the same one
     log.jsonl        one JSON object per line
-    experts/         replay buffer of a run of trajectory matching that trains its own experts
-    checkpoint/      two slots, A and B, written in turn, so that one whole checkpoint exists at any moment
+    experts/         replay buffer, if the run trains its own experts
+    checkpoint/      two slots, A and B, written in turn, so that one complete checkpoint always exists
     results.json     written last: a folder that has it is done
 
-A run that is killed at any moment and started again with the same command continues from its newest checkpoint, and
-its log continues from the line at which that checkpoint was taken.
+After a kill, the same command continues the run from its newest checkpoint, and the log from the line at which that
+checkpoint was taken.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from typing import Any
 
 import torch
 
-from tad_plugin.errors import FileFormatError, InvalidInputError, ResumeError, TadPluginWarning, explain, missing_extra
+from tad_plugin.errors import FileFormatError, InvalidInputError, ResumeError, TadPluginWarning, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
-from tad_plugin.utils.files import atomic_write, plain, read_json, remove_temporaries
-from tad_plugin.utils.machine import command_line, peak_memory_bytes, versions
+from tad_plugin.utils.files import atomic_write, plain, read_json, read_yaml, remove_temporaries, yaml_text
 
-__all__ = ["RunFolder", "command_line", "peak_memory_bytes", "versions"]
+__all__ = ["RunFolder"]
 
 _ABSENT = "(not set)"
 
 
 class RunFolder:
-    """One run's folder, made if it does not exist. One process at a time may write to it.
+    """The folder of one run, created if it does not exist. One process at a time may write to it.
 
     Args:
         path: the folder.
-        overwrite: removes what an earlier run left there (configuration, log, checkpoints, results); other files,
-            such as pictures, stay until they are written again.
+        overwrite: remove configuration, log, checkpoints and results of an earlier run. Other files, such as pictures,
+            stay until they are written again.
+
+    Raises:
+        InvalidInputError: the folder cannot be created.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -58,21 +60,21 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        """Where the configuration is."""
+        """Path of config.yaml."""
         return self.path / "config.yaml"
 
     @property
     def log_path(self) -> Path:
-        """Where the log is."""
+        """Path of log.jsonl."""
         return self.path / "log.jsonl"
 
     @property
     def results_path(self) -> Path:
-        """Where the results are."""
+        """Path of results.json."""
         return self.path / "results.json"
 
     def clear(self) -> None:
-        """Removes configuration, log, checkpoints and results, the results first: a half-cleared run is not done."""
+        """Removes configuration, log, checkpoints and results. Results go first: a half-cleared run is not done."""
         self.results_path.unlink(missing_ok=True)
         self.checkpoints.clear()
         self.log_path.unlink(missing_ok=True)
@@ -82,26 +84,23 @@ class RunFolder:
     # configuration
 
     def write_config(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[str, Any]:
-        """Writes config.yaml, or checks the one that is there.
+        """Writes config.yaml, or compares the existing one with ``config``.
 
         Args:
-            config: the resolved configuration, nested as wanted; converted with :func:`plain`.
-            ignore: dotted keys that may differ on resume because they cannot change the result ("jobs").
+            config: the resolved configuration, possibly nested; see :func:`plain`.
+            ignore: dotted keys that may differ on resume because they do not change the result ("jobs").
 
         Returns:
-            The configuration as it reads back from YAML.
+            The configuration as plain values.
 
         Raises:
-            ResumeError: the folder was written under another configuration; the message lists every differing key
-                with both values.
-            FileFormatError: the config.yaml that is there is not a YAML mapping.
+            ResumeError: the folder has another configuration; the message lists every differing key with both values.
+            FileFormatError: the existing config.yaml is not a YAML mapping.
             MissingExtraError: PyYAML is not installed.
         """
-        yaml = _yaml()
-        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-        new: dict[str, Any] = yaml.safe_load(text)
+        new: dict[str, Any] = plain(config)
         if not self.config_path.exists():
-            atomic_write(self.config_path, text)
+            atomic_write(self.config_path, yaml_text(new))
             return new
         old = self.config()
         skip = set(ignore)
@@ -122,16 +121,13 @@ class RunFolder:
         return new
 
     def config(self) -> dict[str, Any]:
-        """The configuration that the folder was written with.
+        """The configuration in config.yaml.
 
         Raises:
             FileFormatError: there is none, or it is not a YAML mapping.
+            MissingExtraError: PyYAML is not installed.
         """
-        yaml = _yaml()
-        try:
-            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise _unreadable(self.config_path, "a YAML configuration", str(error)) from error
+        config = read_yaml(self.config_path)
         if not isinstance(config, dict):
             raise _unreadable(self.config_path, "a YAML mapping", f"a {type(config).__name__}")
         return config
@@ -139,16 +135,16 @@ class RunFolder:
     # log
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one record (see :func:`plain`) to log.jsonl as one line and hands it to the system at once."""
+        """Appends one record (see :func:`plain`) to log.jsonl as one line, without buffering."""
         line = json.dumps(plain(record)) + "\n"
         with open(self.log_path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8"))
 
     def records(self) -> list[dict[str, Any]]:
-        """All records of the log in their order; an unfinished last line, as a kill leaves it, does not count.
+        """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped.
 
         Raises:
-            FileFormatError: another line is not JSON; its number is named.
+            FileFormatError: another line is not JSON; the message has its number.
         """
         if not self.log_path.exists():
             return []
@@ -164,32 +160,32 @@ class RunFolder:
     # checkpoints
 
     def save_checkpoint(self, tree: Any, step: int) -> None:
-        """Writes a checkpoint into the slot that does not hold the newest valid one.
+        """Writes a checkpoint to the slot that does not hold the newest valid one.
 
         Args:
-            tree: nested dicts, lists and tuples of tensors, numbers, strings and None: what
-                ``torch.load(weights_only=True)`` can read back.
-            step: how many iterations it has seen.
+            tree: nested dicts, lists and tuples of tensors, numbers, strings and None, as
+                ``torch.load(weights_only=True)`` reads them.
+            step: number of iterations done.
 
         Raises:
-            InvalidInputError: something in the tree could not be read back; its place and type are named.
+            InvalidInputError: the tree has a value that could not be read back; the message has its place and type.
         """
         self.checkpoints.save(tree, step, log_bytes=self._sync_log())
 
     def load_checkpoint(self, *, map_location: str | torch.device = "cpu") -> tuple[Any, int] | None:
-        """The newest valid checkpoint, and the log cut back to the moment at which it was taken.
+        """Reads the newest valid checkpoint and cuts the log back to the moment at which it was taken.
 
-        Call it once, before the run goes on: it also removes what a killed process left half written. Where there is
-        no checkpoint the run starts over, and so does the log (unless the run is done).
+        Call it once, before the run continues. It also removes half-written files of a killed process. Without a
+        checkpoint the log starts over, unless the run is done.
 
         Args:
-            map_location: where the tensors shall be. Generator states must stay on the CPU.
+            map_location: device of the tensors. Generator states must stay on the CPU.
 
         Returns:
-            (tree, step), or None where no checkpoint was ever completed.
+            (tree, step), or None if no checkpoint was completed.
 
         Raises:
-            FileFormatError: there are checkpoints, but none of them is whole.
+            FileFormatError: there are checkpoints, but all are damaged.
         """
         remove_temporaries(self.path)
         found = self.checkpoints.load(map_location=map_location)
@@ -203,14 +199,14 @@ class RunFolder:
     # results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes results.json (see :func:`plain`); from then on the run is done."""
+        """Writes results.json (see :func:`plain`), which makes the run done."""
         atomic_write(self.results_path, json.dumps(plain(results), indent=1) + "\n")
 
     def results(self) -> dict[str, Any]:
-        """What :meth:`write_results` wrote.
+        """The contents of results.json.
 
         Raises:
-            FileFormatError: there is no results.json, or it is not a JSON object.
+            FileFormatError: there is none, or it is not a JSON object.
         """
         results = read_json(self.results_path)
         if not isinstance(results, dict):
@@ -218,13 +214,13 @@ class RunFolder:
         return results
 
     def is_done(self) -> bool:
-        """Whether the run has written its results."""
+        """True if the run has written its results."""
         return self.results_path.exists()
 
     # private
 
     def _sync_log(self) -> int:
-        """The log's length in bytes, once those bytes are on the disk."""
+        """Flushes the log to the disk and returns its length in bytes."""
         if not self.log_path.exists():
             return 0
         with open(self.log_path, "ab") as file:
@@ -240,19 +236,11 @@ class RunFolder:
                 explain(
                     f"{length} bytes in {self.log_path}, as when the checkpoint was taken",
                     f"{size}",
-                    "The run goes on, but records are missing from its log",
+                    "The run continues, but records are missing from its log",
                 ),
                 TadPluginWarning,
                 stacklevel=3,
             )
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise missing_extra("yaml", "reproduce", "a run's config.yaml") from error
-    return yaml
 
 
 def _unreadable(path: Path, expected: str, got: str) -> FileFormatError:

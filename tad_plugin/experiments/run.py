@@ -1,8 +1,7 @@
-"""One run: dataset, noise, an arm, a baseline, evaluation; resumable, in a run folder."""
+"""One run in one folder: data, noise, an arm, a baseline, evaluation. It resumes after a kill."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,190 +13,142 @@ from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise.spec import NoisyLabels
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.distill.baseline import Baseline, Place, baseline_class
+from tad_plugin.distill.baseline import Baseline, Place
 from tad_plugin.distill.experts.source import expert_config
 from tad_plugin.distill.experts.train import STATE_FILE
 from tad_plugin.distill.experts.trainer import ExpertConfig
-from tad_plugin.errors import ConfigError, explain
 from tad_plugin.evaluate import evaluate
 from tad_plugin.experiments.arm_hook import arm_hook, nominal_rate
-from tad_plugin.experiments.arms import ARMS, Arm, parse_arm
-from tad_plugin.experiments.config import MAY_DIFFER, PRESETS, RunConfig, check_config, load_noisy
+from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
-from tad_plugin.experiments.run_state import Progress
+from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.plan import Plan, resolve
+from tad_plugin.experiments.run_state import RunState
 from tad_plugin.experiments.sharing import shared_decisions, shared_experts
 from tad_plugin.utils.machine import command_line, reset_peak_memory, versions
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import derived_seed, generator_of
 
-__all__ = ["ARMS", "PRESETS", "Arm", "Run", "RunConfig", "check_config", "load_noisy", "parse_arm", "run"]
+__all__ = ["Run", "run"]
 
 
 class Run:
-    """One arm of one seed in one folder. ``Run(config, arm, folder).execute()`` returns the results.
+    """One arm of one seed in one folder. ``Run(plan, folder).execute()`` returns the results.
 
     Args:
-        config: the settings.
-        arm: a name of ``ARMS`` or a method.
+        plan: what to run.
         folder: run folder.
         progress: show progress bars.
-        overwrite: start over, removing what an earlier run left there.
-        shared: folder in which runs share divisions and experts (see :mod:`tad_plugin.experiments.sharing`); None
-            makes the run's own. Without effect where the settings name a buffer.
+        overwrite: start over and remove what an earlier run left in the folder.
+        shared: folder in which runs share decisions and experts (:mod:`tad_plugin.experiments.sharing`); None makes
+            the run's own. No effect with a given replay buffer.
 
     Raises:
-        UnknownNameError, ConfigError: see :func:`check_config`; the folder is not touched then.
         ResumeError: the folder holds a run with other settings.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        arm: str,
+        plan: Plan,
         folder: str | Path,
         *,
         progress: bool = False,
         overwrite: bool = False,
         shared: str | Path | None = None,
     ) -> None:
-        self.config = config = config.resolved()
-        self.arm_name, self.arm = arm, parse_arm(arm)
-        self.cls = baseline_class(config.baseline)
-        self.loop_config = check_config(config, arm)
+        self.plan = plan
         self.folder = RunFolder(folder, overwrite=overwrite)
         if overwrite:
-            self.cls.discard(self.folder.path)
+            plan.baseline.discard(self.folder.path)
         self.progress = progress
-        self.shared = None if getattr(self.loop_config, "buffer", "") else shared
+        self.shared = None if plan.buffer else shared
         if self.folder.config_path.exists():
             self._write_config()
 
     def _write_config(self) -> None:
-        self.folder.write_config(
-            {"arm": self.arm_name, **dataclasses.asdict(self.config)},
-            ignore=MAY_DIFFER,
-        )
+        self.folder.write_config(self.plan.record, ignore=MAY_DIFFER)
 
     def execute(self) -> dict[str, Any]:
         """Runs, or resumes, to the end. A finished folder returns its results at once."""
         if self.folder.is_done():
             return self.folder.results()
-        config = self.config
-        reset_peak_memory(config.device)
-        splits, noisy, noisy_holdout = load_noisy(config)
-        self.cls.check_images(self.loop_config, splits.train_images)
-        # Only now: data that cannot be loaded leave no folder behind that a corrected command would not fit.
+        plan = self.plan
+        reset_peak_memory(plan.device)
+        splits, noisy, noisy_holdout = load_noisy(plan)
+        plan.baseline.check_images(plan.loop, splits.train_images)
+        # Only now, so that data that cannot be loaded leave no folder that a corrected command would not fit.
         self._write_config()
         holdout = (splits.holdout_images, noisy_holdout.labels if noisy_holdout else splits.holdout_labels)
-        if self.arm.true_labels:
+        if plan.arm.true_labels:
             holdout = (splits.holdout_images, splits.holdout_labels)
-        hook = arm_hook(
-            config,
-            self.arm_name,
-            splits,
-            noisy,
-            experts=self._own_experts(),
-            buffer=getattr(self.loop_config, "buffer", ""),
-            trains_on_real=self.cls.trains_on_real,
-            log=self.folder.log,
-        )
-        progress = Progress(self.folder, hook, device=config.device, every=config.checkpoint_seconds)
-        loop = self._distil(splits, noisy, hook, progress)
-        accuracy, chosen = self._evaluate(splits, loop, holdout, progress)
-        self._keep(splits, hook, loop)
-        results = {
-            "arm": self.arm_name,
-            "baseline": config.baseline,
-            "dataset": splits.name,
-            "per_class": config.per_class,
-            "ipc": config.ipc,
-            "iterations": self.loop_config.iterations,
-            "noise": {
-                "kind": noisy.spec.kind,
-                "key": noisy.spec.key,
-                "text": config.noise,
-                "rate": nominal_rate(noisy),
-                "seed": noisy.spec.seed,
-                "realised_rate": noisy.realised_rate,
-            },
-            "seed": config.seed,
-            "accuracy": accuracy,
-            "best_iteration": chosen,
-            "seconds_per_iteration": progress.seconds / max(1, self.loop_config.iterations),
-            "scoring_seconds": hook.scoring_seconds,
-            "expert_seconds": loop.expert_seconds,
-            "total_seconds": (progress.before or 0.0) + progress.seconds,
-            "peak_memory_bytes": progress.peak_memory(),
-            "split": _split(hook),
-            "influence": _influence(hook),
-            "state": hook.state.summary(),
-            "versions": versions(config.device),
-            "command": command_line(),
-        }
-        self.folder.write_results(results)
+        hook = arm_hook(plan, splits, noisy, experts=self._own_experts(), log=self.folder.log)
+        state = RunState(self.folder, hook, device=plan.device, every=plan.checkpoint_seconds)
+        loop = self._distil(splits, noisy, hook, state)
+        accuracy, chosen = self._evaluate(splits, loop, holdout, state)
+        self._keep(hook, loop)
+        self.folder.write_results(self._results(splits, noisy, hook, loop, state, accuracy, chosen))
         return self.folder.results()
 
     # -- stages --------------------------------------------------------------------------------------
-    def _distil(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook, progress: Progress) -> Baseline:
-        config = self.config
+    def _distil(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook, state: RunState) -> Baseline:
+        plan, cls = self.plan, self.plan.baseline
         saved = self.folder.load_checkpoint()
         if saved is not None:
             hook.load_state_dict(saved[0]["hook"])
-            progress.load(saved[0]["progress"])
+            state.load(saved[0]["progress"])
         shared = self._shared(splits, noisy, hook)
-        hook.start(progress=self.progress, checkpoint=progress.maybe_save)
-        if hook.data is None:
-            raise ConfigError(explain("a hook with data", "none", "Attach with data=images"))
-        place = self._place(splits, progress, shared)
-        # What shared experts cost contains what their methods did.
+        hook.start(progress=self.progress, checkpoint=state.maybe_save)
+        data = hook.data
+        assert data is not None  # arm_hook attaches with data
+        place = self._place(splits, state, shared)
+        # The cost of shared experts already includes that of their methods.
         before = hook.scoring_seconds if shared is None else 0.0
-        prepared = self.cls.prepare(self.loop_config, hook.data, hook, place) if self.arm.distil else None
-        if progress.before is None:
-            progress.before = before + getattr(prepared, "seconds", 0.0)
+        prepared = cls.prepare(plan.loop, data, hook, place) if plan.arm.distil else None
+        if state.before is None:
+            state.before = before + getattr(prepared, "seconds", 0.0)
         extra = () if prepared is None else (prepared,)
-        generator = generator_of(config.seed, "loop")
-        images, labels = self.cls.initial_images(self.loop_config, hook.data, hook, generator, *extra)
+        generator = generator_of(plan.seed, "loop")
+        images, labels = cls.initial_images(plan.loop, data, hook, generator, *extra)
         start = SyntheticSet(
             images, labels, splits.num_classes, splits.preprocessing, splits.name, tuple(splits.class_names)
         )
-        loop = self.cls(self.loop_config, hook.data, hook, start, generator, *extra)
+        loop = cls(plan.loop, data, hook, start, generator, *extra)
         if saved is not None and saved[0]["loop"] is not None:
             loop.load_state_dict(saved[0]["loop"])
-        progress.restore_candidates(loop)
-        progress.loop = loop
-        total = self.loop_config.iterations
-        steps = range(progress.iteration, total)
-        for iteration in bar(
-            steps, f"{self.arm_name} ipc {config.ipc}", self.progress and bool(steps), total, progress.iteration
-        ):
+        state.restore_candidates(loop)
+        state.loop = loop
+        total, kept = plan.loop.iterations, self._candidate_iterations()
+        steps = range(state.iteration, total)
+        title, shown = f"{plan.name} ipc {plan.loop.ipc}", self.progress and bool(steps)
+        for iteration in bar(steps, title, shown, total, state.iteration):
             began = perf_counter()
             record = loop.step(iteration)
-            progress.seconds += perf_counter() - began
-            progress.iteration = iteration + 1
-            if progress.iteration % max(1, total // 50) == 0 or progress.iteration == total:
-                self.folder.log({"event": "iteration", "iteration": progress.iteration, **record})
-            if progress.iteration in self._candidate_iterations():
-                progress.candidates[progress.iteration] = loop.result()
-            progress.maybe_save()
-        if not progress.finished:
+            state.seconds += perf_counter() - began
+            state.iteration = iteration + 1
+            if state.iteration % max(1, total // 50) == 0 or state.iteration == total:
+                self.folder.log({"event": "iteration", "iteration": state.iteration, **record})
+            if state.iteration in kept:
+                state.candidates[state.iteration] = loop.result()
+            state.maybe_save()
+        if not state.finished:
             hook.finish()
-            progress.finished = True
-            progress.save()
+            state.finished = True
+            state.save()
         return loop
 
     def _own_experts(self) -> ExpertConfig | None:
-        """Settings of the experts, in trajectory matching."""
-        return expert_config(self.loop_config) if self.cls.trains_on_real else None
+        """Settings of the experts; None if the loop has none."""
+        return expert_config(self.plan.loop) if self.plan.baseline.trains_on_real else None
 
     def _shared(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook) -> Path | None:
-        """Takes over what other runs have in common with this one; gives the buffer, where it has experts."""
-        if self.shared is None or not self.arm.distil:
+        """Makes or finds what runs share, and adopts its decisions. Returns the buffer of shared experts, if any."""
+        if self.shared is None or not self.plan.arm.distil:
             return None
         root, own = Path(self.shared), self._own_experts()
         if own is not None:
-            folder: Path | None = shared_experts(self.config, own, self.arm_name, root, progress=self.progress)
+            folder: Path | None = shared_experts(self.plan, own, root, progress=self.progress)
         else:
-            folder = shared_decisions(self.config, self.arm_name, splits, noisy, root, progress=self.progress)
+            folder = shared_decisions(self.plan, splits, noisy, root, progress=self.progress)
         if folder is not None and hook.enabled and not hook.decided and (folder / STATE_FILE).exists():
             found = RunFolder(folder)
             hook.adopt(folder / STATE_FILE)
@@ -206,37 +157,42 @@ class Run:
                 self.folder.log(record)
         return folder if own is not None else None
 
-    def _place(self, splits: DataSplits, progress: Progress, experts: Path | None) -> Place:
-        config = self.config
-
+    def _place(self, splits: DataSplits, state: RunState, experts: Path | None) -> Place:
         def log(record: dict[str, Any]) -> None:
             self.folder.log(record)
-            # A run that is killed goes on with the log as it was at its last checkpoint.
-            progress.save()
+            # On resume the log is cut back to the last checkpoint; experts would not be logged again.
+            state.save()
 
-        seed, every = derived_seed(config.seed, "experts"), config.checkpoint_seconds
-        return Place(self.folder.path, seed, splits.preprocessing, every, self.progress, log, experts)
+        return Place(
+            self.folder.path,
+            derived_seed(self.plan.seed, "experts"),
+            splits.preprocessing,
+            self.plan.checkpoint_seconds,
+            self.progress,
+            log,
+            experts,
+        )
 
     def _candidate_iterations(self) -> list[int]:
-        total, parts = self.loop_config.iterations, self.config.candidates
+        total, parts = self.plan.loop.iterations, self.plan.candidates
         return sorted({round(total * (k + 1) / parts) for k in range(parts)})
 
     def _evaluate(
-        self, splits: DataSplits, loop: Baseline, holdout: tuple[Tensor, Tensor], progress: Progress
+        self, splits: DataSplits, loop: Baseline, holdout: tuple[Tensor, Tensor], state: RunState
     ) -> tuple[dict[str, Any], int]:
-        """Accuracy of the last and of the best iterate, and which that is.
+        """Accuracies of the last and of the best iterate, and the iteration of the best.
 
         The best is chosen on held-out real data, never on test data.
         """
-        config, settings = self.config, self.config.evaluation()
+        settings, seed, final = self.plan.evaluation, self.plan.seed, self.plan.loop.iterations
         last = loop.result()
-        candidates: dict[int, SyntheticSet] = {**progress.candidates, self.loop_config.iterations: last}
-        done = progress.evaluated
+        candidates: dict[int, SyntheticSet] = {**state.candidates, final: last}
+        done = state.evaluated
         test = (splits.test_images, splits.test_labels)
 
         def once(key: str, synthetic: SyntheticSet, on: tuple[Tensor, Tensor], network: str, run: int) -> float:
             if key not in done:
-                part = key.split("/")[0]
+                part = "choose" if key.startswith("choose/") else "test"
                 found = evaluate(
                     synthetic,
                     on,
@@ -244,47 +200,98 @@ class Run:
                     preprocessing=splits.preprocessing,
                     network=network,
                     runs=1,
-                    generator=generator_of(
-                        config.seed, "evaluation", "choose" if part == "choose" else "test", network, run
-                    ),
+                    generator=generator_of(seed, "evaluation", part, network, run),
                 )
                 done[key] = found.accuracies[0]
-                progress.maybe_save()
+                state.maybe_save()
             return done[key]
 
-        networks = config.networks()
-        chosen = self.loop_config.iterations if progress.chosen is None else progress.chosen
-        if progress.chosen is None:
+        networks = settings.networks
+        chosen = final if state.chosen is None else state.chosen
+        if state.chosen is None:
             if len(candidates) > 1 and len(holdout[1]):
                 scores = {i: once(f"choose/{i}", s, holdout, networks[0], 0) for i, s in candidates.items()}
                 chosen = max(scores, key=lambda i: (scores[i], i))
-            progress.chosen = chosen
+            state.chosen = chosen
             self.folder.log({"event": "chosen", "iteration": chosen})
         table: dict[str, Any] = {}
-        for task in bar(range(config.eval_runs * len(networks)), "evaluate", self.progress):
-            network, run = networks[task // config.eval_runs], task % config.eval_runs
+        for task in bar(range(settings.runs * len(networks)), "evaluate", self.progress):
+            network, run = networks[task // settings.runs], task % settings.runs
             value = once(f"last/{network}/{run}", last, test, network, run)
-            best = value if chosen == self.loop_config.iterations else None
-            if best is None:
-                best = once(f"best/{network}/{run}", candidates[chosen], test, network, run)
+            best = value if chosen == final else once(f"best/{network}/{run}", candidates[chosen], test, network, run)
             target = table if network == networks[0] else table.setdefault("networks", {}).setdefault(network, {})
             target.setdefault("last", []).append(value)
             target.setdefault("best", []).append(best)
-        progress.save()
+        state.save()
         return table, chosen
 
-    def _keep(self, splits: DataSplits, hook: Hook, loop: Baseline) -> None:
+    def _keep(self, hook: Hook, loop: Baseline) -> None:
         loop.result().save(self.folder.path / "synthetic.safetensors")
         hook.save_state(self.folder.path / "state.safetensors")
 
+    def _results(
+        self,
+        splits: DataSplits,
+        noisy: NoisyLabels,
+        hook: Hook,
+        loop: Baseline,
+        state: RunState,
+        accuracy: dict[str, Any],
+        chosen: int,
+    ) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "arm": plan.name,
+            "baseline": plan.record["baseline"],
+            "dataset": splits.name,
+            "per_class": plan.per_class,
+            "ipc": plan.loop.ipc,
+            "iterations": plan.loop.iterations,
+            "noise": {
+                "kind": noisy.spec.kind,
+                "key": noisy.spec.key,
+                "text": plan.record["noise"],
+                "rate": nominal_rate(noisy),
+                "seed": noisy.spec.seed,
+                "realised_rate": noisy.realised_rate,
+            },
+            "seed": plan.seed,
+            "accuracy": accuracy,
+            "best_iteration": chosen,
+            "seconds_per_iteration": state.seconds / max(1, plan.loop.iterations),
+            "scoring_seconds": hook.scoring_seconds,
+            "expert_seconds": loop.expert_seconds,
+            "total_seconds": (state.before or 0.0) + state.seconds,
+            "peak_memory_bytes": state.peak_memory(),
+            "split": _split(hook),
+            "influence": _influence(hook),
+            "state": hook.state.summary(),
+            "versions": versions(plan.device),
+            "command": command_line(),
+        }
+
 
 def run(config: RunConfig, arm: str, folder: str | Path, **options: Any) -> dict[str, Any]:
-    """Runs (or resumes, or returns) one arm; ``options`` are those of :class:`Run`."""
-    return Run(config, arm, folder, **options).execute()
+    """Runs one arm, resumes it, or returns its results if it is finished.
+
+    Args:
+        config: the user's settings.
+        arm: a name of ``ARMS`` or a method.
+        folder: run folder.
+        options: see :class:`Run`.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        UnknownNameError, ConfigError: see :func:`tad_plugin.experiments.plan.resolve`; the folder is not touched then.
+        ResumeError: the folder holds a run with other settings.
+    """
+    return Run(resolve(config, arm), folder, **options).execute()
 
 
 def _split(hook: Hook) -> dict[str, float] | None:
-    """Quality of the final division: of the state as it is, whatever method made it."""
+    """Quality of the final division, whichever method made it; None without methods or true labels."""
     if not hook.enabled or hook.data is None or hook.data.true_labels is None:
         return None
     s = hook.state
@@ -292,7 +299,7 @@ def _split(hook: Hook) -> dict[str, float] | None:
 
 
 def _influence(hook: Hook) -> dict[str, float] | None:
-    """Quality of the influences at the end; None where nothing was scored."""
+    """Quality of the final influences; None without influences or true labels."""
     s = hook.state
     if hook.data is None or hook.data.true_labels is None or "influence" not in s:
         return None

@@ -1,4 +1,4 @@
-"""Where a run stands, and its checkpoint."""
+"""The state of a run between its start and its results, and the checkpoint that holds it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from tad_plugin.distill.baseline import Baseline
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.utils.machine import peak_memory_bytes
 
-__all__ = ["Progress"]
+__all__ = ["RunState"]
 
 
-class Progress:
-    """Counts, candidates and accuracies of one run so far; one checkpoint holds them with the hook and the loop.
+class RunState:
+    """Counters, candidates and accuracies of one run so far. Its checkpoint also holds the hook and the loop.
 
     Args:
         folder: where checkpoints go.
         hook: the run's hook.
-        device: whose peak memory counts.
+        device: device whose peak memory counts.
         every: seconds between checkpoints.
 
     Attributes:
-        loop: the baseline, once it exists.
+        loop: the baseline; None before the distillation.
         iteration: updates done.
-        seconds: spent in them.
-        before: seconds spent before the first, in scoring and in training experts; shared work counts whole; None
-            until then.
-        finished: the distillation is over and ``hook.finish()`` was called.
-        chosen: the iterate that the held-out data chose; None until then.
+        seconds: time spent in updates.
+        before: seconds spent before the first update, on scoring and on training experts. Shared work counts in full.
+            None before the first update.
+        finished: True once the distillation is over and ``hook.finish()`` was called.
+        chosen: iteration that the held-out data chose; None before.
         candidates: synthetic sets by iteration.
-        evaluated: accuracies by "part/network/run".
+        evaluated: accuracies in percent by "part/network/run".
     """
 
     def __init__(self, folder: RunFolder, hook: Hook, *, device: str, every: float) -> None:
@@ -53,12 +53,12 @@ class Progress:
         self._pending: Mapping[str, Any] = {}
 
     def peak_memory(self) -> int | None:
-        """The most memory in bytes, processes that were killed before included; None where it is not known."""
+        """Peak memory in bytes over all processes of the run, killed ones included; None if it is not known."""
         now = peak_memory_bytes(self._device)
         return None if now is None else max(now, self._peak)
 
     def maybe_save(self) -> None:
-        """Writes a checkpoint if the last one is old enough."""
+        """Writes a checkpoint if the last one is more than ``every`` seconds old."""
         if perf_counter() - self._saved_at > self._every:
             self.save()
 
@@ -82,7 +82,7 @@ class Progress:
         self._saved_at = perf_counter()
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores the "progress" of a checkpoint; the candidates wait for :meth:`restore_candidates`."""
+        """Restores the "progress" part of a checkpoint, without candidates; see :meth:`restore_candidates`."""
         self.iteration = int(saved["iteration"])
         self.seconds = float(saved["seconds"])
         self.before = saved["before"]
@@ -93,7 +93,7 @@ class Progress:
         self._pending = saved["candidates"]
 
     def restore_candidates(self, loop: Baseline) -> None:
-        """Candidates of a loaded checkpoint become synthetic sets again, with the loop's preprocessing and names."""
+        """Makes the candidates of a loaded checkpoint synthetic sets again, with the loop's preprocessing and names."""
         where = loop.synthetic.images.device
         for i, (images, labels, rate) in self._pending.items():
             self.candidates[int(i)] = dataclasses.replace(

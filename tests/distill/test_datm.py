@@ -17,6 +17,7 @@ from tad_plugin.distill.student import StudentStep, flat_parameters, matching_lo
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError
 from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.plan import resolve
 from tests.distill.experts.problems import TRAINING, loop_of, run, same, trained
 from tests.problems import blobs, flip
 
@@ -212,7 +213,7 @@ def test_its_experts_are_those_of_flat_trajectories() -> None:
 def test_published_presets() -> None:
     for name, by_ipc in PRESETS.items():
         for ipc in by_ipc:
-            config = RunConfig(baseline="datm", dataset=name, ipc=ipc, loop={"preset": name}).resolved()
-            found = DATMConfig(ipc=ipc, **config.loop)
-            assert config.zca and config.iterations == 10_000 and found.expert_epochs in (2, 3)
-    assert config.evaluation().batch_size == 128
+            plan = resolve(RunConfig(baseline="datm", dataset=name, ipc=ipc, loop={"preset": name}), "noisy")
+            assert isinstance(plan.loop, DATMConfig) and plan.loop.ipc == ipc
+            assert plan.zca and plan.loop.iterations == 10_000 and plan.loop.expert_epochs in (2, 3)
+    assert plan.evaluation.batch_size == 128

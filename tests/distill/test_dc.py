@@ -21,7 +21,8 @@ from tad_plugin.data.real import RealData
 from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
 from tad_plugin.distill.gradient_distance import layerwise_distance
 from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, UnknownNameError
-from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.nn.networks import reinitialise
@@ -290,8 +291,8 @@ def test_published_settings_are_the_defaults() -> None:
         for ipc, preset in PRESETS[name].items():
             published = config(**preset)
             assert published.loops == LOOPS[ipc] and published.iterations == 1000 * published.outer
-            named = RunConfig(baseline=name, ipc=ipc, loop={"preset": "published"}, device="cpu").resolved()
-            assert check_config(named, "clean") == published
+            named = RunConfig(baseline=name, ipc=ipc, loop={"preset": "published"}, device="cpu")
+            assert resolve(named, "clean").loop == published
             default = config(ipc=ipc, iterations=published.iterations)
             assert dataclasses.replace(default, outer=default.loops[0], inner=default.loops[1]) == published
     assert (DCConfig().init, DCConfig().augment, DSAConfig().init, DSAConfig().augment) == (
@@ -359,14 +360,14 @@ def test_a_run_on_digits(baseline: str, tmp_path: Path) -> None:
         eval_runs=1,
         device="cpu",
     )
-    resolved = config.resolved()
-    assert resolved.lr_img == 0.1 and dataclasses.replace(config, lr_img=0.3).resolved().lr_img == 0.3
-    assert resolved.evaluation().augment == ("none" if baseline == "dc" else "auto")
+    plan = resolve(config, "noisy")
+    assert plan.loop.lr_img == 0.1 and resolve(dataclasses.replace(config, lr_img=0.3), "noisy").loop.lr_img == 0.3
+    assert plan.evaluation.augment == ("none" if baseline == "dc" else "auto")
     for arm in ("noisy", "iwd", "random"):
         found = run(config, arm, tmp_path / arm)
         assert found["baseline"] == baseline and found["iterations"] == (0 if arm == "random" else 2)
 
 
 def test_the_arm_without_distillation_shows_real_images_whatever_the_baseline_starts_from() -> None:
-    config = RunConfig(baseline="dc", loop={"init": "noise"}).resolved()
-    assert check_config(config, "noisy").init == "noise" and check_config(config, "random").init == "real"
+    config = RunConfig(baseline="dc", loop={"init": "noise"})
+    assert resolve(config, "noisy").loop.init == "noise" and resolve(config, "random").loop.init == "real"

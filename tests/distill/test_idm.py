@@ -21,7 +21,8 @@ from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.idm import IDM, PRESETS, IDMConfig
 from tad_plugin.errors import ConfigError, NonFiniteError
-from tad_plugin.experiments.config import RunConfig, check_config
+from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_networks import learned_influence
@@ -479,7 +480,7 @@ def test_published_settings() -> None:
     assert {name: sorted(of) for name, of in PRESETS.items()} == {name: [1, 10, 50] for name in PRESETS}
     built: dict[str, dict[int, Any]] = {
         name: {
-            ipc: check_config(RunConfig(baseline="idm", ipc=ipc, loop={"preset": name}, device="cpu").resolved(), "tad")
+            ipc: resolve(RunConfig(baseline="idm", ipc=ipc, loop={"preset": name}, device="cpu"), "tad").loop
             for ipc in of
         }
         for name, of in PRESETS.items()

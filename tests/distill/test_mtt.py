@@ -40,6 +40,7 @@ from tad_plugin.errors import (
 )
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run as run_experiment
 from tests import ROOT
 from tests.distill.experts.problems import loop_of, run, same, trained
@@ -350,23 +351,27 @@ def test_a_run_trains_its_experts_first(tmp_path: Path) -> None:
 
 
 def test_a_published_preset_fills_what_is_not_said() -> None:
-    config = RunConfig(baseline="mtt", dataset="cifar10", ipc=10, loop={"preset": "cifar10", "syn_steps": 7}).resolved()
-    assert config.zca and config.iterations == 5000 and config.lr_img == 1e3 and config.width == 128
-    assert config.loop == {**PRESETS["cifar10"][10]["loop"], "syn_steps": 7}
+    config = RunConfig(baseline="mtt", dataset="cifar10", ipc=10, loop={"preset": "cifar10", "syn_steps": 7})
+    plan = resolve(config, "noisy")
+    assert plan.zca and plan.loop.iterations == 5000 and plan.loop.lr_img == 1e3 and plan.evaluation.width == 128
+    assert plan.record["loop"] == {**PRESETS["cifar10"][10]["loop"], "syn_steps": 7}
+    for name, value in plan.record["loop"].items():
+        assert getattr(plan.loop, name) == value
     with pytest.raises(UnknownNameError, match="preset"):
-        RunConfig(baseline="mtt", loop={"preset": "mnist"}).resolved()
+        resolve(RunConfig(baseline="mtt", loop={"preset": "mnist"}), "noisy")
     with pytest.raises(ConfigError, match="an IPC out of 1, 10, 50"):
-        RunConfig(baseline="mtt", ipc=3, loop={"preset": "cifar10"}).resolved()
+        resolve(RunConfig(baseline="mtt", ipc=3, loop={"preset": "cifar10"}), "noisy")
     for name, by_ipc in PRESETS.items():
         for ipc in by_ipc:
-            found = RunConfig(baseline="mtt", dataset=name, ipc=ipc, loop={"preset": name}).resolved()
-            MTTConfig(ipc=ipc, **found.loop)
+            plan = resolve(RunConfig(baseline="mtt", dataset=name, ipc=ipc, loop={"preset": name}), "noisy")
+            assert isinstance(plan.loop, MTTConfig) and plan.loop.ipc == ipc
 
 
 def test_settings_that_suit_the_plugins_own_scorer_are_not_taken() -> None:
-    digits = RunConfig(baseline="mtt", dataset="digits").resolved()
-    assert set(digits.methods) == {"scorer"} and "batch_real" not in digits.loop and digits.lr_img == 1000
-    assert RunConfig(baseline="mtt", methods={"tad": {"warmup": 5}}).resolved().methods["tad"] == {"warmup": 5}
+    digits = resolve(RunConfig(baseline="mtt", dataset="digits"), "tad")
+    assert set(digits.methods) == {"scorer"} and digits.record["loop"] == {} and digits.loop.lr_img == 1000
+    given = RunConfig(baseline="mtt", methods={"tad": {"warmup": 5}})
+    assert resolve(given, "tad").methods["tad"] == {"warmup": 5}
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 ``python -m tests.experiments.killed_runs FOLDER ARM...`` does it.
 
-Each attempt is a process of its own (a fork, so that the packages are imported once) that kills itself where a real
-kill is most awkward. It prints one JSON line per arm: for each planned kill the attempt's signal, and the status of
-the last attempt, which is left to finish. An arm is one of DM, or BASELINE/ARM.
+Each attempt is a process of its own (a fork, so that packages are imported once). It kills itself where a kill does
+most harm. One JSON line is printed per arm: the signal of the attempt of each planned kill, and the status of the last
+attempt, which runs to its end. An arm is one of DM, or BASELINE/ARM.
 """
 
 from __future__ import annotations

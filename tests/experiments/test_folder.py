@@ -1,3 +1,5 @@
+"""The run folder: configuration, log, checkpoints and results, also after a kill or with damaged files."""
+
 from __future__ import annotations
 
 import enum
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import tad_plugin.experiments.folder as runs
 from tad_plugin.errors import FileFormatError, InvalidInputError, MissingExtraError, ResumeError, TadPluginWarning
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.utils.files import plain
@@ -89,7 +90,7 @@ def test_another_config_is_refused_with_every_differing_key(tmp_path: Path) -> N
 def test_ignored_keys_may_differ_on_resume(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_config({"jobs": 1, "steps": 5})
     assert RunFolder(tmp_path).write_config({"jobs": 2, "steps": 5}, ignore=["jobs"])["jobs"] == 2
-    with pytest.raises(ResumeError, match="1 key that"):
+    with pytest.raises(ResumeError, match="steps: there 5, now 6"):
         RunFolder(tmp_path).write_config({"jobs": 2, "steps": 6}, ignore=["jobs"])
 
 
@@ -114,7 +115,7 @@ def test_without_yaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_in_the_place_of_the_folder_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="Choose another --out"):
+    with pytest.raises(InvalidInputError, match="--out"):
         RunFolder(tmp_path / "file")
 
 
@@ -149,7 +150,7 @@ def test_results_make_a_run_done(tmp_path: Path) -> None:
     run.write_results({"accuracy": {"last": [np.float32(50.0)]}, "split": None})
     assert run.is_done() and RunFolder(tmp_path).results() == {"accuracy": {"last": [50.0]}, "split": None}
     run.results_path.write_text("[1]")
-    with pytest.raises(FileFormatError, match="JSON object"):
+    with pytest.raises(FileFormatError, match="list"):
         run.results()
 
 
@@ -195,7 +196,7 @@ def test_a_log_that_is_shorter_than_recorded_is_reported(tmp_path: Path) -> None
     run.log({"step": 1})
     run.save_checkpoint({}, 1)
     run.log_path.write_bytes(b"")
-    with pytest.warns(TadPluginWarning, match="records are missing"):
+    with pytest.warns(TadPluginWarning, match="log.jsonl"):
         assert run.load_checkpoint() == ({}, 1)
 
 
@@ -229,7 +230,3 @@ def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
     shutil.move(tmp_path / "a", tmp_path / "b")
     found = RunFolder(tmp_path / "b").load_checkpoint()
     assert found is not None and torch.equal(found[0]["x"], tree["x"])
-
-
-def test_the_module_offers_what_a_run_needs() -> None:
-    assert set(runs.__all__) <= set(vars(runs))

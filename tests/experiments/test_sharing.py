@@ -1,4 +1,4 @@
-"""Experts that runs of a comparison share: which runs, to the same bits as their own, also after a stop."""
+"""Decisions and experts that runs share: which runs, with the same bits as their own, also after a stop."""
 
 from __future__ import annotations
 
@@ -165,6 +165,11 @@ def test_loops_without_experts_share_the_division(tmp_path: Path) -> None:
     assert found["tad+iwd", 1]["scoring_seconds"] > found["tad", 1]["scoring_seconds"]
     spent = found["tad", 1]["iterations"] * found["tad", 1]["seconds_per_iteration"]
     assert found["tad", 1]["total_seconds"] == pytest.approx(spent + found["tad", 1]["scoring_seconds"], abs=0.01)
+    # The folder's name has a hash of the settings; another name would orphan the folders of earlier versions.
+    noisy = {"noise": "symmetric:0.4", "per_class": 16, "methods": {"tad": {"warmup": 1}, "scorer": {"epochs": 2}}}
+    old = dataclasses.replace(PLAIN, **noisy, ipc=1, iterations=1, eval_runs=1)
+    run(old, "tad+iwd", tmp_path / "old", shared=tmp_path / "named")
+    assert (tmp_path / "named" / "state-tad-seed0-0bafacca").is_dir()
     # Another loop finds it as well, and each run's log tells how the division came about.
     other = dataclasses.replace(PLAIN, baseline="dc", loop={"outer": 2, "inner": 1})
     compare(other, arms=["tad"], seeds=[0], ipcs=[1], out=tmp_path / "dc", progress=False, shared=common)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
-from tad_plugin.experiments.config import RunConfig, load_noisy
+from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.style import VERMILLION, picture
 from tad_plugin.utils.files import atomic_save
 
@@ -196,8 +198,9 @@ def report_influence(folder: str | Path, out: str | Path = "", *, top: int = 10)
             do = "Pass the folder of a finished run, as --out of tad-plugin distill"
             raise FileFormatError(explain(f"{name} in {folder}", "no such file", do))
     known = {f.name for f in dataclasses.fields(RunConfig)}
-    stored = {k: v for k, v in RunFolder(folder).config().items() if k in known}
-    splits, noisy, _ = load_noisy(RunConfig(**stored).resolved())
+    stored = RunFolder(folder).config()
+    plan = resolve(RunConfig(**{k: v for k, v in stored.items() if k in known}), stored["arm"])
+    splits, noisy, _ = load_noisy(plan)
     state = SampleState.load(folder / "state.safetensors", noisy.labels.cpu())
     true = splits.train_labels.cpu()
     names, shown = tuple(splits.class_names), true if bool((true != state.observed).any()) else None

@@ -10,8 +10,9 @@ import torch
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.experiments.compare import Task
-from tad_plugin.experiments.config import load_noisy
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.comparison import plot_comparison
 from tad_plugin.experiments.report.synthetic import plot_synthetic
 from tad_plugin.experiments.report.tables import summarise
@@ -51,7 +52,7 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
         losses = state["tad_loss"]
         mixture = fit_class_mixture(losses, state.observed, state.num_classes)
         wrong: torch.Tensor | None = None
-        splits = load_noisy(task.config.resolved())[0]
+        splits = load_noisy(resolve(task.config, task.arm))[0]
         if len(splits.train_labels) == len(state):
             wrong = state.observed != splits.train_labels.cpu()
         path = found[f"Losses and mixture: {task.arm}"] = folder / f"losses-{stem}.png"

@@ -1,6 +1,6 @@
-"""The verbs for checkouts of public codebases, ``tad-plugin patch`` and ``tad-plugin run``.
+"""The verbs for checkouts of public codebases: ``tad-plugin patch`` and ``tad-plugin run``.
 
-They need nothing but the core packages: whoever keeps to the scripts of a codebase need not install the extras.
+They need only the core packages, not the extras.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tad_plugin.upstream.switches import SWITCHES, Script, needed_switches
 __all__ = ["ABOUT", "VERBS"]
 
 ABOUT = {
-    "patch": "Add the hook to a checkout of a public codebase by a few lines, or take them out again.",
+    "patch": "Add the few lines of the hook to a checkout of a public codebase, or remove them.",
     "run": "Run a script of a (patched or unmodified) checkout on a current machine.",
 }
 
@@ -25,16 +25,16 @@ ABOUT = {
 def _patch(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tad-plugin patch",
-        description=f"{ABOUT['patch']} Files are recognised by their sha256; any other content is refused.",
+        description=f"{ABOUT['patch']} Files are identified by their sha256; other content is refused.",
     )
     parser.add_argument(
         "action",
         choices=["apply", "check", "reverse", "status"],
-        help="put the lines in; see whether they could be; take them out bit for bit; say what is there",
+        help="add the lines; check if they can be added; remove them bit for bit; show the condition of the files",
     )
     parser.add_argument("repo", help="name of the patch: a folder of patches/, such as dm")
     parser.add_argument("path", help="folder of the checkout")
-    parser.add_argument("--patches", default=None, help="folder of the patches; by default tad_plugin's own")
+    parser.add_argument("--patches", default=None, help="folder of the patches; those of tad_plugin by default")
     values = parser.parse_args(arguments)
     patch = patching.load_patch(values.repo, values.patches)
     if values.action == "status":
@@ -59,11 +59,13 @@ def _run(arguments: Sequence[str]) -> int:
         prog="tad-plugin run",
         usage="tad-plugin run --upstream PATH [options] -- SCRIPT.py [its arguments]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{ABOUT['run']}\nIt runs in the script's own folder, to which paths in its arguments are relative."
-        f"\n\nSwitches, each off unless script and machine need it, and printed when on:\n{switches}",
+        description=f"{ABOUT['run']}\nThe working directory is the folder of the script."
+        f"\n\nSwitches. One is on if script and machine need it, and is then printed:\n{switches}",
     )
     parser.add_argument("--upstream", required=True, metavar="PATH", help="folder of the checkout")
-    parser.add_argument("--seed", type=int, default=None, help="a repeatable run: seeds, and a clock that counts calls")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="make the run repeatable: fixed seeds, and a clock that counts calls"
+    )
     parser.add_argument("--with", dest="on", default="", metavar="A,B", help="switches to force on")
     parser.add_argument("--without", dest="off", default="", metavar="A,B", help="switches to force off")
     given = list(arguments)
@@ -91,4 +93,4 @@ def _names(text: str) -> list[str]:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {"patch": _patch, "run": _run}
-"""Verb -> what runs it on the arguments after the verb and gives the exit status."""
+"""Verb -> function that takes the arguments after the verb and returns the exit status."""

@@ -1,0 +1,204 @@
+"""The plan of one run: the user's settings with all presets and defaults filled in, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tad_plugin.core.registry import available_methods, load_method, make_callbacks
+from tad_plugin.data.noise.spec import NoiseSpec
+from tad_plugin.data.sources import DATASETS
+from tad_plugin.distill.baseline import Baseline, BaselineConfig, baseline_class
+from tad_plugin.errors import ConfigError, explain, unknown_name
+from tad_plugin.evaluate import EvaluateConfig
+from tad_plugin.experiments.arms import Arm, parse_arm
+from tad_plugin.experiments.config import PRESETS, RunConfig
+from tad_plugin.nn.networks import NETWORKS
+from tad_plugin.utils.settings import build_config
+
+__all__ = ["Plan", "resolve", "settings_of"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run needs to know. Made by :func:`resolve`; not changed afterwards.
+
+    Attributes:
+        name: the arm's name, as in folders and results.
+        arm: the arm.
+        baseline: class of the distillation loop.
+        loop: settings of the loop.
+        evaluation: settings of the evaluation, with the protocol's fixed ones.
+        methods: settings by method, for all arms of a comparison; "scorer" holds those of the plugin's scorer.
+        noise: label noise, with its seed.
+        dataset: name of the dataset.
+        root: folder of downloaded datasets.
+        per_class: training images per class; 0 for all.
+        holdout: share of the real training data that is held out, in [0, 1).
+        zca: whether images are whitened.
+        seed: seed of the run.
+        device: "cpu" or a CUDA device.
+        candidates: number of iterates from which held-out data choose the best.
+        checkpoint_seconds: seconds between checkpoints.
+        record: the same as plain values, for config.yaml: "arm", then the fields of :class:`RunConfig`.
+    """
+
+    name: str
+    arm: Arm
+    baseline: type[Baseline]
+    loop: BaselineConfig
+    evaluation: EvaluateConfig
+    methods: Mapping[str, Any]
+    noise: NoiseSpec
+    dataset: str
+    root: str
+    per_class: int
+    holdout: float
+    zca: bool
+    seed: int
+    device: str
+    candidates: int
+    checkpoint_seconds: float
+    record: Mapping[str, Any]
+
+    @property
+    def buffer(self) -> str:
+        """Folder of a given replay buffer; "" if the loop has none or trains its own experts."""
+        found: str = getattr(self.loop, "buffer", "")
+        return found
+
+
+def resolve(config: RunConfig, arm: str) -> Plan:
+    """Fills in presets and defaults and checks everything that can be checked before data are loaded.
+
+    Args:
+        config: the user's settings.
+        arm: a name of ``ARMS`` or a method.
+
+    Raises:
+        UnknownNameError: no such arm, method, baseline, preset, dataset or network.
+        ConfigError: an unknown setting, one out of range, or a CUDA device that is not available.
+    """
+    chosen, baseline = parse_arm(arm), baseline_class(config.baseline)
+    if config.dataset not in DATASETS and not config.dataset.startswith("folder:"):
+        raise unknown_name("dataset", config.dataset, [*DATASETS, "folder:PATH"])
+    preset = _preset(config, baseline)
+    said = dataclasses.asdict(config)
+    device = _device(config.device)
+    methods = {
+        k: {**preset["methods"].get(k, {}), **said["methods"].get(k, {})} for k in preset["methods"] | said["methods"]
+    }
+    record = {
+        "arm": arm,
+        **{k: preset[k] if v is None else v for k, v in said.items()},
+        "loop": preset["loop"] | {k: v for k, v in said["loop"].items() if k != "preset"},
+        "methods": methods,
+        "device": device,
+    }
+    make_callbacks(chosen.method, settings_of(methods, chosen.method))
+    values = {k: record[k] for k in ("ipc", "iterations", "lr_img", "width")} | record["loop"]
+    values |= {} if chosen.distil else {"iterations": 0, "init": "real"}
+    return Plan(
+        name=arm,
+        arm=chosen,
+        baseline=baseline,
+        loop=build_config(baseline.Config, values, f"the baseline {config.baseline!r}"),
+        evaluation=_evaluation(record, baseline),
+        methods=methods,
+        noise=_noise(config),
+        dataset=config.dataset,
+        root=config.root,
+        per_class=config.per_class,
+        holdout=config.holdout,
+        zca=record["zca"],
+        seed=config.seed,
+        device=device,
+        candidates=config.candidates,
+        checkpoint_seconds=config.checkpoint_seconds,
+        record=record,
+    )
+
+
+def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings that concern the methods of one arm, out of those for all arms of a comparison.
+
+    A rival with networks of its own (a field ``scorer``) gets the settings of the plugin's scorer for them.
+
+    Args:
+        settings: settings by method, and "scorer".
+        method: as in :func:`tad_plugin.attach`.
+
+    Raises:
+        ConfigError: settings of an unknown method.
+    """
+    names = set(method.split("+")) | {"scorer"}
+    known = {*available_methods(), "scorer"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(explain(f"settings for {', '.join(sorted(known))}", ", ".join(unknown), "Correct --methods"))
+    chosen: dict[str, Any] = {k: v for k, v in settings.items() if k in names}
+    for name in names & set(known) - {"scorer"}:
+        config = load_method(name).Config
+        if "scorer" in settings and config is not None and any(f.name == "scorer" for f in dataclasses.fields(config)):
+            own = dict(chosen.get(name, {}))
+            chosen[name] = {**own, "scorer": {**settings["scorer"], **own.get("scorer", {})}}
+    return chosen
+
+
+def _preset(config: RunConfig, baseline: type[Baseline]) -> dict[str, Any]:
+    """A value for every field that the user may leave open: defaults, dataset, protocol, published settings."""
+    known = {f.name for f in dataclasses.fields(baseline.Config)}
+    preset: dict[str, Any] = {
+        "zca": False,
+        "lr_img": baseline.Config.lr_img,
+        "width": baseline.Config.width,
+        "loop": {},
+        "methods": {},
+        "eval_epochs": EvaluateConfig.epochs,
+        "eval_runs": EvaluateConfig.runs,
+        **PRESETS.get(config.dataset, PRESETS[""]),
+        **baseline.preset,
+    }
+    # A dataset's preset serves all baselines; some have no such setting.
+    preset["loop"] = {k: v for k, v in preset["loop"].items() if k in known}
+    if baseline.trains_on_real:
+        # Presets of the methods were chosen for the plugin's own scorer. Here the loop's networks take its place.
+        preset["methods"] = {k: v for k, v in preset["methods"].items() if k == "scorer"}
+    if "preset" in config.loop:
+        named = baseline.published(str(config.loop["preset"]), config.ipc)
+        preset |= {**named, "loop": {**preset["loop"], **named.get("loop", {})}}
+    return preset
+
+
+def _evaluation(record: Mapping[str, Any], baseline: type[Baseline]) -> EvaluateConfig:
+    found = EvaluateConfig(
+        network=record["eval_network"],
+        width=record["width"],
+        runs=record["eval_runs"],
+        epochs=record["eval_epochs"],
+        lr=record["eval_lr"],
+        **baseline.evaluation,
+    )
+    for name in found.networks:
+        if name not in NETWORKS:
+            raise unknown_name("network", name, list(NETWORKS))
+    return found
+
+
+def _noise(config: RunConfig) -> NoiseSpec:
+    """Seeded with the run's seed unless the text names one; human labels come from ``labels``."""
+    path = config.labels if config.labels and config.noise.startswith("human") else None
+    return NoiseSpec.parse(config.noise, seed=None if "seed=" in config.noise else config.seed, path=path)
+
+
+def _device(name: str) -> str:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    if name.startswith("cuda") and not available:
+        raise ConfigError(explain("a CUDA device", f"{name!r}, and none is available", "Use --device cpu"))
+    return name
