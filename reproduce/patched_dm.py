@@ -41,8 +41,9 @@ from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise
 from tad_plugin.upstream.patch import apply, load_patch
 from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.stand_ins import any_checksum
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.switches import needed_switches
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import versions
 from tad_plugin.utils.seeds import generator_of

@@ -43,7 +43,8 @@ from tad_plugin.nn.networks import make_network
 from tad_plugin.tad.method import TAD
 from tad_plugin.upstream.patch import apply, load_patch
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import needed_switches
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import versions
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tad_plugin.upstream import stand_ins as standins
-from tad_plugin.upstream import switches as compatibility
+from tad_plugin.upstream import stand_ins, switches
 from tad_plugin.upstream.patch import apply, load_patch
 from tests.patches.foreign import any_checksum, copied, tiny_cifar10
 
@@ -43,7 +42,7 @@ def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def at_finish(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Filled with the local variables of the function that ends the run of wandb, in whose place a stand-in logs."""
     found: dict[str, Any] = {}
-    original = standins.silent_wandb
+    original = stand_ins.silent_wandb
 
     @contextmanager
     def catching(name: str) -> Iterator[None]:
@@ -51,7 +50,7 @@ def at_finish(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             vars(sys.modules["wandb"])["finish"] = lambda: found.update(sys._getframe(1).f_locals)
             yield
 
-    monkeypatch.setattr(standins, "silent_wandb", catching)
+    monkeypatch.setattr(stand_ins, "silent_wandb", catching)
     installed = importlib.util.find_spec
-    monkeypatch.setattr(compatibility, "_installed", lambda module: module != "wandb" and installed(module) is not None)
+    monkeypatch.setattr(switches, "_installed", lambda module: module != "wandb" and installed(module) is not None)
     return found

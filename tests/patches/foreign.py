@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.upstream import stand_ins as standins
+from tad_plugin.upstream import stand_ins
 from tad_plugin.upstream.patch import apply, load_patch, reverse, status
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import needed_switches
 from tests.checkouts import upstream
 
 
@@ -51,7 +52,7 @@ def tiny_cifar10(folder: Path, *, per_class: int = 40, seed: int = 0) -> Path:
 @pytest.fixture
 def any_checksum() -> Iterator[None]:
     """torchvision takes files that are not the published ones."""
-    with standins.any_checksum():
+    with stand_ins.any_checksum():
         yield
 
 
