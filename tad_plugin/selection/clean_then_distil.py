@@ -51,6 +51,7 @@ class CleanThenDistil(Callback):
     """Removes the samples that confident learning calls mislabelled, then distils the rest with the observed labels."""
 
     name: ClassVar[str] = "clean-then-distil"
+    rival: ClassVar[bool] = True
     Config: ClassVar[type] = CleanThenDistilConfig
     needs_images: ClassVar[bool] = True
 

@@ -50,6 +50,7 @@ class LossPruning(Callback):
     """Keeps in each class the samples of lowest cross-entropy against the observed label."""
 
     name: ClassVar[str] = "loss-prune"
+    rival: ClassVar[bool] = True
     Config: ClassVar[type] = LossPruningConfig
     needs_images: ClassVar[bool] = True
 
@@ -99,6 +100,7 @@ class EL2N(Callback):
     """Keeps in each class the samples with the smallest (or largest) ||softmax - onehot||."""
 
     name: ClassVar[str] = "el2n"
+    rival: ClassVar[bool] = True
     Config: ClassVar[type] = EL2NConfig
     needs_images: ClassVar[bool] = True
 
@@ -122,6 +124,7 @@ class Oracle(Callback):
     """Trusts exactly the correctly labelled samples. Needs the true labels."""
 
     name: ClassVar[str] = "oracle"
+    rival: ClassVar[bool] = True
     needs_true_labels: ClassVar[bool] = True
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
@@ -150,6 +153,7 @@ class RandomSubset(Callback):
     """Keeps a random share of each observed class."""
 
     name: ClassVar[str] = "random"
+    rival: ClassVar[bool] = True
     Config: ClassVar[type] = RandomSubsetConfig
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:

@@ -93,6 +93,12 @@ class TAD(Callback):
         #: the last division's mixture, for pictures
         self.mixture: ClassMixture | None = None
 
+    @classmethod
+    def loss_division(cls, state: SampleState) -> tuple[Tensor, ClassMixture]:
+        """The mean losses of the last rounds, and the class-wise mixture fitted to them."""
+        losses = state["tad_loss"]
+        return losses, fit_class_mixture(losses, state.observed, state.num_classes)
+
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Registers, float32 [N], ``tad_loss`` (mean of the last rounds) and ``recall_score`` (0 if not recalled)."""

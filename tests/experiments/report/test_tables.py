@@ -151,10 +151,10 @@ def test_noise_in_words(noise: dict[str, Any] | None, label: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": {"last": [], "best": []}}, "empty accuracy lists in result 1"),
-        ({"accuracy": None}, "in result 1"),
-        ({"ipc": "many"}, "in result 1"),
-        ({"accuracy": {"last": ["x"]}}, "in result 1"),
+        ({"accuracy": {"last": [], "best": []}}, "result 1"),
+        ({"accuracy": None}, "result 1"),
+        ({"ipc": "many"}, "result 1"),
+        ({"accuracy": {"last": ["x"]}}, "result 1"),
     ],
 )
 def test_unusable_results_are_named(change: dict[str, Any], message: str) -> None:
@@ -164,12 +164,12 @@ def test_unusable_results_are_named(change: dict[str, Any], message: str) -> Non
 
 def test_a_missing_key_is_named() -> None:
     broken = {key: value for key, value in RESULTS[0].items() if key != "arm"}
-    with pytest.raises(InvalidInputError, match="no 'arm' in result 0"):
+    with pytest.raises(InvalidInputError, match="'arm' .*result 0"):
         summarise([broken])
 
 
 def test_the_same_seed_twice_is_an_error() -> None:
-    with pytest.raises(InvalidInputError, match=r"each seed once for arm 'tad'.*seeds 0, 0"):
+    with pytest.raises(InvalidInputError, match="'tad'.* 0, 0"):
         summarise([result("tad", [1.0]), result("tad", [2.0])])
 
 
@@ -273,10 +273,10 @@ def test_the_best_arm_that_does_not_know_the_truth_is_marked() -> None:
 
 
 def test_pictures_must_exist_and_be_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="does not exist"):
+    with pytest.raises(InvalidInputError, match="absent.png"):
         html_page(RESULTS, {"x": tmp_path / "absent.png"})
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(InvalidInputError, match="another kind"):
+    with pytest.raises(InvalidInputError, match="x.txt"):
         html_page(RESULTS, {"x": tmp_path / "x.txt"})
 
 
