@@ -1,12 +1,12 @@
-"""How fast experts are trained: this package beside MTT's public training function, side by side.
+"""Compares the speed of expert training: this package and MTT's public training function.
 
 Run ``python reproduce/benchmarks/experts.py --mtt PATH`` with a checkout of GeorgeCazenavette/mtt-distillation; prints
 a table and writes JSON. Without ``--mtt`` only this package's arms run.
 
-Each arm is a process of its own, as a script would be (in one process an arm would live on memory that another has
-freed); they take turns by epochs, so that a busy machine slows all of them. Rates are medians, on one CPU thread of
-processor time, which other programs change little. A first round warms up and is not counted. With ``--threads 2``
-rates are by the clock on the wall, so the machine must be idle.
+Each arm is a process of its own, because in one process an arm could reuse memory that another has freed. The arms take
+turns by epochs, so that a busy machine slows all of them. Rates are medians over processor time on one CPU thread,
+which other programs change little. A first round warms up and is not counted. With ``--threads 2`` rates are over wall
+time, so the machine must be idle.
 
 upstream         the epoch function of their utils.py with the network, loader and criterion that their buffer.py makes
 ours             an epoch of :class:`ExpertTrainer`
@@ -15,8 +15,8 @@ ours, one pass   the same without a method, each batch in one pass instead of in
 ours, batched    several experts at once in one computation (``torch.func.stack_module_state`` and ``vmap``)
 ours, side by side  as many experts at once as there are threads, each a process of one thread (``--jobs``)
 
-Start-up (their script stacks the data once for each sample) and testing are in none of them. Random images stand for
-real ones: no arithmetic depends on what they show.
+Start-up (their script stacks the data once for each sample) and testing are not counted. The images are random: no
+arithmetic depends on what they show.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Class-wise mixtures: all classes at once against loops over scikit-learn and over single classes.
+"""Compares the class-wise mixture of all classes at once with loops over scikit-learn and over single classes.
 
-Run ``python reproduce/benchmarks/mixture.py``; prints a table and writes JSON. All run in one process,
-alternating, on one thread, with the same tolerance, iterations and variance floor; ``same start`` also with the
-same starting values. Needs the extra ``reproduce`` (scikit-learn).
+Run ``python reproduce/benchmarks/mixture.py``; prints a table and writes JSON. All arms alternate in one process on one
+thread, with the same tolerance, iterations and variance floor. ``same start`` also uses the same starting values. Needs
+the extra ``reproduce`` (scikit-learn).
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""What the hook costs a patched script that uses weights and scores nothing: seconds per iteration beside the original.
+"""Cost of the hook in a patched script that uses weights and scores nothing, in seconds per iteration.
 
 Run ``python reproduce/benchmarks/patch_overhead.py --dm CHECKOUT --mtt CHECKOUT --datm CHECKOUT --idm CHECKOUT``;
 prints a table and writes JSON and Markdown. Rows whose checkout is not given are left out.
 
-Each script runs twice, in two processes: as it is, and patched with ``--tad_method tad --tad_state FILE``, where the
-file trusts every sample and gives it a random weight, so that every handle of the patch works. The two take turns by
-iterations, so that a busy machine slows both alike, and draw the same numbers. An iteration ends where the synthetic
-images are updated (experts: where a batch has been learned). On a CPU one thread works and seconds are processor time;
-on a GPU they are wall time after its queue has run dry. Random images stand for CIFAR-10: no arithmetic depends on what
-they show. The aim is a ratio of at most 1.02.
+Each script runs in two processes: unpatched, and patched with ``--tad_method tad --tad_state FILE``. The file trusts
+every sample and gives it a random weight, so that every handle of the patch works. The two processes take turns by
+iterations, so that a busy machine slows both alike, and draw the same numbers. An iteration ends when the synthetic
+images are updated (experts: when a batch has been learned). On a CPU one thread works and seconds are processor time.
+On a GPU they are wall time after its queue has run dry. The images are random: no arithmetic depends on what they show.
+The aim is a ratio of at most 1.02.
 
-Both processes keep the memory that they free (the variables in KEEP). Without that the C library hands it back and the
-system clears it anew, or not, by how the heap happens to lie: up to a third of an iteration, and one process of the two
-was slower by up to 26% for as long as it ran. The time inside the patch's handles is measured as well.
+Both processes keep the memory that they free (the variables in KEEP). Otherwise the C library returns it and the system
+clears it again, depending on the layout of the heap. That took up to a third of an iteration, and made one of the two
+processes slower by up to 26% for as long as it ran. The time inside the patch's handles is measured too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
@@ -276,10 +277,8 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     atomic_write(args.out, json.dumps(result, indent=1) + "\n")
     shown = ", ".join(f"{k} {v}" for k, v in settings(args).items() if k not in ("rows", "warmup"))
     title = "# The hook in patched scripts: weights only, nothing scored\n\n"
-    about = (
-        f"Median seconds of an iteration, both scripts taking turns; aim: a ratio of at most {AIM}. {KEPT} {shown}.\n\n"
-    )
-    atomic_write(args.out.with_suffix(".md"), title + about + table(rows) + "\n")
+    about = f"Median seconds of an iteration, both scripts taking turns; aim: a ratio of at most {AIM}. {KEPT} {shown}."
+    atomic_write(args.out.with_suffix(".md"), title + textwrap.fill(about, 118) + "\n\n" + table(rows) + "\n")
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Memory and time of one update of trajectory matching: the constant form beside the plain one.
+"""Memory and time of one update of trajectory matching, in the constant-memory form and in the plain form.
 
 Each measurement is a process of its own. Time is processor time of one update (loss and gradients of images and
-learning rate) after one warm-up update of a single step. Memory is the most resident memory during the update above
-what the process held before it; what is freed is returned to the system at once (MALLOC_MMAP_THRESHOLD_), so that
-resident memory is what is in use. The two forms are compared at the first number of steps, in float64 as they
-are run (chunks), and in float32 with whole steps: chunks round differently there, and where that moves a number past a
-kink of a ReLU both forms are as far from the float64 gradient as from each other.
+learning rate) after one warm-up update of a single step. Memory is the peak of resident memory during the update, above
+what the process held before it. Freed memory is returned to the system at once (MALLOC_MMAP_THRESHOLD_), so resident
+memory is memory in use.
+
+The two forms are compared at the first number of steps: in float64 with chunks, as they are run, and in float32 with
+whole steps. In float32 chunks round differently. If that moves a number past a kink of a ReLU, both forms are as far
+from the float64 gradient as from each other.
 
     python reproduce/benchmarks/trajectory_memory.py --out trajectory_memory.json
 """

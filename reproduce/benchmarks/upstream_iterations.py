@@ -1,14 +1,14 @@
-"""Seconds per iteration of DM, DC and IDM: the bundled loops beside the public scripts, at the same settings.
+"""Compares seconds per iteration of the bundled loops and the public scripts: DM, DC and IDM at the same settings.
 
 Run ``python reproduce/benchmarks/upstream_iterations.py --dm CHECKOUT --idm CHECKOUT``; prints a table and writes JSON.
 The first is VICO-UoE/DatasetCondensation (main_DM.py and main.py), the second uitrbn/IDM (IDM_cifar10.py); without one
 its rows are left out.
 
-Each script runs unchanged in a process of its own. Whenever it has finished an iteration, one of the bundled loop is
-made in the same process, so that a busy machine slows both alike. Start-up, evaluation and the first iteration of both
-are not counted. Random images stand for CIFAR-10: no arithmetic depends on what they show. On a CPU one thread works
-and seconds are processor time; on a GPU they are wall time after its queue has run dry. One row of DC is one update of
-the images with its share of the network's training (``--outer`` updates per network, ``--inner`` epochs between them).
+Each script runs unchanged in a process of its own. After each of its iterations the same process makes one iteration of
+the bundled loop, so that a busy machine slows both alike. Start-up, evaluation and the first iteration of both are not
+counted. The images are random: no arithmetic depends on what they show. On a CPU one thread works and seconds are
+processor time. On a GPU they are wall time after its queue has run dry. A row of DC is one update of the images with
+its share of the network's training (``--outer`` updates per network, ``--inner`` epochs between them).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -357,4 +358,5 @@ def markdown_table(rows: Sequence[Row]) -> str:
         body = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line.cells] for line in table.lines]
         lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
         blocks.append("\n".join([f"**{table.title}**", "", *lines]))
-    return "\n\n".join([*blocks, NOTE.replace("*", "\\*")]) if blocks else "No results."
+    note = textwrap.fill(NOTE.replace("*", "\\*"), 118)
+    return "\n\n".join([*blocks, note]) if blocks else "No results."
