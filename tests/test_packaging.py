@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tad_plugin
 from tad_plugin.core.callback import Callback
 from tests import ROOT
 from tests.test_layout import MODULES
@@ -44,6 +45,18 @@ def test_requirements_have_lower_bounds_and_no_upper_ones(config: configparser.C
     assert set(extras) == {"reproduce", "cluster", "test"}
     for line in core + [line for extra in extras.values() for line in lines(extra)]:
         assert line.count(">=") == 1 and not any(sign in line for sign in ("<", "==", "~=", "!=")), line
+
+
+def test_version_changelog_and_citation_agree(config: configparser.ConfigParser) -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    newest = next(line for line in changes if line.startswith("## ")).split()[1]
+    assert newest == citation["version"] == config["metadata"]["version"] == tad_plugin.__version__
+    papers = {reference["url"].rsplit("/", 1)[1] for reference in citation["references"]}
+    assert papers == {"2502.05027", "2510.27253"}
+    assert all(reference["title"] and reference["authors"] for reference in citation["references"])
 
 
 def test_every_entry_point_names_something_that_exists(config: configparser.ConfigParser) -> None:
