@@ -122,7 +122,7 @@ def test_scripts_are_valid_bash(script: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with the set-up script, and an active environment whose pip only writes down its calls."""
+    """A repository with the set-up script, and an active environment whose pip only records its calls."""
     repository = tmp_path / "some where" / "repository"  # a path with a blank must work
     (repository / "reproduce").mkdir(parents=True)
     shutil.copy(ROOT / "reproduce" / "setup_env.sh", repository / "reproduce")

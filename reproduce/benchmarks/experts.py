@@ -58,7 +58,7 @@ def config_of(args: argparse.Namespace, width: int) -> ExpertConfig:
 
 
 def upstream_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
-    """One epoch of their training; gives the number of images."""
+    """Trains one epoch of theirs; returns the number of images."""
     sys.path.insert(0, str(args.mtt))
     try:
         import networks
@@ -100,7 +100,7 @@ def our_arm(args: argparse.Namespace, width: int, *, method: str = "none", whole
 
 
 def batched_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
-    """Plain SGD of several experts in one computation, each with its own order and augmentation."""
+    """Trains several experts by plain SGD in one computation, each with its own order and augmentation."""
     data, config, count = real_data(args), config_of(args, width), args.together
     generators = [expert_generator(0, number) for number in range(count)]
     networks = [expert_network(config, data, g) for g in generators]
@@ -138,7 +138,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, int], Callable[[], int]]] = {
 
 
 def start(args: argparse.Namespace, name: str, width: int) -> list[subprocess.Popen[str]]:
-    """The processes that hold one arm and run an epoch for each line that they are sent."""
+    """Starts the processes of one arm; each runs an epoch for every line that it receives."""
     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--serve", name, "--widths", str(width)]
     count = args.threads if name == SIDE_BY_SIDE else 1
     if count > 1:
@@ -147,7 +147,7 @@ def start(args: argparse.Namespace, name: str, width: int) -> list[subprocess.Po
 
 
 def ask(args: argparse.Namespace, children: list[subprocess.Popen[str]]) -> float:
-    """Images per second of the next epoch there; of all of them by the clock where there are several."""
+    """Measures images per second of an arm's next epoch; over wall time if the arm has several processes."""
     began = perf_counter()
     for child in children:
         assert child.stdin is not None
@@ -164,7 +164,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def rate(epoch: Callable[[], int], device: str) -> float:
-    """Images per second of one epoch."""
+    """Measures images per second of one epoch."""
     clock = process_time if device == "cpu" and torch.get_num_threads() == 1 else perf_counter
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()

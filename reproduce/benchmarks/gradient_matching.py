@@ -73,7 +73,7 @@ def loop_of(args: argparse.Namespace, form: str = "") -> DC:
 
 
 def direct(loop: DC) -> Callable[[int], None]:
-    """An update of the same loop as it is usually written."""
+    """Makes one update of the same loop, written in the usual way."""
 
     def step(_iteration: int) -> None:
         images, ipc, data = loop.synthetic.images, loop.config.ipc, loop.data
@@ -116,7 +116,7 @@ def timed(step: Callable[[int], Any], device: str) -> float:
 
 
 def peak(args: argparse.Namespace, name: str) -> int:
-    """Bytes that the first update of an arm takes; in a fresh process, as freed memory would hide some."""
+    """Measures the bytes of an arm's first update, in a fresh process because freed memory would hide some."""
     _, step = arm_of(args, name)
     reset_peak_memory(args.device)
     before = peak_memory_bytes(args.device) or 0

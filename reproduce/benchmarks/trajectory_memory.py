@@ -39,7 +39,7 @@ CLASSES, SIDE = 10, 32
 def update(
     arguments: argparse.Namespace, form: str, steps: int, *, dtype: torch.dtype = torch.float32, whole: bool = False
 ) -> list[torch.Tensor]:
-    """The loss of one update and its gradients in images, rate and label logits; ``whole`` steps or chunks of them."""
+    """Computes the loss of one update and its gradients; ``whole`` takes whole steps instead of chunks."""
     generator = torch.Generator().manual_seed(0)
     width, count, augmentation = arguments.width, CLASSES * arguments.ipc, Augmentation(align_corners=True)
     network = make_network(
@@ -57,7 +57,7 @@ def update(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and bytes of one update in this process."""
+    """Measures seconds and bytes of one update in this process."""
     torch.set_num_threads(1)
     update(arguments, arguments.form, 1)
     before = _resident()
@@ -76,7 +76,7 @@ def _resident() -> int:
 
 
 def in_process(arguments: argparse.Namespace, form: str, steps: int, threshold: str) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
+    """Runs :func:`measure` in a process of its own."""
     command = [sys.executable, __file__, "--form", form, "--steps", str(steps)]
     for name in ("width", "ipc", "batch_syn"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--batch_syn", type=int, default=0, help="images per step; 0 for all")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50, 100])
-    parser.add_argument("--plain_steps", type=int, nargs="+", default=[10], help="the plain form's; its memory grows")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing, alternating; the smallest counts")
+    parser.add_argument("--plain_steps", type=int, nargs="+", default=[10], help="steps of the plain form")
+    parser.add_argument("--repeats", type=int, default=3, help="alternating timings; the smallest counts")
     parser.add_argument("--out", default="")
     parser.add_argument("--form", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

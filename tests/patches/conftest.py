@@ -1,4 +1,4 @@
-"""Fixtures of the tests of patches."""
+"""Fixtures for the tests of the patches."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout that the module's CHECKOUT names."""
+    """A copy of the checkout named by the test module's CHECKOUT."""
     return copied(request.module.CHECKOUT, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
 def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, patched."""
+    """A patched copy of the same checkout."""
     root = copied(request.module.CHECKOUT, tmp_path_factory.mktemp("patched"))
     apply(load_patch(request.module.CHECKOUT), root)
     return root
@@ -40,7 +40,7 @@ def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def at_finish(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Filled with the local variables of the function that ends the run of wandb, in whose place a stand-in logs."""
+    """Gets the local variables of the function that calls ``wandb.finish``, where a stand-in replaces wandb."""
     found: dict[str, Any] = {}
     original = stand_ins.silent_wandb
 

@@ -1,4 +1,4 @@
-"""Diffs of added lines: read strictly, put in and taken out exactly."""
+"""Diffs of added lines: read strictly, inserted and removed exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_lines_go_where_the_diff_says_with_the_endings_of_the_file() -> None:
     lines = parse_diff(SIMPLE)["m.py"]
     assert insert_lines(b"1\n3\n4\nlast", lines) == b"1\ntwo\n3\n4\nfive\n    six\nlast"
     assert insert_lines(b"1\r\n3\r\n4\r\n", lines) == b"1\r\ntwo\r\n3\r\n4\r\nfive\r\n    six\r\n"
-    # a file of both kinds: each line takes after the one before it
+    # mixed endings: each new line takes the ending of the line before it
     assert insert_lines(b"1\n3\n4\r\n", lines) == b"1\ntwo\n3\n4\r\nfive\r\n    six\r\n"
     top = [Insertion(0, ("first",))]
     assert insert_lines(b"1\r\n", top) == b"first\r\n1\r\n" and insert_lines(b"", top) == b"first\n"

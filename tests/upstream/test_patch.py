@@ -139,7 +139,7 @@ def test_another_commit_is_refused(checkout: Path, patch: Patch) -> None:
     (checkout / "train.py").write_bytes(FILES["train.py"])
     git(checkout, COMMIT)
     apply(patch, checkout)
-    git(checkout, OTHER)  # who commits the patched files can still take the lines out
+    git(checkout, OTHER)  # the lines can still be removed after a commit of the patched files
     reverse(patch, checkout)
     assert contents(checkout)["train.py"] == FILES["train.py"]
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_put_back_is_named(checkout: Path, patch: Patch, monkeypa
     assert status(patch, checkout).condition == "partly patched"
     with pytest.raises(PatchError, match="train.py.*patch reverse"):
         apply(patch, checkout)
-    reverse(patch, checkout)  # the way out that the message names
+    reverse(patch, checkout)  # the message says so
     assert {k: v for k, v in contents(checkout).items() if k in FILES} == FILES
 
 

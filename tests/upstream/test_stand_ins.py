@@ -1,4 +1,4 @@
-"""What is stood in for while a script runs: right where it is on, and gone afterwards."""
+"""Stand-ins: correct while they are on, and gone afterwards."""
 
 from __future__ import annotations
 

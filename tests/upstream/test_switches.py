@@ -1,4 +1,4 @@
-"""Running scripts of other codebases: each switch alone, only where it is needed, and gone afterwards."""
+"""Compatibility switches: each one alone, on only if it is needed, and gone afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import scipy.ndimage  # noqa: F401 - it may import its old name itself, and shall have done so before the tests look
+import scipy.ndimage  # noqa: F401 - it may import its old name itself, so this comes before the tests
 import torch
 
 from tad_plugin.cli import main
@@ -34,7 +34,7 @@ def test_an_ordinary_script_needs_no_switch_and_any_can_be_forced(tmp_path: Path
     for wrong in ({"on": ["cup"]}, {"off": ["cup"]}):
         with pytest.raises(UnknownNameError, match="cup"):
             needed(found, **wrong)
-    # an environment inside the checkout is none of its sources
+    # an environment inside the checkout is not part of its sources
     script(tmp_path, "net.cuda()", "venv/lib/site-packages/other.py")
     script(tmp_path, "net.cuda()", ".hidden/other.py")
     assert needed(script(tmp_path, "pass")) == []
@@ -122,7 +122,7 @@ def test_where_wandb_is_missing_a_stand_in_logs_nothing(tmp_path: Path, monkeypa
         wandb.finish()
     """
     monkeypatch.setattr(switches, "_installed", lambda _: False)
-    monkeypatch.setenv("WANDB_API_KEY", "x")  # an account is of no use without the package
+    monkeypatch.setenv("WANDB_API_KEY", "x")  # an account does not help without the package
     found, before = script(tmp_path, text), sys.modules.get("wandb")
     assert needed(found) == ["wandb"] and run_script(found, switches=needed_switches(found)) == 0
     assert sys.modules.get("wandb") is before

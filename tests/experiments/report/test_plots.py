@@ -26,7 +26,7 @@ Drawn = list[Figure]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """The figures that are saved during the test, for a look at what is on them."""
+    """The figures that the test saves."""
     figures: Drawn = []
     save = Figure.savefig
 
@@ -131,7 +131,7 @@ def test_synthetic_names_bad_input(
 
 def test_trusted_space_reads_rounds_and_the_split_records_after_them(tmp_path: Path, drawn: Drawn) -> None:
     log = [
-        {"event": "split", "precision": 0.1, "recall": 0.1},  # before the first round: belongs to none
+        {"event": "split", "precision": 0.1, "recall": 0.1},  # before the first round, so it is ignored
         {"event": "round", "trusted": 60, "untrusted": 40, "recalled": 0, "returned": 0},
         {"event": "split", "precision": 0.9, "recall": 0.5},
         {"iteration": 3, "loss": 1.0},

@@ -58,7 +58,7 @@ def test_networks_are_averaged_first_and_the_spread_is_over_seeds() -> None:
     assert (row.baseline, row.dataset, row.noise, row.ipc, row.seeds) == ("dm", "digits", "symmetric 40%", 10, 2)
     assert row.seconds_per_iteration == pytest.approx(0.0123) and row.scoring_seconds == pytest.approx(2.5)
     assert row.peak_memory_bytes == 301 * 2**20
-    # a NaN says that this seed had nothing to measure
+    # NaN: this seed had nothing to measure
     assert (row.precision, row.recall, row.auc) == (pytest.approx(0.85), pytest.approx(0.7), pytest.approx(0.9))
 
 
@@ -75,7 +75,7 @@ def test_cost_is_a_multiple_of_the_noisy_arms_time() -> None:
     rows = summarise(results)
     assert {row.arm: row.cost for row in rows} == {"clean": 1.0, "noisy": 1.0, "tad": 2.25}
     assert "2.25x" in text_table(rows) and "cost" in markdown_table(rows)
-    # without the noisy arm, or in results of before it was counted, there is no such column
+    # no such column without the noisy arm or in older results
     assert "2.25x" not in text_table(summarise([r for r in results if r["arm"] != "noisy"]))
     assert {row.cost for row in summarise(RESULTS)} == {None}
 
@@ -85,7 +85,7 @@ def test_cost_is_a_multiple_of_the_noisy_arms_time() -> None:
     [
         [r for r in RESULTS if r["arm"] != "clean"],
         [r for r in RESULTS if r["arm"] != "noisy"],
-        [result("clean", [72.2]), result("noisy", [72.0]), result("tad", [90.0])],  # no gap to speak of
+        [result("clean", [72.2]), result("noisy", [72.0]), result("tad", [90.0])],  # the gap is too small
         [result("clean", [70.0]), result("noisy", [72.0]), result("tad", [90.0])],
     ],
 )
