@@ -24,7 +24,7 @@ from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
 
 
 def make_losses(classes: int, per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws losses as of a scorer on noisy labels: 60% from a low gamma, 40% from a high one; float32 [N], int64 [N]."""
+    """Draws losses like a scorer's on noisy labels: 60% low gamma, 40% high gamma. Returns float32 [N], int64 [N]."""
     rng = np.random.default_rng(seed)
     n = classes * per_class
     losses = np.where(rng.random(n) < 0.6, rng.gamma(2.0, 0.3, n), rng.gamma(6.0, 0.5, n))
