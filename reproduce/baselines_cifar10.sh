@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# CIFAR-10 (JPEG), the first 1,000 training images per class (10% of them held out), all test images, 40% symmetric noise, IPC 10: DC, DSA and IDM, all arms.
+# DC, DSA and IDM on CIFAR-10 (JPEG), all arms: the first 1,000 training images per class (10% of them held out), all
+# test images, 40% symmetric noise, IPC 10.
 #   reproduce/baselines_cifar10.sh cifar10-jpeg.zip [output folder]
-# DC and DSA: ConvNet-3 width 16, 200 and 100 updates of the images from real ones. IDM: width 32, 100 iterations, its networks learning 5 steps of 64 at a time.
-# The learning rate of DC and DSA was chosen on the clean arm of seed 100, which is in no table; IWD's weights are those its README advises for heavy noise.
-# SEEDS, ARMS, BASELINES and JOBS choose less or more. About 1 to 3 CPU minutes a run.
+# DC and DSA: ConvNet-3 width 16, 200 and 100 updates, starting from real images. IDM: width 32, 100 iterations; its
+# networks train 5 steps of 64 images at a time.
+# The learning rate of DC and DSA was chosen on the clean arm of seed 100, which is in no table. IWD uses the weights
+# that its README advises for heavy noise.
+# SEEDS, ARMS, BASELINES and JOBS change what is run. About 1 to 3 CPU minutes per run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")

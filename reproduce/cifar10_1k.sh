@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# CIFAR-10 (JPEG), the first 1,000 training images per class (10% of them held out), all test images; DM, ConvNet-3 width 32, IPC 10, 200 iterations.
+# DM on CIFAR-10 (JPEG): the first 1,000 training images per class (10% of them held out), all test images, ConvNet-3
+# width 32, IPC 10, 200 iterations.
 #   reproduce/cifar10_1k.sh cifar10-jpeg.zip [cifar10n-labels.npz] [output folder]
-# The zip is an image folder: train/<class>/*.jpg, test/<class>/*.jpg. With a CIFAR-10N label file the human labels `worse` follow.
+# The zip is an image folder: train/<class>/*.jpg, test/<class>/*.jpg. If a CIFAR-10N label file is given, a second
+# comparison uses the human labels `worse`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Digits, DM, IPC 1 and 10, four kinds of noise: the tables in reproduce/results/digits-*.md.
-# symmetric:0.4 with 5 noise seeds, the others with 3 (SEEDS=n sets all). About 5 to 10 minutes per kind on 2 idle CPU cores.
-# Runs that are finished are kept; a second call goes on.
+# DM on digits, IPC 1 and 10, four kinds of noise: the tables in reproduce/results/digits-*.md.
+# symmetric:0.4 has 5 noise seeds, the others have 3 (SEEDS=n sets all). About 5 to 10 minutes per kind on 2 idle CPU
+# cores. Finished runs are kept; a second call continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/digits}

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# DATM and MTT where experts learn the wrong labels by heart: CIFAR-10 (JPEG), the first 1,000 training images per class (10% of them held out), all test images,
-# 40% symmetric noise, IPC 10.
+# DATM and MTT with experts that memorise the wrong labels: CIFAR-10 (JPEG), the first 1,000 training images per class
+# (10% of them held out), all test images, 40% symmetric noise, IPC 10.
 #   reproduce/long_experts_cifar10.sh cifar10-jpeg.zip [output folder]
-# As IPC 10 in trajectories_cifar10.sh, but ConvNet-3 width 32 and experts that train longer than is good for them, as published ones do: 20 epochs of batches of 32
-# with momentum 0.9 at rate 0.02, no augmentation. On noisy labels such an expert is best after 8 epochs and forgets again (45% -> 38% -> 32% after 8, 20 and 40 epochs
-# of batches of 64, seed 100). TAD's pilot stops before that: 9 epochs, by the quality of its division of seed 100's training data (6, 9, 13 tried).
-# SEEDS, ARMS, BASELINES and JOBS choose less or more. About 40 CPU minutes a seed for DATM.
+# Settings are those of IPC 10 in trajectories_cifar10.sh, with two changes: ConvNet-3 width 32, and experts that
+# overfit, as published ones do: 20 epochs, batches of 32, momentum 0.9, rate 0.02, no augmentation. On noisy labels
+# such an expert is best after 8 epochs and then gets worse (45% -> 38% -> 32% after 8, 20 and 40 epochs with batches of
+# 64, seed 100). TAD's pilot stops after 9 epochs, chosen by the quality of its division of seed 100's training data (6,
+# 9, 13 tried). SEEDS, ARMS, BASELINES and JOBS change what is run. About 40 CPU minutes per seed for DATM.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")

@@ -1,12 +1,15 @@
-"""The patched public DM script beside the bundled loop: noisy labels without a method, and with TAD.
+"""Compares the patched public DM script with the bundled loop: noisy labels without a method, and with TAD.
 
 Run ``bash reproduce/patched_dm.sh`` (or this file with ``--help``). The checkout is copied, never changed. Each run is
-written when it is finished, and a second start goes on with what is missing. All arms read the same files: the first
-images of each class of the given image folder, written in torchvision's CIFAR-10 format, which is what the public
-script reads. A seed fixes the wrong labels, the same for all arms; the public script's other draws follow the seeded
-mode of ``tad-plugin run``, the bundled loop's its own seed. Each side evaluates as it always does. 200 iterations move
-the initial images little, so a run's accuracy hangs on which ones were drawn and how many of them are mislabelled:
-the bundled loop also runs from the very images and the division that the script had.
+written when it is finished, and a second start continues with the missing runs.
+
+All arms read the same files: the first images of each class of the given image folder, in torchvision's CIFAR-10
+format, which the public script reads. A seed fixes the wrong labels, the same for all arms. The other draws of the
+public script follow the seeded mode of ``tad-plugin run``; those of the bundled loop follow its own seed. Each side
+uses its own evaluation.
+
+200 iterations move the initial images little, so the accuracy of a run depends on which images were drawn and how many
+of them are mislabelled. For this reason the bundled loop also runs from the script's initial images and division.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise
 from tad_plugin.upstream.patch import apply, load_patch
 from tad_plugin.upstream.run_script import run_script
+from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.stand_ins import any_checksum
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.switches import needed_switches
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import versions
 from tad_plugin.utils.seeds import generator_of
@@ -72,7 +76,7 @@ def torchvision_folder(raw: RawSplits, place: Path) -> None:
 
 
 def run_main_dm(checkout: Path, arm: str, seed: int, save: Path, args: argparse.Namespace, **changed: object) -> Path:
-    """Runs the patched script and returns its res_*.pt; ``changed`` are flags that differ from the study's."""
+    """Runs the patched script and returns its res_*.pt; ``changed`` are flags that differ from those of the study."""
     flags: dict[str, object] = {
         "dataset": "CIFAR10", "model": f"ConvNetW{args.width}", "ipc": args.ipc, "num_exp": 1, "eval_mode": "none",
         "num_eval": args.eval_runs, "epoch_eval_train": args.eval_epochs, "Iteration": args.iterations,
@@ -92,13 +96,13 @@ def run_main_dm(checkout: Path, arm: str, seed: int, save: Path, args: argparse.
 
 
 def state_file(args: argparse.Namespace, arm: str, seed: int) -> Path:
-    """Where the script's run leaves its state."""
+    """The state file of the script's run."""
     place: Path = args.out / "script" / arm / f"seed{seed}.safetensors"
     return place
 
 
 def result_of(raw: RawSplits, side: str, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What results.json holds of a run besides its accuracies."""
+    """The entry of a run in results.json, without its accuracies."""
     state = SampleState.load(state_file(args, arm, seed))
     rate = float((state.observed != raw.train_labels).float().mean())
     split = split_quality(state.observed, state.target, state.trusted, state.trust, raw.train_labels)
@@ -111,7 +115,7 @@ def result_of(raw: RawSplits, side: str, arm: str, seed: int, args: argparse.Nam
 
 
 def script_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of the patched script."""
+    """Runs the patched script."""
     state_file(args, arm, seed).unlink(missing_ok=True)
     file = run_main_dm(checkout, arm, seed, args.out / "script" / arm / f"seed{seed}", args)
     with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]):
@@ -120,9 +124,9 @@ def script_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argpar
 
 
 def same_start_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The bundled loop from the script's initial images and division: what is left are the draws of the loop itself."""
+    """Runs the bundled loop from the script's initial images and division, so that only the loop's own draws differ."""
     state, save = state_file(args, arm, seed), args.out / "start" / arm / f"seed{seed}"
-    # One step of size 0, with the division taken from the file: the images that the script starts with.
+    # one step of size 0 with the division from the file gives the script's initial images
     file = run_main_dm(checkout, arm, seed, save, args, Iteration=0, num_eval=0, lr_img=0)
     start = torch.load(file, weights_only=True)["data"][0]
     with any_checksum():
@@ -152,7 +156,7 @@ def same_start_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: ar
 
 
 def bundled_run(raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The bundled loop at the same setting."""
+    """Runs the bundled loop at the same setting."""
     config = RunConfig(
         baseline="dm", dataset="cifar10", root=str(args.out / "data"), holdout=0.0, candidates=1, noise=NOISE,
         ipc=args.ipc, iterations=args.iterations, width=args.width, loop={"batch_real": args.batch_real},
@@ -164,7 +168,7 @@ def bundled_run(raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """The tables, and what TAD wins on either side, seed by seed."""
+    """The tables, and the gain by TAD on each side, seed by seed."""
     rows = {(row.baseline, row.arm): row for row in summarise(results)}
 
     def each(baseline: str, arm: str) -> list[float]:
@@ -204,7 +208,7 @@ format (JPEG copies of the published files, so accuracies are not those of the p
 ConvNet-3 width {args.width}, IPC {args.ipc}, {real}, {evaluation}.
 "noisy" is the patched script with `--tad_noise {NOISE}` and no method: the unmodified algorithm on wrong labels.
 "{SAME_START}" is the bundled loop from the script's initial images and division: {args.iterations}
-iterations move the images little, so a run's accuracy hangs on which ones it starts with.
+iterations move the images little, so a run's accuracy depends on its initial images.
 CPU: {machine}, one thread, shared with other jobs (times are upper bounds); Python {v["python"]}, torch {v["torch"]}.
 Accuracy in percent: mean over seeds of the mean over networks, +- standard deviation over seeds.
 

@@ -1,9 +1,9 @@
-# Sourced by quickstart.sh and tests/run.sh: `setup_env EXTRA...` gives an environment in which tad_plugin
-# and the named extras are installed (editable), and puts it first on PATH.
+# Sourced by quickstart.sh and tests/run.sh. `setup_env EXTRA...` prepares an environment with tad_plugin and the named
+# extras (editable install) and puts it first on PATH.
 #
-# The active virtual environment is used; if there is none, .venv in the repository root is made once
-# and reused. A stamp per extra inside the environment holds a hash of setup.cfg and pyproject.toml, so that
-# pip runs only after one of them has changed.
+# The active virtual environment is used. If there is none, .venv in the repository root is made once and reused. A
+# stamp per extra inside the environment holds a hash of setup.cfg and pyproject.toml, so that pip runs only after one
+# of them has changed.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -35,7 +35,7 @@ Install one (python.org, your package manager, pyenv or conda), or activate a vi
 setup_env() {
     local environment="${VIRTUAL_ENV:-$REPOSITORY/.venv}" base extra digest missing=0 joined
     if [ -z "${VIRTUAL_ENV:-}" ]; then
-        # pip as well: an interrupted `venv` leaves a python without it
+        # check for pip too: an interrupted `venv` leaves a python without it
         if ! "$environment/bin/python" -c 'import pip' >/dev/null 2>&1; then
             base="$(_find_python)"
             echo "Making a virtual environment in $environment ($("$base" --version 2>&1))"
@@ -50,7 +50,7 @@ Deactivate that environment or make it anew."
 Activate another environment, or deactivate it so that .venv is used."
     export PATH="$environment/bin:$PATH"
 
-    # the repository's path is hashed too: an editable install points at one checkout
+    # the repository's path is hashed too, because an editable install points at one checkout
     digest="$(cd "$REPOSITORY" && "$environment/bin/python" -c '
 import hashlib, pathlib
 parts = [pathlib.Path(name).read_bytes() for name in ("setup.cfg", "pyproject.toml")]

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# CIFAR-10 (JPEG), the first 1,000 training images per class (10% of them held out), all test images, 40% symmetric noise: MTT and DATM at IPC 10 and 1, all arms.
+# MTT and DATM on CIFAR-10 (JPEG) at IPC 10 and 1, all arms: the first 1,000 training images per class (10% of them held
+# out), all test images, 40% symmetric noise.
 #   reproduce/trajectories_cifar10.sh cifar10-jpeg.zip [output folder]
-# ConvNet-3 width 16; 5 experts of 13 epochs for each seed and kind of labels (batches of 64, rate 0.1, plain SGD), which both loops and sizes share.
-# IPC 10: 40 updates, segments of one expert epoch from anywhere, 30 steps of the student, 2 experts in the second phase of IWD. IPC 1: 200 updates, segments that start in the first two epochs
-# (as in the published settings: small sets match early ones), 20 steps, 5 experts in that phase. Settings were chosen on the clean arm of seed 100, which is in no table, by accuracy on 5,000
-# further training images. SEEDS, ARMS, BASELINES, IPC, NOISE and JOBS choose less or other. About 3 CPU hours in all.
+# ConvNet-3 width 16. 5 experts of 13 epochs for each seed and kind of labels (batches of 64, rate 0.1, plain SGD),
+# shared by both loops and both IPC. IPC 10: 40 updates, segments of one expert epoch from anywhere, 30 student steps, 2
+# experts in IWD's second phase. IPC 1: 200 updates, segments that start in the first two epochs (as in the published
+# settings: small sets match early epochs), 20 student steps, 5 experts in IWD's second phase. Settings were chosen on
+# the clean arm of seed 100, which is in no table, by accuracy on 5,000 further training images. SEEDS, ARMS, BASELINES,
+# IPC, NOISE and JOBS change what is run. About 3 CPU hours in all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")

@@ -1,8 +1,7 @@
-"""The package as it is installed, its layers, and the scripts that set it up."""
+"""The package as it is installed, and the scripts that set it up."""
 
 from __future__ import annotations
 
-import ast
 import configparser
 import fnmatch
 import importlib
@@ -14,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import tad_plugin
 from tad_plugin.core.callback import Callback
 from tests import ROOT
+from tests.test_layout import MODULES
 
 PACKAGE = ROOT / "tad_plugin"
 OPTIONAL = ("cleanlab", "jinja2", "jsonargparse", "matplotlib", "pandas", "ray", "sklearn", "tqdm", "yaml")
@@ -27,14 +28,6 @@ def config() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(delimiters=("=",))
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     return parser
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = list(path.relative_to(ROOT).with_suffix("").parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
 
 
 def lines(text: str) -> list[str]:
@@ -54,6 +47,18 @@ def test_requirements_have_lower_bounds_and_no_upper_ones(config: configparser.C
         assert line.count(">=") == 1 and not any(sign in line for sign in ("<", "==", "~=", "!=")), line
 
 
+def test_version_changelog_and_citation_agree(config: configparser.ConfigParser) -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    newest = next(line for line in changes if line.startswith("## ")).split()[1]
+    assert newest == citation["version"] == config["metadata"]["version"] == tad_plugin.__version__
+    papers = {reference["url"].rsplit("/", 1)[1] for reference in citation["references"]}
+    assert papers == {"2502.05027", "2510.27253"}
+    assert all(reference["title"] and reference["authors"] for reference in citation["references"])
+
+
 def test_every_entry_point_names_something_that_exists(config: configparser.ConfigParser) -> None:
     points = config["options.entry_points"]
     methods = dict(tuple(map(str.strip, line.split("="))) for line in lines(points["tad_plugin.methods"]))
@@ -68,7 +73,7 @@ def test_every_entry_point_names_something_that_exists(config: configparser.Conf
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    for path in modules().values():
+    for path in MODULES.values():
         assert (path.parent / "__init__.py").exists(), path.parent
 
 
@@ -87,11 +92,6 @@ def test_every_patch_is_installed(config: configparser.ConfigParser) -> None:
         assert config["options.data_files"][place] == f"patches/{folder.name}/*"
 
 
-def test_files_stay_small() -> None:
-    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
-    assert not {name: size for name, size in sizes.items() if size > 400}
-
-
 # imports
 
 
@@ -101,81 +101,11 @@ def test_everything_imports_without_the_extras() -> None:
 import importlib, sys
 for name in {OPTIONAL!r}:
     sys.modules[name] = None
-for name in {sorted(modules())!r}:
+for name in {sorted(MODULES)!r}:
     importlib.import_module(name)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-
-
-def imported(path: Path, name: str) -> set[str]:
-    """The package's own modules that a module imports when it is imported itself, not inside a function."""
-    known, found = modules(), set()
-    pending: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: write imports in full"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in known else str(node.module))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            pending += node.orelse
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            pending += ast.iter_child_nodes(node)
-    return {target for target in found if target in known and target != name}
-
-
-# Arrows point down only: a module may import from its own layer's folder and from layers above it in this list.
-LAYERS = (
-    ("errors", "files", "bars", "environment"),
-    ("labels",),
-    ("statefile",),
-    ("state",),
-    ("events",),
-    ("callback",),
-    ("data", "nn"),
-    ("scorer", "registry", "synthetic"),
-    ("tad", "iwd", "selection"),
-    ("wrappers", "diagnostics"),
-    ("hook",),
-    ("distill", "evaluate"),
-    ("runs", "report", "arms", "runconfig", "progress"),
-    ("experiment",),
-    ("compare", "pictures"),
-    ("cli",),
-)
-METHODS = ("tad", "iwd", "selection")
-
-
-def test_arrows_point_down_only() -> None:
-    rank = {top: level for level, tops in enumerate(LAYERS) for top in tops}
-    wrong = []
-    for name, path in modules().items():
-        top = name.split(".")[1] if "." in name else ""
-        for target in imported(path, name):
-            other = target.split(".")[1] if "." in target else ""
-            crosses = top in METHODS and other in METHODS and top != other
-            if crosses or (top in rank and other in rank and rank[other] > rank[top]):
-                wrong.append(f"{name} imports {target}")
-    assert not wrong
-
-
-def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {name: imported(path, name) for name, path in modules().items()}
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
-        if name not in done:
-            for target in graph[name]:
-                visit(target, (*trail, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
 
 
 # scripts
@@ -192,7 +122,7 @@ def test_scripts_are_valid_bash(script: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository with the set-up script, and an active environment whose pip only writes down its calls."""
+    """A repository with the set-up script, and an active environment whose pip only records its calls."""
     repository = tmp_path / "some where" / "repository"  # a path with a blank must work
     (repository / "reproduce").mkdir(parents=True)
     shutil.copy(ROOT / "reproduce" / "setup_env.sh", repository / "reproduce")

@@ -1,4 +1,4 @@
-"""The README's code runs: each ```python block after a line ``<!-- test -->``."""
+"""The README: its code runs (each ```python block after a line ``<!-- test -->``), and it names every folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ BLOCK = re.compile(r"<!-- test -->\s*\n```python\n(.*?)^```", re.DOTALL | re.MUL
 
 
 def blocks() -> list[str]:
-    return BLOCK.findall(README.read_text(encoding="utf-8")) if README.exists() else []
+    return BLOCK.findall(README.read_text(encoding="utf-8"))
+
+
+def test_the_layout_names_every_folder_and_file_of_the_root_package() -> None:
+    layout = README.read_text(encoding="utf-8").split("## Layout")[1]
+    for path in (ROOT / "tad_plugin").iterdir():
+        if path.name not in ("__init__.py", "__pycache__", "py.typed"):
+            assert f"`{path.name}{'/' if path.is_dir() else ''}`" in layout, path.name
 
 
 @pytest.fixture
@@ -26,9 +33,7 @@ def global_rng_restored() -> object:
 
 
 def test_the_readme_has_code_that_is_tested() -> None:
-    if not README.exists():
-        pytest.skip("there is no README.md yet")
-    assert blocks(), "README.md needs a ```python block after a line <!-- test -->"
+    assert len(blocks()) >= 3, "README.md needs ```python blocks after a line <!-- test -->"
 
 
 @pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")

@@ -1,12 +1,12 @@
-"""How fast experts are trained: this package beside MTT's public training function, side by side.
+"""Compares the speed of expert training: this package and MTT's public training function.
 
 Run ``python reproduce/benchmarks/experts.py --mtt PATH`` with a checkout of GeorgeCazenavette/mtt-distillation; prints
 a table and writes JSON. Without ``--mtt`` only this package's arms run.
 
-Each arm is a process of its own, as a script would be (in one process an arm would live on memory that another has
-freed); they take turns by epochs, so that a busy machine slows all of them. Rates are medians, on one CPU thread of
-processor time, which other programs change little. A first round warms up and is not counted. With ``--threads 2``
-rates are by the clock on the wall, so the machine must be idle.
+Each arm is a process of its own, because in one process an arm could reuse memory that another has freed. The arms take
+turns by epochs, so that a busy machine slows all of them. Rates are medians over processor time on one CPU thread,
+which other programs change little. A first round warms up and is not counted. With ``--threads 2`` rates are over wall
+time, so the machine must be idle.
 
 upstream         the epoch function of their utils.py with the network, loader and criterion that their buffer.py makes
 ours             an epoch of :class:`ExpertTrainer`
@@ -15,8 +15,8 @@ ours, one pass   the same without a method, each batch in one pass instead of in
 ours, batched    several experts at once in one computation (``torch.func.stack_module_state`` and ``vmap``)
 ours, side by side  as many experts at once as there are threads, each a process of one thread (``--jobs``)
 
-Start-up (their script stacks the data once for each sample) and testing are in none of them. Random images stand for
-real ones: no arithmetic depends on what they show.
+Start-up (their script stacks the data once for each sample) and testing are not counted. The images are random: no
+arithmetic depends on what they show.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def config_of(args: argparse.Namespace, width: int) -> ExpertConfig:
 
 
 def upstream_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
-    """One epoch of their training; gives the number of images."""
+    """Trains one epoch of theirs; returns the number of images."""
     sys.path.insert(0, str(args.mtt))
     try:
         import networks
@@ -100,7 +100,7 @@ def our_arm(args: argparse.Namespace, width: int, *, method: str = "none", whole
 
 
 def batched_arm(args: argparse.Namespace, width: int) -> Callable[[], int]:
-    """Plain SGD of several experts in one computation, each with its own order and augmentation."""
+    """Trains several experts by plain SGD in one computation, each with its own order and augmentation."""
     data, config, count = real_data(args), config_of(args, width), args.together
     generators = [expert_generator(0, number) for number in range(count)]
     networks = [expert_network(config, data, g) for g in generators]
@@ -139,7 +139,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, int], Callable[[], int]]] = {
 
 
 def start(args: argparse.Namespace, name: str, width: int) -> list[subprocess.Popen[str]]:
-    """The processes that hold one arm and run an epoch for each line that they are sent."""
+    """Starts the processes of one arm; each runs an epoch for every line that it receives."""
     command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--serve", name, "--widths", str(width)]
     count = args.threads if name == SIDE_BY_SIDE else 1
     if count > 1:
@@ -148,7 +148,7 @@ def start(args: argparse.Namespace, name: str, width: int) -> list[subprocess.Po
 
 
 def ask(args: argparse.Namespace, children: list[subprocess.Popen[str]]) -> float:
-    """Images per second of the next epoch there; of all of them by the clock where there are several."""
+    """Measures images per second of an arm's next epoch; over wall time if the arm has several processes."""
     began = perf_counter()
     for child in children:
         assert child.stdin is not None
@@ -165,7 +165,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def rate(epoch: Callable[[], int], device: str) -> float:
-    """Images per second of one epoch."""
+    """Measures images per second of one epoch."""
     clock = process_time if device == "cpu" and torch.get_num_threads() == 1 else perf_counter
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()

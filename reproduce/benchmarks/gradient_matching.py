@@ -1,14 +1,14 @@
-"""What an update of DC costs, without a method and with the derivative in the real samples' weights in its two forms.
+"""Cost of an update of DC, without a method and with the two forms of the derivative in the real samples' weights.
 
 Run ``python reproduce/benchmarks/gradient_matching.py``; prints a table and writes JSON.
 
-Four arms take turns, so that a busy machine slows all of them: a direct loop (each class in one pass, all classes
-differentiated at the end by ``backward``), the loop of this package without a method, and the same with a method that
-asks for the explicit influence of the batch, whose derivative is taken by a forward-mode pass ("forward") or through a
-graph of the real gradient ("graph"). The target's own gradient, which IWD needs beside it, is not in these numbers.
-Random images stand for real ones: no arithmetic depends on what they show. Seconds are medians; on one CPU thread
-they are processor time, which other programs hardly change. A first round warms up and is not counted. Peak memory is
-that of a process of its own for each arm, above what it held before its first update.
+Four arms take turns, so that a busy machine slows all of them. The first is a direct loop: each class in one pass, all
+classes differentiated at the end by ``backward``. The second is the loop of this package without a method. The other
+two add a method that asks for the explicit influence of the batch; its derivative is taken by a forward-mode pass
+("forward") or through a graph of the real gradient ("graph"). The gradient of the target, which IWD also needs, is not
+counted. The images are random: no arithmetic depends on what they show. Seconds are medians; on one CPU thread they are
+processor time, which other programs hardly change. A first round warms up and is not counted. Peak memory is measured
+in a process of its own for each arm, above what it held before its first update.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def loop_of(args: argparse.Namespace, form: str = "") -> DC:
 
 
 def direct(loop: DC) -> Callable[[int], None]:
-    """An update of the same loop as it is usually written."""
+    """Makes one update of the same loop, written in the usual way."""
 
     def step(_iteration: int) -> None:
         images, ipc, data = loop.synthetic.images, loop.config.ipc, loop.data
@@ -116,7 +116,7 @@ def timed(step: Callable[[int], Any], device: str) -> float:
 
 
 def peak(args: argparse.Namespace, name: str) -> int:
-    """Bytes that the first update of an arm takes; in a fresh process, as freed memory would hide some."""
+    """Measures the bytes of an arm's first update, in a fresh process because freed memory would hide some."""
     _, step = arm_of(args, name)
     reset_peak_memory(args.device)
     before = peak_memory_bytes(args.device) or 0

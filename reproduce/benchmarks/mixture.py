@@ -1,8 +1,8 @@
-"""Class-wise mixtures: all classes at once against loops over scikit-learn and over single classes.
+"""Compares the class-wise mixture of all classes at once with loops over scikit-learn and over single classes.
 
-Run ``python reproduce/benchmarks/mixture.py``; prints a table and writes JSON. All run in one process,
-alternating, on one thread, with the same tolerance, iterations and variance floor; ``same start`` also with the
-same starting values. Needs the extra ``reproduce`` (scikit-learn).
+Run ``python reproduce/benchmarks/mixture.py``; prints a table and writes JSON. All arms alternate in one process on one
+thread, with the same tolerance, iterations and variance floor. ``same start`` also uses the same starting values. Needs
+the extra ``reproduce`` (scikit-learn).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
 
 
 def make_losses(classes: int, per_class: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of a scorer on noisy labels: 60% drawn from a low gamma, 40% from a high one; float32 [N], int64 [N]."""
+    """Draws losses like a scorer's on noisy labels: 60% low gamma, 40% high gamma. Returns float32 [N], int64 [N]."""
     rng = np.random.default_rng(seed)
     n = classes * per_class
     losses = np.where(rng.random(n) < 0.6, rng.gamma(2.0, 0.3, n), rng.gamma(6.0, 0.5, n))
@@ -33,7 +33,7 @@ def make_losses(classes: int, per_class: int, seed: int) -> tuple[torch.Tensor, 
 
 
 def scikit_loop(losses: torch.Tensor, labels: torch.Tensor, classes: int, init: MixtureInit | None) -> torch.Tensor:
-    """Trust [N] by one ``GaussianMixture`` per class, from its own k-means start or from ``init``."""
+    """Computes the trust [N] by one ``GaussianMixture`` per class, from its own k-means start or from ``init``."""
     try:
         from sklearn.mixture import GaussianMixture
     except ImportError as error:
@@ -56,7 +56,7 @@ def scikit_loop(losses: torch.Tensor, labels: torch.Tensor, classes: int, init: 
 
 
 def single_loop(losses: torch.Tensor, labels: torch.Tensor, classes: int, init: MixtureInit | None) -> torch.Tensor:
-    """Trust [N] by this package's fit, called for one class at a time."""
+    """Computes the trust [N] by this package's fit, one class at a time."""
     trust = torch.empty(len(losses))
     for c in range(classes):
         index = (labels == c).nonzero().flatten()
@@ -66,7 +66,7 @@ def single_loop(losses: torch.Tensor, labels: torch.Tensor, classes: int, init: 
 
 
 def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns so that a busy machine slows all alike; one unmeasured round first."""
+    """Measures seconds of each call, in turns so that a busy machine slows all alike, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():

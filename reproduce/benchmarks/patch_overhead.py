@@ -1,18 +1,18 @@
-"""What the hook costs a patched script that uses weights and scores nothing: seconds per iteration beside the original.
+"""Cost of the hook in a patched script that uses weights and scores nothing, in seconds per iteration.
 
 Run ``python reproduce/benchmarks/patch_overhead.py --dm CHECKOUT --mtt CHECKOUT --datm CHECKOUT --idm CHECKOUT``;
 prints a table and writes JSON and Markdown. Rows whose checkout is not given are left out.
 
-Each script runs twice, in two processes: as it is, and patched with ``--tad_method tad --tad_state FILE``, where the
-file trusts every sample and gives it a random weight, so that every handle of the patch works. The two take turns by
-iterations, so that a busy machine slows both alike, and draw the same numbers. An iteration ends where the synthetic
-images are updated (experts: where a batch has been learned). On a CPU one thread works and seconds are processor time;
-on a GPU they are wall time after its queue has run dry. Random images stand for CIFAR-10: no arithmetic depends on what
-they show. The aim is a ratio of at most 1.02.
+Each script runs in two processes: unpatched, and patched with ``--tad_method tad --tad_state FILE``. The file trusts
+every sample and gives it a random weight, so that every handle of the patch works. The two processes take turns by
+iterations, so that a busy machine slows both alike, and draw the same numbers. An iteration ends when the synthetic
+images are updated (experts: when a batch has been learned). On a CPU one thread works and seconds are processor time.
+On a GPU they are wall time after its queue has run dry. The images are random: no arithmetic depends on what they show.
+The aim is a ratio of at most 1.02.
 
-Both processes keep the memory that they free (the variables in KEEP). Without that the C library hands it back and the
-system clears it anew, or not, by how the heap happens to lie: up to a third of an iteration, and one process of the two
-was slower by up to 26% for as long as it ran. The time inside the patch's handles is measured as well.
+Both processes keep the memory that they free (the variables in KEEP). Otherwise the C library returns it and the system
+clears it again, depending on the layout of the heap. That took up to a third of an iteration, and made one of the two
+processes slower by up to 26% for as long as it ran. The time inside the patch's handles is measured too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ from tad_plugin.nn.networks import make_network
 from tad_plugin.tad.method import TAD
 from tad_plugin.upstream.patch import apply, load_patch
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import needed_switches
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import versions
 
@@ -76,7 +78,7 @@ buffer_path: {folder}
 
 @dataclass(frozen=True)
 class Row:
-    """One script: its patch, its path, its flags, and how many updates of a class's images make an iteration."""
+    """One script: its patch, path and flags, and the number of image updates per iteration."""
 
     patch: str
     script: str
@@ -114,7 +116,7 @@ ROWS = {
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """Writes what the scripts read: a buffer of experts, DATM's settings, and the state file."""
+    """Writes the files that the scripts read: a buffer of experts, DATM's settings, and the state file."""
     network = make_network(
         "convnet", in_channels=3, num_classes=10, image_size=32, width=args.width, generator=torch.Generator()
     )
@@ -135,7 +137,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def worker(name: str, checkout: str, folder: str, patched: bool, args: argparse.Namespace) -> None:
-    """Runs a script; after each iteration it writes the seconds and waits for a line before it goes on."""
+    """Runs a script; after each iteration it writes the seconds and waits for a line."""
     import torchvision
 
     torch.set_num_threads(args.threads)
@@ -183,7 +185,7 @@ def worker(name: str, checkout: str, folder: str, patched: bool, args: argparse.
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+    """Measures one row of the table."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -215,7 +217,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 times.append([_turn(arm, folder) for arm in arms])
         finally:
             for arm in arms:
-                arm.communicate()  # closes its input, which ends it
+                arm.communicate()  # closes its input, so that it ends
     plain = [a[0] for a, _ in times[args.warmup :]]
     patched, handles = zip(*(b for _, b in times[args.warmup :]), strict=True)
     ratios = sorted(b / a for a, b in zip(plain, patched, strict=True))
@@ -233,7 +235,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _turn(arm: subprocess.Popen[str], folder: Path) -> tuple[float, float]:
-    """Lets a process make one iteration; its first turn ends at its first update."""
+    """Lets a process make one iteration; the first one ends at the first update."""
     assert arm.stdin is not None and arm.stdout is not None
     if arm.poll() is None:
         answer = arm.stdout.readline()
@@ -246,7 +248,7 @@ def _turn(arm: subprocess.Popen[str], folder: Path) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as Markdown."""
     lines = ["| | script | original s | patched s | ratio | quartiles | in handles |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["quartiles"]
@@ -258,14 +260,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command line, with a word for each checkout's place."""
+    """The command line, with a placeholder for each checkout."""
     given = [f"--{name} CHECKOUT" for name in CHECKOUTS if getattr(args, name) is not None]
     rest = [shlex.join([f"--{k}", str(v)]) for k, v in settings(args).items()]
     return " ".join(["python reproduce/benchmarks/patch_overhead.py", *given, *rest])
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Every flag that is not a place."""
+    """All flags that are not paths."""
     return {k: v for k, v in vars(args).items() if k not in (*CHECKOUTS, "out", "worker")}
 
 
@@ -275,20 +277,18 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     atomic_write(args.out, json.dumps(result, indent=1) + "\n")
     shown = ", ".join(f"{k} {v}" for k, v in settings(args).items() if k not in ("rows", "warmup"))
     title = "# The hook in patched scripts: weights only, nothing scored\n\n"
-    about = (
-        f"Median seconds of an iteration, both scripts taking turns; aim: a ratio of at most {AIM}. {KEPT} {shown}.\n\n"
-    )
-    atomic_write(args.out.with_suffix(".md"), title + about + table(rows) + "\n")
+    about = f"Median seconds of an iteration, both scripts taking turns; aim: a ratio of at most {AIM}. {KEPT} {shown}."
+    atomic_write(args.out.with_suffix(".md"), title + textwrap.fill(about, 118) + "\n\n" + table(rows) + "\n")
 
 
 def main() -> None:
-    """Parses flags, measures every script whose checkout is given, prints and writes."""
+    """Measures every script whose checkout is given; prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in CHECKOUTS:
         parser.add_argument(f"--{name}", type=Path, help=f"checkout that the patch {name} is for")
-    parser.add_argument("--rows", default=",".join(ROWS), help="which of these")
-    parser.add_argument("--iterations", type=int, default=20, help="that are counted")
-    parser.add_argument("--warmup", type=int, default=3, help="iterations before them, start-up included")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows to measure")
+    parser.add_argument("--iterations", type=int, default=20, help="measured iterations")
+    parser.add_argument("--warmup", type=int, default=3, help="iterations before them, including start-up")
     parser.add_argument("--ipc", type=int, default=1)
     parser.add_argument("--width", type=int, default=128, choices=(32, 64, 128, 256))
     parser.add_argument("--batch_real", type=int, default=64)
@@ -312,7 +312,7 @@ def main() -> None:
     for name in wanted:
         rows.append(measure(name, args))
         print(table(rows).splitlines()[-1], flush=True)
-        write(rows, args)  # a stopped run leaves what it measured
+        write(rows, args)  # write after each row, so that a stopped run keeps its rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""2x2 average pooling, alone and after a ReLU: torch's kernels against the plugin's, side by side.
+"""Compares torch's and the plugin's 2x2 average pooling, alone and after a ReLU.
 
 python reproduce/benchmarks/pooling.py
 """
@@ -14,7 +14,7 @@ from tad_plugin.nn.pooling import HalvingAvgPool, ReluHalvingAvgPool
 
 
 def main() -> None:
-    """Prints the best of 20 alternating repetitions, and how far values and gradients differ."""
+    """Prints the best of 20 alternating repetitions, and the differences of values and gradients."""
     torch.set_num_threads(1)
     x = torch.randn(64, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     pairs: dict[str, dict[str, nn.Module]] = {

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Memory and time of one update of trajectory matching: the constant form beside the plain one.
+"""Memory and time of one update of trajectory matching, in the constant-memory form and in the plain form.
 
 Each measurement is a process of its own. Time is processor time of one update (loss and gradients of images and
-learning rate) after one warm-up update of a single step. Memory is the most resident memory during the update above
-what the process held before it; what is freed is returned to the system at once (MALLOC_MMAP_THRESHOLD_), so that
-resident memory is what is in use. The two forms are compared at the first number of steps, in float64 as they
-are run (chunks), and in float32 with whole steps: chunks round differently there, and where that moves a number past a
-kink of a ReLU both forms are as far from the float64 gradient as from each other.
+learning rate) after one warm-up update of a single step. Memory is the peak of resident memory during the update, above
+what the process held before it. Freed memory is returned to the system at once (MALLOC_MMAP_THRESHOLD_), so resident
+memory is memory in use.
+
+The two forms are compared at the first number of steps: in float64 with chunks, as they are run, and in float32 with
+whole steps. In float32 chunks round differently. If that moves a number past a kink of a ReLU, both forms are as far
+from the float64 gradient as from each other.
 
     python reproduce/benchmarks/trajectory_memory.py --out trajectory_memory.json
 """
@@ -37,7 +39,7 @@ CLASSES, SIDE = 10, 32
 def update(
     arguments: argparse.Namespace, form: str, steps: int, *, dtype: torch.dtype = torch.float32, whole: bool = False
 ) -> list[torch.Tensor]:
-    """The loss of one update and its gradients in images, rate and label logits; ``whole`` steps or chunks of them."""
+    """Computes the loss of one update and its gradients; ``whole`` takes whole steps instead of chunks."""
     generator = torch.Generator().manual_seed(0)
     width, count, augmentation = arguments.width, CLASSES * arguments.ipc, Augmentation(align_corners=True)
     network = make_network(
@@ -55,7 +57,7 @@ def update(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and bytes of one update in this process."""
+    """Measures seconds and bytes of one update in this process."""
     torch.set_num_threads(1)
     update(arguments, arguments.form, 1)
     before = _resident()
@@ -74,7 +76,7 @@ def _resident() -> int:
 
 
 def in_process(arguments: argparse.Namespace, form: str, steps: int, threshold: str) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
+    """Runs :func:`measure` in a process of its own."""
     command = [sys.executable, __file__, "--form", form, "--steps", str(steps)]
     for name in ("width", "ipc", "batch_syn"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -91,8 +93,8 @@ def main() -> None:
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--batch_syn", type=int, default=0, help="images per step; 0 for all")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50, 100])
-    parser.add_argument("--plain_steps", type=int, nargs="+", default=[10], help="the plain form's; its memory grows")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing, alternating; the smallest counts")
+    parser.add_argument("--plain_steps", type=int, nargs="+", default=[10], help="steps of the plain form")
+    parser.add_argument("--repeats", type=int, default=3, help="alternating timings; the smallest counts")
     parser.add_argument("--out", default="")
     parser.add_argument("--form", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Seconds per iteration of DM, DC and IDM: the bundled loops beside the public scripts, at the same settings.
+"""Compares seconds per iteration of the bundled loops and the public scripts: DM, DC and IDM at the same settings.
 
 Run ``python reproduce/benchmarks/upstream_iterations.py --dm CHECKOUT --idm CHECKOUT``; prints a table and writes JSON.
 The first is VICO-UoE/DatasetCondensation (main_DM.py and main.py), the second uitrbn/IDM (IDM_cifar10.py); without one
 its rows are left out.
 
-Each script runs unchanged in a process of its own. Whenever it has finished an iteration, one of the bundled loop is
-made in the same process, so that a busy machine slows both alike. Start-up, evaluation and the first iteration of both
-are not counted. Random images stand for CIFAR-10: no arithmetic depends on what they show. On a CPU one thread works
-and seconds are processor time; on a GPU they are wall time after its queue has run dry. One row of DC is one update of
-the images with its share of the network's training (``--outer`` updates per network, ``--inner`` epochs between them).
+Each script runs unchanged in a process of its own. After each of its iterations the same process makes one iteration of
+the bundled loop, so that a busy machine slows both alike. Start-up, evaluation and the first iteration of both are not
+counted. The images are random: no arithmetic depends on what they show. On a CPU one thread works and seconds are
+processor time. On a GPU they are wall time after its queue has run dry. A row of DC is one update of the images with
+its share of the network's training (``--outer`` updates per network, ``--inner`` epochs between them).
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ TARGET = {"cpu": 0.8, "cuda": 0.5}
 
 
 class Done(BaseException):
-    """Enough iterations were made; not an Exception, so that no script catches it."""
+    """Raised after enough iterations; not an Exception, so that no script catches it."""
 
 
 class RandomImages(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """In the place of torchvision's CIFAR10."""
+    """Replaces torchvision's CIFAR10."""
 
     classes = [str(c) for c in range(CLASSES)]  # noqa: RUF012  (as there)
     per_class = 256
@@ -71,7 +71,7 @@ class RandomImages(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def bundled(name: str, args: argparse.Namespace) -> Baseline:
-    """Our loop at the same settings."""
+    """Makes our loop with the same settings."""
     cls = baseline_class(name)
     settings: dict[str, Any] = {"ipc": args.ipc, "width": args.width, "batch_real": args.batch_real}
     if name in ("dc", "dsa"):
@@ -87,7 +87,7 @@ def bundled(name: str, args: argparse.Namespace) -> Baseline:
 
 
 def command(name: str, script: str, args: argparse.Namespace, folder: str) -> list[str]:
-    """The script's command line: no network is evaluated, and it is stopped before its own end."""
+    """Makes the script's command line: it evaluates no network, and is stopped before its own end."""
     flags: dict[str, Any] = {
         "dataset": "CIFAR10",
         "model": f"ConvNetW{args.width}",
@@ -113,9 +113,9 @@ def command(name: str, script: str, args: argparse.Namespace, folder: str) -> li
 
 
 def watch(name: str, args: argparse.Namespace, boundary: Callable[[], None]) -> None:
-    """Has ``boundary`` called wherever an iteration of the script begins."""
+    """Calls ``boundary`` at the start of each iteration of the script."""
     if name == "idm":
-        # It shuffles the queue of networks twice in each iteration and nowhere else.
+        # the script shuffles the queue of networks twice per iteration and nowhere else
         import random
 
         shuffle, calls = random.shuffle, [0]
@@ -142,7 +142,7 @@ def watch(name: str, args: argparse.Namespace, boundary: Callable[[], None]) -> 
 
 
 def worker(name: str, checkout: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per iteration of both, in this process."""
+    """Measures seconds per iteration of both, in this process."""
     import torchvision
 
     torch.set_num_threads(args.threads)
@@ -201,7 +201,7 @@ def worker(name: str, checkout: Path, args: argparse.Namespace) -> dict[str, lis
 
 
 def run(name: str, checkout: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+    """Measures one row of the table."""
     line = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", name, str(checkout)]
     for key in ("iterations", "ipc", "width", "batch_real", "batch_train", "train_steps", "outer", "inner", "threads"):
         line += [f"--{key}", str(getattr(args, key))]
@@ -219,7 +219,7 @@ def run(name: str, checkout: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], device: str) -> str:
-    """Rows as text."""
+    """Formats the rows as text."""
     lines = [f"{'loop':<6}{'script':<16}{'upstream s':>11}{'bundled s':>11}{'ratio':>7}  {'min - max':<13}"]
     for row in rows:
         low, high = row["spread"]
@@ -231,12 +231,12 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
 
 
 def main() -> None:
-    """Parses flags, runs every loop whose checkout is given, prints and writes."""
+    """Runs every loop whose checkout is given; prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dm", type=Path, help="checkout of VICO-UoE/DatasetCondensation")
     parser.add_argument("--idm", type=Path, help="checkout of uitrbn/IDM")
     parser.add_argument("--loops", default="dm,dc,idm", help="which of dm, dc, dsa, idm")
-    parser.add_argument("--iterations", type=int, default=5, help="that are counted, of each")
+    parser.add_argument("--iterations", type=int, default=5, help="measured iterations of each")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--width", type=int, default=128, choices=(32, 64, 128, 256))
     parser.add_argument("--batch_real", type=int, default=256)

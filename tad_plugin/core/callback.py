@@ -61,7 +61,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -72,7 +72,15 @@ from tad_plugin.errors import ConfigError, explain
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import build_config
 
-__all__ = ["Callback"]
+__all__ = ["Callback", "ClassMixtureLike"]
+
+
+class ClassMixtureLike(Protocol):
+    """A two-component mixture of losses, fitted for each class, as pictures need it."""
+
+    def density(self, index: int, grid: Tensor) -> Tensor:
+        """Computes both components' densities of class ``index`` at ``grid`` [G], times their proportions: [G, 2]."""
+        ...
 
 
 class Callback:
@@ -86,6 +94,7 @@ class Callback:
         needs_graph: may need ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
         needs_true_labels: cannot run without the true labels (an oracle).
         decides_late: True if the method changes nothing before the first update, so that experts can be shared.
+        rival: True if the method is only there to compare with; pictures draw it in another colour.
     """
 
     name: ClassVar[str] = "callback"
@@ -95,6 +104,7 @@ class Callback:
     needs_graph: ClassVar[bool] = False
     needs_true_labels: ClassVar[bool] = False
     decides_late: ClassVar[bool] = False
+    rival: ClassVar[bool] = False
 
     def __init__(self, config: Any = None, *, seed: int = 0) -> None:
         if config is None and self.Config is not None:
@@ -122,6 +132,14 @@ class Callback:
         """Sends one log record ``{"event": event, "method": name, **values}`` to the run's log and the observers."""
         if self.sink is not None:
             self.sink({"event": event, "method": self.name, **values})
+
+    @classmethod
+    def loss_division(cls, state: SampleState) -> tuple[Tensor, ClassMixtureLike] | None:
+        """Returns the losses [N] by which the method divided the samples and their mixture; None if it did not.
+
+        Pictures are drawn from it. ``state`` is the saved state of a finished run.
+        """
+        return None
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ __all__ = ["Rival"]
 
 class Rival(Callback):
     """A method that decides once, before distillation, which samples take part. Labels stay as observed."""
+
+    rival: ClassVar[bool] = True
 
     def network_seed(self, number: int) -> int:
         """Seed of the ``number``-th network that this method trains."""

@@ -18,7 +18,7 @@ from tad_plugin.errors import NonFiniteError, explain
 from tad_plugin.tad.calibration import RECALL_PRECISION, _calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
 from tad_plugin.tad.geometry import MAX_DIM, check_features
-from tad_plugin.tad.mixture import _fit_class_mixture, _posterior
+from tad_plugin.tad.mixture import ClassMixture, _fit_class_mixture, _posterior, fit_class_mixture
 from tad_plugin.tad.proposals import _reliability
 from tad_plugin.tad.threshold import THRESHOLD, _divide
 from tad_plugin.utils.settings import Settings, setting
@@ -90,6 +90,12 @@ class TAD(Callback):
         self.ensemble: TemporalEnsemble | None = None
         # Running means of the last batch, before it was added: what `on_scorer_again` compares with.
         self._mean: Tensor | None = None
+
+    @classmethod
+    def loss_division(cls, state: SampleState) -> tuple[Tensor, ClassMixture]:
+        """The mean losses of the last rounds, and the class-wise mixture fitted to them."""
+        losses = state["tad_loss"]
+        return losses, fit_class_mixture(losses, state.observed, state.num_classes)
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:

@@ -1,14 +1,14 @@
-"""Added lines: the only kind of change that a patch of ours makes, read from a diff without context, put in, taken out.
+"""Reads diffs of added lines, inserts the lines into a file and removes them again.
 
-A diff that removes nothing and shows no context carries no line of the code that it changes::
+Our patches only add lines. A diff that removes nothing and shows no context contains no line of the changed code::
 
     --- a/train.py
     +++ b/train.py
     @@ -9,0 +10 @@
     +import tad_plugin
 
-"after line 9 of train.py comes one new line, which is then line 10". Without context nothing in the diff says whether
-a file is the right one, so :mod:`tad_plugin.upstream.patch` compares the hash of the whole file first.
+This means: after line 9 of train.py, insert one line, which becomes line 10. Without context a diff cannot tell whether
+it fits a file, so :mod:`tad_plugin.upstream.patch` compares the hash of the whole file first.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _ONLY_ADDED = "Write it with `diff -U0` or `git diff -U0` of changes that only a
 
 @dataclass(frozen=True)
 class Insertion:
-    """Lines that come after one line of a file.
+    """Lines to insert after one line of a file.
 
     Attributes:
-        after: 1-based number of the line before them in the unchanged file; 0 puts them at the start.
+        after: 1-based number of the line before them in the unchanged file; 0 inserts at the start.
         lines: the new lines without their line endings, at least one.
     """
 
@@ -39,22 +39,22 @@ class Insertion:
 
 
 def added_lines(insertions: Sequence[Insertion]) -> int:
-    """How many lines are added in all."""
+    """Counts the added lines."""
     return sum(len(i.lines) for i in insertions)
 
 
 def parse_diff(text: str, source: str = "the diff") -> dict[str, tuple[Insertion, ...]]:
-    """The insertions of each file of a unified diff with zero context.
+    """Reads the insertions of each file from a unified diff with zero context.
 
     Args:
-        text: the diff; either kind of line ending is accepted and means nothing.
-        source: what to call it in messages.
+        text: the diff; its line endings may be of either kind.
+        source: name of the diff in messages.
 
     Returns:
         Path inside the checkout, with forward slashes -> its insertions, in the order of the file.
 
     Raises:
-        FileFormatError: a removed line, a context line, or anything else but file headers, hunks and added lines.
+        FileFormatError: the diff has a removed line, a context line, or anything but headers, hunks and added lines.
     """
     found: dict[str, list[Insertion]] = {}
     hunks: list[Insertion] = []
@@ -79,7 +79,7 @@ def parse_diff(text: str, source: str = "the diff") -> dict[str, tuple[Insertion
             after, start, missing = int(match[1]), int(match[2]), int(match[3] or 1)
             ordered = not hunks or after > hunks[-1].after
             if not ordered or start != after + shift + 1 or not missing:
-                raise _format_error(f"hunks in order that add lines where the ones before leave off, at {where}", line)
+                raise _format_error(f"hunks in order, numbered without a gap, at {where}", line)
             hunks.append(Insertion(after, ()))
             shift += missing
         elif line:
@@ -90,7 +90,7 @@ def parse_diff(text: str, source: str = "the diff") -> dict[str, tuple[Insertion
 
 
 def format_diff(files: dict[str, Sequence[Insertion]]) -> str:
-    """The diff that :func:`parse_diff` reads, with plain line feeds."""
+    """Writes the diff that :func:`parse_diff` reads, with plain line feeds."""
     out = []
     for name, insertions in files.items():
         out += [f"--- a/{name}", f"+++ b/{name}"]
@@ -104,14 +104,14 @@ def format_diff(files: dict[str, Sequence[Insertion]]) -> str:
 
 
 def insert_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
-    r"""The file with the lines put in; each takes the ending ("\n" or "\r\n") of the line that it comes after.
+    r"""Inserts lines into a file; each takes the ending ("\n" or "\r\n") of the line before it.
 
     Args:
         content: the unchanged file.
-        insertions: in the order of the file, numbered as in the unchanged file.
+        insertions: in the order of the file, with line numbers of the unchanged file.
 
     Raises:
-        PatchError: the file is too short, or lines would follow a last line without an ending.
+        PatchError: the file is too short, or a line would follow a last line without an ending.
     """
     lines = _split(content)
     out: list[bytes] = []
@@ -129,14 +129,14 @@ def insert_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
 
 
 def remove_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
-    """The inverse of :func:`insert_lines`, bit for bit.
+    """Removes the inserted lines: the inverse of :func:`insert_lines`, bit for bit.
 
     Args:
-        content: the file with the lines put in.
-        insertions: the same as were put in.
+        content: the file with the inserted lines.
+        insertions: the insertions that were made.
 
     Raises:
-        PatchError: a line is not the one that was put there.
+        PatchError: a line is not the one that was inserted.
     """
     lines = _split(content)
     shift = 0

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.upstream import patch as patching
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import SWITCHES, Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import SWITCHES, needed_switches
 
 __all__ = ["ABOUT", "VERBS"]
 

@@ -1,8 +1,8 @@
 """Patches for checkouts of public codebases: verified by hash, applied all or nothing, reversed bit for bit.
 
-A patch is a folder ``patches/NAME`` with ``NAME.patch`` (added lines only, see
-:mod:`tad_plugin.upstream.added_lines`) and ``manifest.json``: the repository, the commit, and for each file that is
-touched its sha256 before and after and the number of lines added. Nothing here needs git.
+A patch is a folder ``patches/NAME`` with two files. ``NAME.patch`` holds the added lines (see
+:mod:`tad_plugin.upstream.added_lines`). ``manifest.json`` names the repository and the commit, and gives for each
+changed file its sha256 before and after and the number of added lines. Nothing here needs git.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class FilePatch:
-    """What a patch does to one file.
+    """The change of one file.
 
     Attributes:
         path: inside the checkout, with forward slashes.
-        before: sha256 of the file that the patch was written for, 64 hexadecimal digits.
+        before: sha256 of the unchanged file, 64 hexadecimal digits.
         after: sha256 of the patched file.
-        insertions: the lines.
+        insertions: the added lines.
     """
 
     path: str
@@ -57,7 +57,7 @@ class FilePatch:
 
     @property
     def added(self) -> int:
-        """How many lines are added."""
+        """Number of added lines."""
         return added_lines(self.insertions)
 
 
@@ -66,7 +66,7 @@ class Patch:
     """A patch with its manifest.
 
     Attributes:
-        name: dm, mtt, ...
+        name: "dm", "mtt", ...
         repository: address of the codebase.
         commit: the commit that the patch was written for, 40 hexadecimal digits.
         files: in the order of the diff.
@@ -80,11 +80,11 @@ class Patch:
 
 @dataclass(frozen=True)
 class Status:
-    """In what condition a checkout is.
+    """Condition of a checkout.
 
     Attributes:
         files: path -> "clean" (as the patch expects it), "patched", "changed" or "missing".
-        commit: the checkout's commit, or None where it has no readable .git.
+        commit: the checkout's commit; None without a readable .git.
         condition: "clean", "patched", "partly patched" (only clean and patched files), or "changed".
     """
 
@@ -102,19 +102,19 @@ class Status:
 
 # -- finding and reading ---------------------------------------------------------------------------
 def patches_folder() -> Path:
-    """The folder ``patches`` of this project: beside the package, or ``share/tad_plugin/patches`` of an installation.
+    """Finds the folder ``patches``: beside the package, or ``share/tad_plugin/patches`` of an installation.
 
     Raises:
-        PatchError: neither is there.
+        PatchError: neither exists.
     """
     root, shared = Path(__file__).resolve().parents[2], Path("share", "tad_plugin", "patches")
     schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
     installed = [Path(sysconfig.get_path("data", scheme)) for scheme in schemes]
-    # `pip install --target` keeps it beside the package.
+    # `pip install --target` puts it beside the package
     for place in (root / "patches", *(folder / shared for folder in (root, *installed))):
         if any(place.glob("*/manifest.json")):
             return place
-    do = "Install tad_plugin again, or name the folder of its sources with --patches"
+    do = "Install tad_plugin again, or pass the folder with --patches"
     raise PatchError(explain("the folder `patches` of tad_plugin", "none beside the installed package", do))
 
 
@@ -125,15 +125,15 @@ def available_patches(folder: str | Path | None = None) -> list[str]:
 
 
 def load_patch(name: str, folder: str | Path | None = None) -> Patch:
-    """Reads a patch and checks that diff and manifest speak of the same files and numbers of lines.
+    """Reads a patch and checks that its diff and its manifest list the same files and line counts.
 
     Args:
-        name: of the patch.
-        folder: where the patches lie; by default the project's own.
+        name: name of the patch.
+        folder: folder of all patches; by default the project's own.
 
     Raises:
-        UnknownNameError: there is none of that name.
-        FileFormatError: the diff holds more than added lines, or the manifest is damaged or does not fit.
+        UnknownNameError: no patch of that name.
+        FileFormatError: the diff has more than added lines, or the manifest is damaged or does not fit the diff.
     """
     folder = Path(folder) if folder is not None else patches_folder()
     if name not in available_patches(folder):
@@ -171,7 +171,7 @@ def _assemble(name: str, manifest: Any, diff: dict[str, tuple[Insertion, ...]], 
 
 
 def make_manifest(diff: str, checkout: str | Path, *, repository: str, commit: str) -> dict[str, Any]:
-    """The manifest of a new patch, for ``manifest.json``.
+    """Makes the manifest of a new patch, for ``manifest.json``.
 
     Args:
         diff: the text of NAME.patch.
@@ -180,7 +180,7 @@ def make_manifest(diff: str, checkout: str | Path, *, repository: str, commit: s
         commit: 40 hexadecimal digits.
 
     Raises:
-        FileFormatError: the diff holds more than added lines.
+        FileFormatError: the diff has more than added lines.
         PatchError: a file is missing or too short.
     """
     files: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def make_manifest(diff: str, checkout: str | Path, *, repository: str, commit: s
 
 # -- looking ---------------------------------------------------------------------------------------
 def status(patch: Patch, checkout: str | Path) -> Status:
-    """In what condition a checkout is; changes nothing.
+    """Finds the condition of a checkout; changes nothing.
 
     Raises:
         PatchError: ``checkout`` is not a folder.
@@ -209,21 +209,21 @@ def status(patch: Patch, checkout: str | Path) -> Status:
 
 
 def check(patch: Patch, checkout: str | Path) -> None:
-    """Returns if :func:`apply` would succeed; changes nothing.
+    """Checks that :func:`apply` would succeed; changes nothing.
 
     Raises:
-        PatchError: it would not; the message says why, and which files.
+        PatchError: it would fail; the message says why and names the files.
     """
     _prepare(patch, checkout, "clean")
 
 
 def _prepare(patch: Patch, checkout: str | Path, wanted: str) -> dict[Path, tuple[bytes, bytes]]:
-    """File -> (content now, content to be) for every file that is to change; raises if any is not as expected."""
+    """Maps each file to its old and new content; raises PatchError if a file is not as expected."""
     root, found = _root(checkout), status(patch, checkout)
     applying = wanted == "clean"
     if found.condition == ("patched" if applying else "clean"):
         got = "one to which it is already applied" if applying else "one to which it is not applied"
-        do = "Nothing is to be done" + ("; `patch reverse` takes the lines out" if applying else "")
+        do = "There is nothing to do" + ("; `patch reverse` removes the lines" if applying else "")
         raise PatchError(explain(f"a checkout {'without' if applying else 'with'} the patch {patch.name!r}", got, do))
     _refuse_others(patch, root, found)
     if applying:
@@ -233,12 +233,12 @@ def _prepare(patch: Patch, checkout: str | Path, wanted: str) -> dict[Path, tupl
             raise PatchError(explain(f"a checkout of commit {patch.commit}, which {patch.name!r} is for", got, do))
         if found.condition == "partly patched":
             done = ", ".join(path for path, condition in found.files.items() if condition == "patched")
-            do = "Take the lines out with `patch reverse`, then apply again"
+            do = "Remove the lines with `patch reverse`, then apply again"
             raise PatchError(explain("files that are all unchanged", f"the patch in {done} already", do))
     out: dict[Path, tuple[bytes, bytes]] = {}
     for file in patch.files:
         if not applying and found.files[file.path] == "clean":
-            continue  # left so by an earlier attempt that was killed
+            continue  # an earlier attempt was killed here
         place = (root / file.path).resolve()
         content = place.read_bytes()
         made = (insert_lines if applying else remove_lines)(content, file.insertions)
@@ -261,7 +261,7 @@ def _refuse_others(patch: Patch, root: Path, found: Status) -> None:
     if bad:
         at = f" at commit {found.commit}" if found.commit not in (None, patch.commit) else ""
         expected = f"the files of commit {patch.commit} of {patch.repository}"
-        do = "Check out that commit afresh, with core.autocrlf=false where git converts line endings"
+        do = "Check out that commit afresh, with core.autocrlf=false if git converts line endings"
         raise PatchError(explain(expected, f"{', '.join(bad)} in {root}{at}", do))
 
 
@@ -272,32 +272,33 @@ def _differs_in_endings(file: FilePatch, content: bytes) -> bool:
 
 # -- changing --------------------------------------------------------------------------------------
 def apply(patch: Patch, checkout: str | Path) -> list[Path]:
-    """Puts the lines into every file, or changes nothing.
+    """Adds the lines to every file, or changes nothing.
 
     Args:
-        patch: what to apply.
-        checkout: folder of the codebase, at the patch's commit (looked up where there is a .git).
+        patch: the patch.
+        checkout: folder of the codebase, at the patch's commit (checked if it has a .git).
 
     Returns:
         The files that were changed.
 
     Raises:
-        PatchError: already or partly applied, a file is missing or changed, another commit, or a write failed.
+        PatchError: the patch is applied already or in part, a file is missing or changed, the commit is another one,
+            or a write failed.
     """
     return _replace_all(_prepare(patch, checkout, "clean"))
 
 
 def reverse(patch: Patch, checkout: str | Path) -> list[Path]:
-    """Takes the lines out again: every file has its old bytes. Also mends a checkout that is partly patched.
+    """Removes the lines: every file gets its old bytes. Also repairs a checkout that is partly patched.
 
     Raises:
-        PatchError: not applied, a file is missing or was changed since, or a write failed.
+        PatchError: the patch is not applied, a file is missing or was changed since, or a write failed.
     """
     return _replace_all(_prepare(patch, checkout, "patched"))
 
 
 def _replace_all(contents: Mapping[Path, tuple[bytes, bytes]]) -> list[Path]:
-    """Writes all new contents beside the files, then renames; on a failure the files renamed so far are put back."""
+    """Writes all new contents beside the files, then renames them; after a failure it restores the renamed files."""
     temporaries = {place: place.with_name(f".tmp-{os.getpid()}-{place.name}") for place in contents}
     done: list[Path] = []
     try:
@@ -334,7 +335,7 @@ def _restore(place: Path, temporary: Path, content: bytes) -> bool:
     return True
 
 
-# -- small things ----------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 def _root(checkout: str | Path) -> Path:
     root = Path(checkout).expanduser()
     if not root.is_dir():
@@ -357,7 +358,7 @@ def _condition(file: FilePatch, content: bytes | None) -> str:
 
 
 def head_commit(checkout: str | Path) -> str | None:
-    """The commit that is checked out, read from .git without git; None where there is none or it cannot be read."""
+    """Reads the checked-out commit from .git without git; None if there is none or it cannot be read."""
     git = Path(checkout) / ".git"
     try:
         if git.is_file():  # a worktree or submodule

@@ -1,6 +1,7 @@
-"""What the public codebases find missing on a current machine, stood in for while a script of theirs runs.
+"""Stand-ins for what public codebases find missing on a current machine.
 
-Each function here is a context for a switch of :mod:`tad_plugin.upstream.switches`; nothing of it outlives the script.
+Each context manager here is on while a script runs and leaves nothing behind. The table
+:mod:`tad_plugin.upstream.switches` says which script needs which.
 """
 
 from __future__ import annotations
@@ -9,59 +10,103 @@ import os
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-__all__ = ["ClassErrorMeter", "any_checksum", "capped_topk", "error_meters", "folder", "imported", "silent_wandb"]
+__all__ = [
+    "ClassErrorMeter",
+    "any_checksum",
+    "capped_topk",
+    "cpu_copies",
+    "cpu_only",
+    "error_meters",
+    "folder",
+    "imported",
+    "old_scipy",
+    "overlapping_assignment",
+    "silent_wandb",
+]
 
 
-class ClassErrorMeter:
-    """Counts how often the right class is not among the likeliest, as the meter of that name in torchnet does.
-
-    Args:
-        topk: numbers of likeliest classes to look at.
-        accuracy: whether :meth:`value` gives hits instead of errors.
-    """
-
-    def __init__(self, topk: Sequence[int] = (1,), accuracy: bool = False) -> None:
-        self.topk = sorted(topk)
-        self.accuracy = accuracy
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.n = 0
-        self._errors = dict.fromkeys(self.topk, 0)
-
-    def add(self, output: Any, target: Any) -> None:
-        """Adds scores [B,K] (or [K]) and the right classes, integers [B] (or one)."""
-        scores = torch.as_tensor(output).detach()
-        scores = scores if scores.ndim == 2 else scores.reshape(1, -1)
-        wanted = torch.as_tensor(target, device=scores.device).reshape(-1, 1)
-        hits = scores.topk(self.topk[-1], 1).indices == wanted
-        for k in self.topk:
-            self._errors[k] += len(hits) - int(hits[:, :k].sum())
-        self.n += len(hits)
-
-    def value(self, k: int = -1) -> float | list[float]:
-        """Errors (or hits) in percent for ``k``, or a list of them for every k."""
-        if k == -1:
-            return [self._percent(k) for k in self.topk]
-        return self._percent(k)
-
-    def _percent(self, k: int) -> float:
-        share = self._errors[k] / self.n if self.n else 0.0
-        return (1.0 - share) * 100.0 if self.accuracy else share * 100.0
+# -- torch -----------------------------------------------------------------------------------------
+def _is_cuda(value: Any) -> bool:
+    return str(value).startswith("cuda") if isinstance(value, str | torch.device) else False
 
 
 @contextmanager
+def cpu_only() -> Iterator[None]:
+    """``.cuda()`` and ``.to("cuda")`` leave tensors and modules on the CPU."""
+
+    def stay(self: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return self
+
+    def move(original: Any) -> Any:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            args = tuple("cpu" if _is_cuda(a) else a for a in args)
+            kwargs = {k: "cpu" if _is_cuda(v) else v for k, v in kwargs.items()}
+            return original(self, *args, **kwargs)
+
+        return to
+
+    with ExitStack() as stack:
+        for owner in (torch.Tensor, torch.nn.Module):
+            stack.enter_context(mock.patch.object(owner, "cuda", stay))
+            stack.enter_context(mock.patch.object(owner, "to", move(owner.to)))
+        yield
+
+
+@contextmanager
+def cpu_copies() -> Iterator[None]:
+    """``.cpu()`` always returns a copy, as it does for a tensor on a GPU."""
+    original = torch.Tensor.cpu
+
+    def cpu(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        moved = original(self, *args, **kwargs)
+        return moved.clone() if moved.data_ptr() == self.data_ptr() else moved
+
+    with mock.patch.object(torch.Tensor, "cpu", cpu):
+        yield
+
+
+@contextmanager
+def overlapping_assignment() -> Iterator[None]:
+    """``t[index] = value`` copies ``value`` first if it is a view of ``t``."""
+    original = torch.Tensor.__setitem__
+
+    def setitem(self: Tensor, index: Any, value: Any) -> None:
+        base = self if self._base is None else self._base
+        if isinstance(value, Tensor) and value._base is base:
+            value = value.clone()
+        original(self, index, value)
+
+    with mock.patch.object(torch.Tensor, "__setitem__", setitem):
+        yield
+
+
+@contextmanager
+def capped_topk() -> Iterator[None]:
+    """``torch.topk`` returns all values if more are requested than there are."""
+    original = torch.topk
+
+    def topk(values: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+        return original(values, min(k, values.shape[dim]), dim, *args, **kwargs)
+
+    with mock.patch.object(torch, "topk", topk):
+        yield
+
+
+# -- packages --------------------------------------------------------------------------------------
+@contextmanager
 def imported(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
-    """The modules count as imported; whatever the script imports besides stays so, since not all can load twice."""
+    """The given modules can be imported by name.
+
+    Other modules that the script imports stay loaded, because some cannot be loaded twice.
+    """
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
@@ -71,6 +116,45 @@ def imported(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
             sys.modules.pop(name, None)
             if old is not None:
                 sys.modules[name] = old
+
+
+class ClassErrorMeter:
+    """Top-k classification error, with the interface of torchnet's meter of that name.
+
+    Args:
+        topk: values of k.
+        accuracy: if True, :meth:`value` returns the accuracy instead of the error.
+    """
+
+    def __init__(self, topk: Sequence[int] = (1,), accuracy: bool = False) -> None:
+        self.topk = sorted(topk)
+        self.accuracy = accuracy
+        self.reset()
+
+    def reset(self) -> None:
+        """Sets all counts to zero."""
+        self.n = 0
+        self._errors = dict.fromkeys(self.topk, 0)
+
+    def add(self, output: Any, target: Any) -> None:
+        """Adds a batch: scores [B,K] (or [K]) and true classes, integers [B] (or one)."""
+        scores = torch.as_tensor(output).detach()
+        scores = scores if scores.ndim == 2 else scores.reshape(1, -1)
+        wanted = torch.as_tensor(target, device=scores.device).reshape(-1, 1)
+        hits = scores.topk(self.topk[-1], 1).indices == wanted
+        for k in self.topk:
+            self._errors[k] += len(hits) - int(hits[:, :k].sum())
+        self.n += len(hits)
+
+    def value(self, k: int = -1) -> float | list[float]:
+        """Returns the error (or accuracy) for ``k`` in percent; a list for all values of k if ``k`` is -1."""
+        if k == -1:
+            return [self._percent(k) for k in self.topk]
+        return self._percent(k)
+
+    def _percent(self, k: int) -> float:
+        share = self._errors[k] / self.n if self.n else 0.0
+        return (1.0 - share) * 100.0 if self.accuracy else share * 100.0
 
 
 @contextmanager
@@ -84,42 +168,23 @@ def error_meters() -> Iterator[None]:
 
 
 @contextmanager
-def capped_topk() -> Iterator[None]:
-    """``torch.topk`` gives all there are where more are asked for."""
-    original = torch.topk
+def old_scipy() -> Iterator[None]:
+    """``scipy.ndimage.interpolation`` is an alias of ``scipy.ndimage``."""
+    import scipy.ndimage
 
-    def topk(values: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-        return original(values, min(k, values.shape[dim]), dim, *args, **kwargs)
-
-    with patch.object(torch, "topk", topk):
-        yield
-
-
-@contextmanager
-def folder(place: Path) -> Iterator[None]:
-    """``place`` exists; it is taken away again if the script has left nothing in it."""
-    made = not place.exists()
-    place.mkdir(exist_ok=True)
-    try:
-        yield
-    finally:
-        if made and place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
-
-
-@contextmanager
-def any_checksum() -> Iterator[None]:
-    """torchvision's CIFAR classes take files that exist, whatever their checksum."""
-    with patch("torchvision.datasets.cifar.check_integrity", lambda path, _md5=None: os.path.isfile(path)):
+    name = "scipy.ndimage.interpolation"
+    alias = types.ModuleType(name)
+    vars(alias).update({k: v for k, v in vars(scipy.ndimage).items() if not k.startswith("__")})
+    with imported({name: alias}):
         yield
 
 
 @contextmanager
 def silent_wandb(name: str) -> Iterator[None]:
-    """``import wandb`` gives a module that keeps the configuration it is given and logs nothing.
+    """``import wandb`` gives a module that keeps its configuration and logs nothing.
 
     Args:
-        name: of the run, ``wandb.run.name``.
+        name: name of the run, ``wandb.run.name``.
     """
     module = types.ModuleType("wandb")
     config, run = types.SimpleNamespace(_items={}), types.SimpleNamespace(name=name)
@@ -135,4 +200,24 @@ def silent_wandb(name: str) -> Iterator[None]:
     vars(module).update(config=config, run=run, init=init)
     vars(module).update(dict.fromkeys(("log", "finish", "watch", "save", "Histogram", "Image"), nothing))
     with imported({"wandb": module}):
+        yield
+
+
+# -- files -----------------------------------------------------------------------------------------
+@contextmanager
+def folder(place: Path) -> Iterator[None]:
+    """The folder ``place`` exists. If it was made here and is empty at the end, it is removed again."""
+    made = not place.exists()
+    place.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if made and place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+@contextmanager
+def any_checksum() -> Iterator[None]:
+    """torchvision's CIFAR classes accept files that exist, with any checksum."""
+    with mock.patch("torchvision.datasets.cifar.check_integrity", lambda path, _md5=None: os.path.isfile(path)):
         yield

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of patches."""
+"""Fixtures for the tests of the patches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tad_plugin.upstream import stand_ins as standins
-from tad_plugin.upstream import switches as compatibility
+from tad_plugin.upstream import stand_ins, switches
 from tad_plugin.upstream.patch import apply, load_patch
 from tests.patches.foreign import any_checksum, copied, tiny_cifar10
 
@@ -27,13 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout that the module's CHECKOUT names."""
+    """A copy of the checkout named by the test module's CHECKOUT."""
     return copied(request.module.CHECKOUT, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
 def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, patched."""
+    """A patched copy of the same checkout."""
     root = copied(request.module.CHECKOUT, tmp_path_factory.mktemp("patched"))
     apply(load_patch(request.module.CHECKOUT), root)
     return root
@@ -41,9 +40,9 @@ def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def at_finish(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Filled with the local variables of the function that ends the run of wandb, in whose place a stand-in logs."""
+    """Gets the local variables of the function that calls ``wandb.finish``, where a stand-in replaces wandb."""
     found: dict[str, Any] = {}
-    original = standins.silent_wandb
+    original = stand_ins.silent_wandb
 
     @contextmanager
     def catching(name: str) -> Iterator[None]:
@@ -51,7 +50,7 @@ def at_finish(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             vars(sys.modules["wandb"])["finish"] = lambda: found.update(sys._getframe(1).f_locals)
             yield
 
-    monkeypatch.setattr(standins, "silent_wandb", catching)
+    monkeypatch.setattr(stand_ins, "silent_wandb", catching)
     installed = importlib.util.find_spec
-    monkeypatch.setattr(compatibility, "_installed", lambda module: module != "wandb" and installed(module) is not None)
+    monkeypatch.setattr(switches, "_installed", lambda module: module != "wandb" and installed(module) is not None)
     return found

@@ -1,4 +1,4 @@
-"""What the tests of every patch share: a small CIFAR-10 in its own format, and runs of a checkout's scripts."""
+"""Shared by the tests of the patches: a small CIFAR-10 in its own format, and runs of a checkout's scripts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tad_plugin.upstream import stand_ins as standins
+from tad_plugin.upstream import stand_ins
 from tad_plugin.upstream.patch import apply, load_patch, reverse, status
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import needed_switches
 from tests.checkouts import upstream
 
 
 def copied(name: str, folder: Path) -> Path:
-    """A copy of the checkout ``name`` (the given one is never changed); skips the test where none is given."""
+    """Copies the checkout ``name``, so that the given one never changes; skips the test if there is none."""
     place = folder / name
     shutil.copytree(upstream(name), place, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "result"))
     return place
 
 
 def tiny_cifar10(folder: Path, *, per_class: int = 40, seed: int = 0) -> Path:
-    """Class-coloured noise as torchvision's CIFAR-10 files; ``per_class`` training and 2 test images in each class."""
+    """Writes class-coloured noise as CIFAR-10 files: ``per_class`` training and 2 test images in each class."""
     generator = np.random.default_rng(seed)
     shades = generator.integers(60, 196, size=(10, 3, 1, 1))
     place = folder / "cifar-10-batches-py"
@@ -50,15 +51,15 @@ def tiny_cifar10(folder: Path, *, per_class: int = 40, seed: int = 0) -> Path:
 
 @pytest.fixture
 def any_checksum() -> Iterator[None]:
-    """torchvision takes files that are not the published ones."""
-    with standins.any_checksum():
+    """torchvision accepts files that are not the published ones."""
+    with stand_ins.any_checksum():
         yield
 
 
 #: what every test that runs a public script needs
 MARKS = [
     pytest.mark.usefixtures("any_checksum"),
-    pytest.mark.filterwarnings("ignore::Warning"),  # what old code makes a current stack say
+    pytest.mark.filterwarnings("ignore::Warning"),  # old code on a current stack
 ]
 
 
@@ -69,17 +70,17 @@ def run(root: Path, script: str, arguments: Sequence[str], *, seed: int = 0) -> 
 
 
 Experts = list[list[list[Tensor]]]
-"""For each expert, for each epoch (0 is the start) its parameters."""
+"""The parameters of each expert after each epoch (0 is the start)."""
 
 
 def same(a: Experts, b: Experts) -> bool:
-    """Whether every parameter of every epoch of every expert has the same bits."""
+    """True if all parameters of all epochs and experts have the same bits."""
     flat = [[p for expert in found for epoch in expert for p in epoch] for found in (a, b)]
     return len(flat[0]) == len(flat[1]) and all(torch.equal(p, q) for p, q in zip(*flat, strict=True))
 
 
 def flags(folder: Path, method: str, settings: Mapping[str, Mapping[str, object]], **iwd: object) -> list[str]:
-    """Flags for a method on 40% wrong labels, a state file in ``folder``; ``iwd``: further settings of that method."""
+    """Flags for a method on 40% wrong labels with a state file in ``folder``; ``iwd``: more settings of IWD."""
     used = {name: dict(given) for name, given in settings.items() if name in ("scorer", *method.split("+"))}
     if "iwd" in used:
         used["iwd"].update(iwd)
@@ -90,7 +91,7 @@ def flags(folder: Path, method: str, settings: Mapping[str, Mapping[str, object]
 
 
 def check_bytes(name: str, folder: Path, changed: dict[str, bool]) -> None:
-    """Applies and reverses a patch; ``changed`` are the files that it touches and whether their lines end in CRLF."""
+    """Applies and reverses a patch; ``changed``: its files, and True if their lines end in CRLF."""
     root, patch = copied(name, folder), load_patch(name)
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert status(patch, root).condition == "clean"
@@ -105,7 +106,7 @@ def check_bytes(name: str, folder: Path, changed: dict[str, bool]) -> None:
 
 
 def nearest(images: Tensor, data: Path) -> list[int]:
-    """For each normalised image its position among the training images of ``data``, of which it must be one."""
+    """Finds the position of each normalised image among the training images of ``data``; each must be one of them."""
     from torchvision import datasets, transforms
 
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

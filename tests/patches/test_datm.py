@@ -123,14 +123,14 @@ def test_on_the_state_goes_from_experts_to_images(
     phase: Callable[[str], tuple[Path, Experts]],
 ) -> None:  # fmt: skip
     folder, found = phase(method)
-    assert same(found, phase("none")[1]) == (method == "iwd")  # IWD has nothing to say yet
+    assert same(found, phase("none")[1]) == (method == "iwd")  # IWD has not scored yet
     path = tmp_path / "state.safetensors"
     shutil.copy(folder / path.name, path)
     before = SampleState.load(path)
     given = flags(tmp_path, method, SETTINGS)
     images = distilled(patched, script, data, folder, at_finish, *given)[0]
     without = distilled(patched, script, data, folder, at_finish, *NOISE)[0]
-    assert torch.equal(images, without) == (method == "iwd")  # which only scores here
+    assert torch.equal(images, without) == (method == "iwd")  # IWD only scores here
     after = SampleState.load(path)
     assert torch.equal(before.trusted, after.trusted) and torch.equal(before.target, after.target)
     if "tad" in method:
@@ -139,7 +139,7 @@ def test_on_the_state_goes_from_experts_to_images(
     assert float(weights.std()) > 0.01 and float(weights.mean()) == pytest.approx(1, abs=1e-3)
     if "iwd" in method:
         assert bool((after["influence"] != 0).any()) and not torch.equal(before.weight, after.weight)
-    if method == "tad+iwd" and script == SCRIPTS[0]:  # a second phase of experts takes the weights up
+    if method == "tad+iwd" and script == SCRIPTS[0]:  # a second phase of experts uses the weights
         second = experts(patched, data, tmp_path, *given)
         assert torch.equal(found[0][0][0], second[0][0][0]) and not same(found, second)
         assert torch.equal(SampleState.load(path).weight, after.weight)

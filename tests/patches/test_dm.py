@@ -44,7 +44,7 @@ def distilled(root: Path, script: list[str], data: Path, out: Path, *more: str) 
 
 
 def on(folder: Path, method: str, **iwd: object) -> list[str]:
-    """Flags for a method on 40% wrong labels; ``iwd`` are settings of that method besides the small ones above."""
+    """Flags for a method on 40% wrong labels; ``iwd``: settings of IWD besides the small ones above."""
     return flags(folder, method, SETTINGS, **iwd)
 
 
@@ -69,7 +69,7 @@ def test_injected_noise_reaches_the_script_without_a_method(patched: Path, data:
 
 @pytest.fixture(scope="module")
 def noisy(patched: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Tensor]:
-    """Gives the synthetic images of a script under the same wrong labels without a method."""
+    """Returns the synthetic images of a script with the same wrong labels and no method."""
     known: dict[str, Tensor] = {}
 
     def images(script: list[str]) -> Tensor:

@@ -94,7 +94,7 @@ def test_on_the_state_goes_from_experts_to_images_and_back(
 ) -> None:
     given, path = on(tmp_path, method), tmp_path / "state.safetensors"
     first = experts(patched, data, tmp_path, *given, number=2 if method == "tad" else 1)
-    assert same(first, noisy[1][: len(first)]) == (method == "iwd")  # IWD has nothing to say yet
+    assert same(first, noisy[1][: len(first)]) == (method == "iwd")  # IWD has not scored yet
     before = SampleState.load(path)
     if "tad" in method:
         assert 100 < int(before.trusted.sum()) < 390 and float(before.weight[before.trusted].std()) > 0.01
@@ -103,7 +103,7 @@ def test_on_the_state_goes_from_experts_to_images_and_back(
 
     images = distilled(patched, data, tmp_path, at_finish, *given)[0]
     without = distilled(patched, data, tmp_path, at_finish, *NOISE)[0]
-    assert torch.equal(images, without) == (method == "iwd")  # which only scores here
+    assert torch.equal(images, without) == (method == "iwd")  # IWD only scores here
     after = SampleState.load(path)
     assert torch.equal(before.trusted, after.trusted) and torch.equal(before.target, after.target)
     weights = after.weight[after.trusted]
@@ -111,7 +111,7 @@ def test_on_the_state_goes_from_experts_to_images_and_back(
     if "iwd" in method:
         assert bool((after["influence"] != 0).any()) and not torch.equal(before.weight, after.weight)
 
-    # a second phase of experts takes the weights up and scores nothing
+    # a second phase of experts uses the weights and scores nothing
     second = experts(patched, data, tmp_path, *given, number=1)
     assert torch.equal(first[0][0][0], second[0][0][0]) and not same(first[:1], second)
     again = SampleState.load(path)

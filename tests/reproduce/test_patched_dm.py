@@ -1,4 +1,4 @@
-"""What reproduce/patched_dm.py writes: files that torchvision reads in order, and tables that say who won what."""
+"""The outputs of reproduce/patched_dm.py: files that torchvision reads in order, and summary tables."""
 
 from __future__ import annotations
 

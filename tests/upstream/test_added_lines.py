@@ -1,4 +1,4 @@
-"""Diffs of added lines: read strictly, put in and taken out exactly."""
+"""Diffs of added lines: read strictly, inserted and removed exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_lines_go_where_the_diff_says_with_the_endings_of_the_file() -> None:
     lines = parse_diff(SIMPLE)["m.py"]
     assert insert_lines(b"1\n3\n4\nlast", lines) == b"1\ntwo\n3\n4\nfive\n    six\nlast"
     assert insert_lines(b"1\r\n3\r\n4\r\n", lines) == b"1\r\ntwo\r\n3\r\n4\r\nfive\r\n    six\r\n"
-    # a file of both kinds: each line takes after the one before it
+    # mixed endings: each new line takes the ending of the line before it
     assert insert_lines(b"1\n3\n4\r\n", lines) == b"1\ntwo\n3\n4\r\nfive\r\n    six\r\n"
     top = [Insertion(0, ("first",))]
     assert insert_lines(b"1\r\n", top) == b"first\r\n1\r\n" and insert_lines(b"", top) == b"first\n"
@@ -65,20 +65,20 @@ def test_the_places_are_those_of_difflib() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("+two", "-two", "1 more added lines at line 4 .*but got '-two'"),
-        ("+    six\n", "      six\n", "1 more added lines"),
-        ("+    six\n", "", "1 more added lines|ends too early"),
-        ("@@ -1,0 +2 @@", "@@ -1,1 +2 @@", "hunk `@@ -n,0 [+]m,k @@`"),
+        ("+two", "-two", "line 4 .*'-two'"),
+        ("+    six\n", "      six\n", "line 7"),
+        ("+    six\n", "", "line 7|the diff"),
+        ("@@ -1,0 +2 @@", "@@ -1,1 +2 @@", "@@ -1,1 [+]2 @@"),
         ("@@ -1,0 +2 @@\n", "-gone\n@@ -1,0 +2 @@\n", "'-gone'"),
-        ("@@ -3,0 +5,2 @@", "@@ -3,0 +4,2 @@", "hunks in order"),
-        ("@@ -3,0 +5,2 @@", "@@ -1,0 +3,2 @@", "hunks in order"),
-        ("@@ -3,0 +5,2 @@", "@@ -3,0 +5,0 @@", "hunks in order"),
-        ("+++ b/m.py", "+++ b/n.py", "each file once, under one name"),
+        ("@@ -3,0 +5,2 @@", "@@ -3,0 +4,2 @@", "@@ -3,0 [+]4,2 @@"),
+        ("@@ -3,0 +5,2 @@", "@@ -1,0 +3,2 @@", "@@ -1,0 [+]3,2 @@"),
+        ("@@ -3,0 +5,2 @@", "@@ -3,0 +5,0 @@", "@@ -3,0 [+]5,0 @@"),
+        ("+++ b/m.py", "+++ b/n.py", "'m.py' and 'n.py'"),
         ("--- a/m.py\n", "", r"'\+\+\+ b/m.py'"),
-        (SIMPLE, SIMPLE + SIMPLE, "each file once"),
-        (SIMPLE, SIMPLE + "--- a/n.py\n+++ b/n.py\n", "ends too early"),
-        (SIMPLE, "", "ends too early, or none"),
-        (SIMPLE, "@@ -1,0 +2 @@\n+two\n", "a file's header"),
+        (SIMPLE, SIMPLE + SIMPLE, "'m.py' and 'm.py'"),
+        (SIMPLE, SIMPLE + "--- a/n.py\n+++ b/n.py\n", "the diff"),
+        (SIMPLE, "", "the diff"),
+        (SIMPLE, "@@ -1,0 +2 @@\n+two\n", "line 1 "),
     ],
 )
 def test_anything_but_added_lines_is_refused(old: str, new: str, message: str) -> None:
@@ -87,11 +87,11 @@ def test_anything_but_added_lines_is_refused(old: str, new: str, message: str) -
 
 
 def test_a_file_that_does_not_fit_is_named() -> None:
-    with pytest.raises(PatchError, match="at least 3 lines, but got one of 2"):
+    with pytest.raises(PatchError, match="3 .* 2"):
         insert_lines(b"1\n2\n", [Insertion(3, ("x",))])
-    with pytest.raises(PatchError, match="line 2 without one"):
+    with pytest.raises(PatchError, match="line 2"):
         insert_lines(b"1\n2", [Insertion(2, ("x",))])
-    with pytest.raises(PatchError, match="the added line 'x' at line 2, but got another"):
+    with pytest.raises(PatchError, match="'x' at line 2"):
         remove_lines(b"1\n2\n", [Insertion(1, ("x",))])
-    with pytest.raises(PatchError, match="the added line 'x' at line 3"):
+    with pytest.raises(PatchError, match="'x' at line 3"):
         remove_lines(b"1\n2\n", [Insertion(2, ("x",))])

@@ -1,29 +1,18 @@
-"""What is stood in for while a script runs: right where it is on, and gone afterwards."""
+"""Stand-ins: correct while they are on, and gone afterwards."""
 
 from __future__ import annotations
 
 import pickle
 import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tad_plugin.upstream.run_script import run_script
 from tad_plugin.upstream.stand_ins import ClassErrorMeter, any_checksum, capped_topk
-from tad_plugin.upstream.switches import Script, needed_switches
-
-
-def script(folder: Path, text: str, name: str = "main.py") -> Script:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(textwrap.dedent(text))
-    return Script.find(folder, name)
-
-
-def needed(found: Script, **given: Any) -> list[str]:
-    return [s.name for s in needed_switches(found, **given)]
+from tad_plugin.upstream.switches import needed_switches
+from tests.upstream.scripts import needed, script
 
 
 def test_the_meter_counts_like_a_loop() -> None:

@@ -1,25 +1,22 @@
-"""Running scripts of other codebases: each switch alone, only where it is needed, and gone afterwards."""
+"""Compatibility switches: each one alone, on only if it is needed, and gone afterwards."""
 
 from __future__ import annotations
 
 import os
-import random
 import sys
-import textwrap
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import scipy.ndimage  # noqa: F401 - it may import its old name itself, and shall have done so before the tests look
+import scipy.ndimage  # noqa: F401 - it may import its old name itself, so this comes before the tests
 import torch
 
 from tad_plugin.cli import main
-from tad_plugin.errors import InvalidInputError, PatchError, UnknownNameError
-from tad_plugin.upstream import switches as compatibility
+from tad_plugin.errors import UnknownNameError
+from tad_plugin.upstream import switches
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.switches import SWITCHES, Script, needed_switches
+from tad_plugin.upstream.script import Script
+from tad_plugin.upstream.switches import SWITCHES, needed_switches
+from tests.upstream.scripts import needed, script
 
 
 @pytest.fixture(autouse=True)
@@ -29,48 +26,15 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def script(folder: Path, text: str, name: str = "main.py", **others: str) -> Script:
-    for file, content in {name: text, **{f"{k}.py": v for k, v in others.items()}}.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(textwrap.dedent(content))
-    return Script.find(folder, name)
-
-
-def needed(found: Script, **given: Any) -> list[str]:
-    return [s.name for s in needed_switches(found, **given)]
-
-
-def test_a_script_runs_as_from_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = """
-        import os, sys, helper
-        assert __name__ == "__main__" and sys.path[0] == os.getcwd()
-        print(helper.name, sys.argv[1:], os.path.basename(sys.argv[0]), os.path.basename(os.getcwd()))
-        sys.exit(3)
-    """
-    found = script(tmp_path, text, "deep/main.py")
-    (tmp_path / "deep" / "helper.py").write_text("name = 'own'\n")
-    before = (list(sys.argv), list(sys.path), os.getcwd())
-    assert run_script(found, ["--a", "1"]) == 3
-    assert capsys.readouterr().out == "own ['--a', '1'] main.py deep\n"
-    assert before == (sys.argv, sys.path, os.getcwd()) and "helper" not in sys.modules
-    other = script(tmp_path / "other", "import helper; assert helper.name == 'another'", helper="name = 'another'")
-    assert run_script(other) == 0
-    assert run_script(script(tmp_path, "exit('unknown dataset')")) == 1
-    assert capsys.readouterr().err == "unknown dataset\n"
-    with pytest.raises(ZeroDivisionError):
-        run_script(script(tmp_path, "1 / 0"))
-    assert before == (sys.argv, sys.path, os.getcwd())
-
-
 def test_an_ordinary_script_needs_no_switch_and_any_can_be_forced(tmp_path: Path) -> None:
     found = script(tmp_path, "import torch\ndevice = 'cuda' if torch.cuda.is_available() else 'cpu'\n")
     assert needed(found) == [] and needed(found, on=["cpu", "scipy"]) == ["cpu", "scipy"]
     moving = script(tmp_path, "net.cuda()\n")
     assert needed(moving) == ["cpu"] and needed(moving, off=["cpu"]) == []
     for wrong in ({"on": ["cup"]}, {"off": ["cup"]}):
-        with pytest.raises(UnknownNameError, match="switch"):
+        with pytest.raises(UnknownNameError, match="cup"):
             needed(found, **wrong)
-    # an environment inside the checkout is none of its sources
+    # an environment inside the checkout is not part of its sources
     script(tmp_path, "net.cuda()", "venv/lib/site-packages/other.py")
     script(tmp_path, "net.cuda()", ".hidden/other.py")
     assert needed(script(tmp_path, "pass")) == []
@@ -136,7 +100,7 @@ def test_a_batch_of_one_can_be_broadcast_onto_itself(tmp_path: Path) -> None:
 
 def test_wandb_is_disabled_unless_somebody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = script(tmp_path, "import os\nprint(os.environ['WANDB_MODE'])\ntry:\n  import wandb\nexcept Exception: 0\n")
-    monkeypatch.setattr(compatibility, "_installed", lambda _: True)
+    monkeypatch.setattr(switches, "_installed", lambda _: True)
     assert needed(found) == ["wandb"]
     assert run_script(found, switches=needed_switches(found)) == 0 and "WANDB_MODE" not in os.environ
     monkeypatch.setenv("WANDB_API_KEY", "x")
@@ -157,23 +121,11 @@ def test_where_wandb_is_missing_a_stand_in_logs_nothing(tmp_path: Path, monkeypa
         wandb.log({"a": wandb.Histogram([1.0])}, step=3)
         wandb.finish()
     """
-    monkeypatch.setattr(compatibility, "_installed", lambda _: False)
-    monkeypatch.setenv("WANDB_API_KEY", "x")  # an account is of no use without the package
+    monkeypatch.setattr(switches, "_installed", lambda _: False)
+    monkeypatch.setenv("WANDB_API_KEY", "x")  # an account does not help without the package
     found, before = script(tmp_path, text), sys.modules.get("wandb")
     assert needed(found) == ["wandb"] and run_script(found, switches=needed_switches(found)) == 0
     assert sys.modules.get("wandb") is before
-
-
-def test_folders_of_the_same_name_are_each_scripts_own(tmp_path: Path) -> None:
-    """Found through a relative entry of the path, and without an __init__.py, as DATM has it."""
-    text = "import sys\nsys.path.append('../')\nfrom shared.tools import name\nsys.exit(name)\n"
-    for status in (3, 4):
-        root = tmp_path / str(status)
-        found = script(root, text, "deep/main.py")
-        (root / "shared").mkdir()
-        (root / "shared" / "tools.py").write_text(f"name = {status}\n")
-        assert run_script(found) == status
-    assert "shared" not in sys.modules and "shared.tools" not in sys.modules
 
 
 def test_an_old_name_of_scipy_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,51 +142,6 @@ def test_an_old_name_of_scipy_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert sys.modules.get("scipy.ndimage.interpolation") is before
 
 
-DRAWS = """
-    import random, sys, time
-    import numpy as np, torch, helper
-    torch.random.manual_seed(int(time.time() * 1000) % 100000)
-    a = torch.rand(2).tolist()
-    torch.random.manual_seed(int(helper.now() * 1000) % 100000)
-    print(a, torch.rand(2).tolist(), np.random.rand(), random.random())
-"""
-
-
-def test_a_seeded_run_repeats_itself_and_leaves_no_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], global_rng_untouched: None
-) -> None:
-    found = script(tmp_path, DRAWS, helper="import time\ndef now():\n    return time.time()\n")
-    out = []
-    clock = time.time
-    for seed in (0, 0, 1):
-        run_script(found, seed=seed)
-        out.append(capsys.readouterr().out)
-        assert time.time is clock
-    assert out[0] == out[1] != out[2]
-    first, second = out[0].split("] [")
-    assert first.strip("[") != second.split("]")[0]  # the clock goes on
-
-
-def test_the_clock_of_others_goes_on(tmp_path: Path) -> None:
-    outside = tmp_path / "elsewhere"
-    found = script(tmp_path / "root", "import other, time\nassert abs(other.now() - time.time()) > 1e6\n")
-    script(outside, "pass", other="import time\ndef now():\n    return time.time()\n")
-    sys.path.insert(0, str(outside))
-    try:
-        assert run_script(found, seed=0) == 0
-    finally:
-        sys.path.remove(str(outside))
-        sys.modules.pop("other", None)
-
-
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    found = script(tmp_path, "pass")
-    with pytest.raises(InvalidInputError, match="a seed in"):
-        run_script(found, seed=-1)
-    with pytest.raises(PatchError, match="the script nothing.py in .*, but got no such file"):
-        Script.find(tmp_path, "nothing.py")
-
-
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script(tmp_path, "import sys\nprint(sys.argv[1:])\nx = [0]\nif 0:\n    x[:] = x[0]\nsys.exit(5)\n")
     given = ["run", "--upstream", str(tmp_path)]
@@ -244,9 +151,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*given, "--seed", "1", "--without", "broadcast", "--with", "cpu", "--", "main.py"]) == 5
     assert capsys.readouterr().err.count("switch") == 1
     for rest, message in (
-        ([], "a script after --"),
-        (["--"], "a script after --"),
-        (["--", "x.py"], "the script x.py"),
+        ([], "--"),
+        (["--"], "--"),
+        (["--", "x.py"], "x.py"),
     ):
         assert main([*given, *rest]) == 2
         assert message in capsys.readouterr().err
@@ -255,10 +162,3 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in SWITCHES)
-
-
-def test_the_random_state_of_this_process_survives_a_script_that_seeds(tmp_path: Path) -> None:
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # noqa: NPY002
-    run_script(script(tmp_path, "import random, torch\nrandom.seed(9)\ntorch.manual_seed(9)\n"), seed=4)
-    assert before[0] == random.getstate() and before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
-    assert torch.equal(before[2], torch.get_rng_state())

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.experiments.report.roles import has_own_method, knows_truth
 from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, picture
-
-if TYPE_CHECKING:  # report.py imports this module
-    from tad_plugin.experiments.report.tables import Row
+from tad_plugin.experiments.report.tables import Row
 
 __all__ = ["plot_comparison"]
 
-_REFERENCES = {"clean": GREEN, "noisy": VERMILLION, "oracle": PURPLE}
-_OURS = ("tad", "iwd")
+_BASELINES = {"clean": GREEN, "noisy": VERMILLION}
 
 
 def plot_comparison(rows: Sequence[Row], path: str | Path, *, which: Literal["last", "best"] = "last") -> Path:
-    """Accuracy per arm, one panel per IPC and one row of panels per (baseline, dataset, noise).
+    """Draws accuracy per arm, one panel per IPC and one row of panels per (baseline, dataset, noise).
 
-    Each arm: mean and standard deviation over seeds, a dot per seed, the figures at the right. The arms "clean" and
-    "noisy" are drawn through as reference lines.
+    Each arm has its mean and standard deviation over seeds, a dot per seed, and the figures at the right. The arms
+    "clean" and "noisy" are also drawn as reference lines.
 
     Args:
         rows: from :func:`tad_plugin.experiments.report.tables.summarise`.
-        path: picture to write.
-        which: the accuracy that is shown.
+        path: picture to write (.png, .svg or .pdf).
+        which: accuracy to show, of the last or of the best synthetic set.
 
     Raises:
         InvalidInputError: no row has that accuracy.
@@ -59,10 +57,12 @@ def plot_comparison(rows: Sequence[Row], path: str | Path, *, which: Literal["la
 
 
 def _colour(arm: str) -> str:
-    """References have a colour each; TAD and IWD, alone or together, are blue; what one would do instead is orange."""
-    if arm in _REFERENCES:
-        return _REFERENCES[arm]
-    return BLUE if any(part in _OURS for part in arm.split("+")) else ORANGE
+    """References: green, vermillion or (true labels known) purple. Methods: blue. Rivals and unknown arms: orange."""
+    if arm in _BASELINES:
+        return _BASELINES[arm]
+    if knows_truth(arm):
+        return PURPLE
+    return BLUE if has_own_method(arm) else ORANGE
 
 
 def _panel(axis: Any, members: Mapping[str, Row], arms: Sequence[str], which: str, *, labelled: bool) -> None:
@@ -75,7 +75,7 @@ def _panel(axis: Any, members: Mapping[str, Row], arms: Sequence[str], which: st
             continue
         accuracy, colour = getattr(members[arm], which), _colour(arm)
         if len(accuracy.per_seed) > 1:
-            # below the mean, where the error bar does not hide them
+            # below the mean, so that the error bar does not hide them
             axis.scatter(accuracy.per_seed, [y + 0.24] * len(accuracy.per_seed), s=12, color=colour, alpha=0.6, lw=0)
         axis.errorbar(
             accuracy.mean,

@@ -1,4 +1,8 @@
-"""Which real samples helped and which harmed most: a table and a picture, from a finished run with IWD."""
+"""The most helpful and most harmful real samples of a run, as a table and a picture.
+
+It reads the tensors ``influence``, ``influence_count`` and ``influence_weight`` [N] of a saved state. A method that
+scores the influence of samples keeps them under these names.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,20 @@ __all__ = ["extremes", "influence_table", "plot_influence", "report_influence", 
 
 
 def extremes(state: SampleState, top: int) -> list[tuple[Tensor, Tensor]]:
-    """For each class the positions (int64) of the most helpful and of the most harmful scored samples, extreme first.
+    """Finds for each class the most helpful and the most harmful scored samples, most extreme first.
 
     Args:
-        state: with the tensors ``influence`` and ``influence_count`` that IWD keeps.
-        top: samples of each kind; where a class has fewer than twice that many, each kind gets half of them.
+        state: a state with the tensors ``influence`` and ``influence_count``.
+        top: samples of each kind; if a class has fewer than twice as many, each kind gets half of them.
+
+    Returns:
+        For each class, positions (int64) of the helpful and of the harmful samples.
 
     Raises:
         InvalidInputError: the state holds no influences, or ``top`` is not at least 1.
     """
     if "influence" not in state or not bool((state["influence_count"] > 0).any()):
-        do = "Pass the folder of a run whose arm contains iwd"
+        do = "Pass a run whose method scores the influence of samples"
         raise InvalidInputError(explain("a state with influences", "one without", do))
     if top < 1:
         raise InvalidInputError(explain("top of at least 1", str(top), "Ask for at least one sample"))
@@ -50,18 +57,18 @@ def extremes(state: SampleState, top: int) -> list[tuple[Tensor, Tensor]]:
 def influence_table(
     state: SampleState, *, top: int = 10, class_names: Sequence[str] = (), true_labels: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """One row for each of the most helpful and most harmful samples of each class.
+    """Makes one row for each of the most helpful and most harmful samples of each class.
 
     Args:
         state: as in :func:`extremes`.
         top: samples of each kind and class.
-        class_names: K names, or none.
-        true_labels: int64 [N] where they are known; adds the column ``true``.
+        class_names: K names; empty writes numbers.
+        true_labels: int64 [N] if they are known; adds the column ``true``.
 
     Returns:
         Rows with class, name, kind ("helpful" or "harmful"), rank (1 = most extreme), index (position in the training
-        data), influence (mean z-score in the class, shrunk, negative = helpful), scored (how often), weight (IWD's
-        factor, mean 1 in the class), observed, trusted and, where known, true.
+        data), influence (mean z-score in the class, shrunk, negative = helpful), scored (how often), weight (the
+        method's factor, mean 1 in the class), observed, trusted and, if known, true.
     """
     rows = []
     for c, pair in enumerate(extremes(state, top)):
@@ -84,7 +91,7 @@ def influence_table(
 
 
 def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
-    """Writes rows as CSV (atomic) and, where pyarrow is installed, beside it as Parquet; returns the files.
+    """Writes rows as CSV and, if pyarrow is installed, also as Parquet. Returns the files.
 
     Raises:
         InvalidInputError: there are no rows.
@@ -120,16 +127,16 @@ def plot_influence(
     true_labels: Tensor | None = None,
     max_classes: int = 20,
 ) -> Path:
-    """A row for each class: its most helpful samples on the left, its most harmful ones on the right.
+    """Draws one row per class: its most helpful samples on the left, its most harmful ones on the right.
 
     Args:
         images: float [N,C,H,W] with 1 or 3 channels in [0, 1].
         state: as in :func:`extremes`.
         path: picture to write (.png, .svg or .pdf).
         top: samples of each kind and class.
-        class_names: K names, or none.
-        true_labels: int64 [N] where they are known: mislabelled samples get a frame and their true name.
-        max_classes: rows at most; the title says how many classes there are.
+        class_names: K names; empty writes numbers.
+        true_labels: int64 [N] if they are known; mislabelled samples get a frame and the name of the true class.
+        max_classes: maximum number of rows; a note says if classes are left out.
 
     Returns:
         ``path``.
@@ -176,20 +183,20 @@ def plot_influence(
 
 
 def report_influence(folder: str | Path, out: str | Path = "", *, top: int = 10) -> list[Path]:
-    """Table and picture of a run folder; the data are loaded again from its own configuration.
+    """Writes the table and the picture of a run folder. The data are loaded again from the run's configuration.
 
     Args:
-        folder: a finished run whose arm contains IWD.
-        out: where influence.csv, influence.parquet (with pyarrow) and influence.png are written; by default the folder.
+        folder: folder of a finished run whose method scores influence.
+        out: folder for influence.csv, influence.parquet (with pyarrow) and influence.png; by default ``folder``.
         top: samples of each kind and class.
 
     Returns:
         The files written.
 
     Raises:
-        FileFormatError: the folder holds no finished run.
-        InvalidInputError: the run holds no influences.
-        StateMismatchError: the data are no longer those of the run.
+        FileFormatError: the folder has no finished run.
+        InvalidInputError: the run has no influences.
+        StateMismatchError: the data have changed since the run.
     """
     folder = Path(folder)
     target = Path(out) if str(out) else folder

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.experiments.report.tables import (
-    NOTE,
-    best_rivals,
-    cells,
-    groups,
-    heading,
-    summarise,
-)
+from tad_plugin.experiments.report.tables import NOTE, build_tables, summarise
 
 __all__ = ["html_page"]
+
+_KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 
 
 def html_page(
@@ -25,15 +21,17 @@ def html_page(
     *,
     title: str = "Dataset distillation on noisy data",
 ) -> str:
-    """One self-contained HTML page: tables, pictures (embedded), how it was made. Light and dark; it loads nothing.
+    """Renders one self-contained HTML page: tables, embedded pictures, commands and versions.
+
+    The page loads nothing from elsewhere and follows the reader's light or dark mode.
 
     Args:
         results: dicts as in results.json.
-        pictures: caption -> PNG, JPEG or SVG file, in the order wanted.
+        pictures: caption -> PNG, JPEG or SVG file, in the order of the page.
         title: the page's heading.
 
     Raises:
-        InvalidInputError: as :func:`summarise`, or a picture does not exist or is of another kind.
+        InvalidInputError: as in :func:`summarise`; or a picture does not exist or is of another kind.
         MissingExtraError: jinja2 is not installed.
     """
     try:
@@ -41,40 +39,23 @@ def html_page(
     except ImportError as error:
         raise missing_extra("jinja2", "reproduce", "the HTML report") from error
     results = list(results)
-    rows = summarise(results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tad_plugin.experiments.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    tables = []
-    for group, members in groups(rows).items():
-        best = best_rivals(members)
-        header, *body = cells(members)
-        lines = [
-            {"cells": line, "best": row in best, "first": position == 0 or row.ipc != members[position - 1].ipc}
-            for position, (row, line) in enumerate(zip(members, body, strict=True))
-        ]
-        tables.append({"title": heading(group), "header": header, "lines": lines})
     return environment.get_template("report.html.j2").render(
         title=title,
         note=NOTE,
-        tables=tables,
+        tables=build_tables(summarise(results)),
         pictures=[(caption, _data_uri(path)) for caption, path in pictures.items()],
         commands=_distinct(str(result["command"]) for result in results if result.get("command")),
         versions=_distinct(_versions_line(result["versions"]) for result in results if result.get("versions")),
     )
 
 
-_KINDS: dict[str, Literal["png", "jpeg", "svg+xml"]] = {
-    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml",
-}  # fmt: skip
-
-
 def _data_uri(path: str | Path) -> str:
-    import base64
-
     path = Path(path)
     if path.suffix.lower() not in _KINDS or not path.is_file():
         got = f"{path}, which is another kind of file" if path.is_file() else f"{path}, which does not exist"

@@ -1,7 +1,7 @@
-"""What all pictures share: colours, fonts, and a figure that changes no global state.
+"""Shared style of all pictures: colours, fonts, and a figure that changes no global state.
 
-Everything is drawn on Figure objects of its own: no window is opened and no display is needed. The colours are those of
-Okabe and Ito, which colour-blind readers can tell apart; line styles and markers differ as well.
+Each picture has its own Figure object, so no window is opened and no display is needed. The colours are those of Okabe
+and Ito, which colour-blind readers can tell apart. Line styles and markers differ as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55
 GREY, LIGHT = "#5F6871", "#C9D0D7"
 SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so pictures look the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that pictures look the same everywhere
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
@@ -43,11 +43,12 @@ _STYLE: Any = {
 
 @contextmanager
 def picture(path: str | Path, *, tight: bool = False) -> Iterator[Any]:
-    """A matplotlib Figure to draw on; on leaving, it is written to ``path`` in one step.
+    """Yields a matplotlib Figure to draw on, and writes it to ``path`` (atomically) at the end.
 
     Args:
         path: picture to write.
-        tight: the caller places the axes, and the picture is cut to what was drawn; otherwise matplotlib places them.
+        tight: if True, the caller places the axes and the picture is cut to its contents; otherwise matplotlib places
+            the axes.
 
     Raises:
         InvalidInputError: the suffix is not .png, .svg or .pdf.
@@ -73,7 +74,7 @@ def picture(path: str | Path, *, tight: bool = False) -> Iterator[Any]:
 
 
 def legend_above(axis: Any, **options: Any) -> None:
-    """A one-line legend above the right end of the axes, where no data can be, on the title's line."""
+    """Adds a one-line legend above the right end of the axes, next to the title, where it covers no data."""
     axis.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),

@@ -25,21 +25,21 @@ def plot_synthetic(
     max_classes: int = 20,
     max_per_class: int = 20,
 ) -> Path:
-    """The synthetic images, one row per class.
+    """Draws the synthetic images, one row per class.
 
     Args:
         images: float [M, C, H, W] with C = 1 or 3, normalised; any device.
-        labels: int64 [M], or soft labels [M, K], of which the largest decides the row.
+        labels: int64 [M], or soft labels [M, K]; the largest entry decides the row.
         path: picture to write.
-        inverse: undoes the normalisation (``Preprocessing.inverse``); its result is clamped to [0, 1]. Without it the
-            images are scaled together so that their smallest value is black and their largest white.
+        inverse: undoes the normalisation (``Preprocessing.inverse``); its result is clamped to [0, 1]. Without it, all
+            images are scaled together: the smallest value is black, the largest is white.
         class_names: names of the classes, at least as many as the largest label; None writes numbers.
-        title: heading; what is left out because of the two limits is added to it.
-        max_classes: rows at most.
-        max_per_class: columns at most.
+        title: heading; a note is added if classes or images are left out.
+        max_classes: maximum number of rows.
+        max_per_class: maximum number of columns.
 
     Raises:
-        InvalidInputError: a wrong shape, a length that differs, non-finite images, or too few names.
+        InvalidInputError: wrong shape, different lengths, non-finite images, or too few names.
         MissingExtraError: matplotlib is not installed.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:

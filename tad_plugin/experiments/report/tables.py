@@ -1,41 +1,45 @@
-"""Comparisons for people: rows of means, tables in text and Markdown, and one HTML page.
+"""Tables of a comparison: rows of means over seeds, in text and in Markdown.
 
-The input everywhere is a list of results as a run's results.json holds them. Accuracies are in percent. What is
-averaged: the networks of one seed first, then the seeds; the spread is the sample standard deviation over seeds.
+The input is a list of results as in a run's results.json. Accuracies are in percent. The networks of one seed are
+averaged first, then the seeds. The spread is the sample standard deviation over seeds.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.experiments.report.roles import knows_truth
 
 __all__ = [
     "NOTE",
     "Accuracy",
+    "Line",
     "Row",
-    "best_rivals",
-    "cells",
-    "groups",
-    "heading",
+    "Table",
+    "build_tables",
     "markdown_table",
     "noise_label",
     "summarise",
     "text_table",
 ]
 
-#: arms that are given the true labels: references, not rivals
-KNOWS_TRUTH = ("clean", "oracle")
-#: below this gap between clean and noisy, in points, there is nothing to win back
+#: smallest gap between clean and noisy, in points, of which a recovered share is computed
 MINIMUM_GAP = 0.5
 NOTE = (
     "* knows the true labels. recovered: share of the gap between the clean and the noisy arm that is won back. "
     "cost: time of scoring, experts and distillation, as a multiple of the noisy arm's."
 )
+"""The note below every table."""
+_HEADER = (
+    "IPC", "arm", "last", "best", "recovered", "seeds", "s/iter", "scoring s", "cost", "memory", "precision", "recall",
+    "AUC",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Accuracy:
         mean: over seeds, of the mean over networks.
         std: sample standard deviation over seeds; None for one seed.
         per_seed: the mean over networks of each seed, in the order of the results.
-        recovered: 100 * (mean - noisy) / (clean - noisy); None where one of these arms is missing or the gap is under
+        recovered: 100 * (mean - noisy) / (clean - noisy); None if one of these arms is missing or the gap is under
             half a point.
     """
 
@@ -67,15 +71,15 @@ class Row:
         ipc: synthetic images per class.
         arm: the arm's name.
         seeds: number of seeds.
-        last: accuracy of the last synthetic set; None where it was not evaluated.
-        best: accuracy of the one that the held-out split chose; None likewise.
+        last: accuracy of the last synthetic set; None if it was not evaluated.
+        best: accuracy of the synthetic set that the held-out split chose; None if it was not evaluated.
         seconds_per_iteration: mean over seeds, or None.
-        scoring_seconds: mean time spent in scoring samples, or None.
-        cost: mean time of scoring, experts and distillation, as a multiple of that of the arm "noisy", or None.
+        scoring_seconds: mean time spent on scoring samples, or None.
+        cost: mean time of scoring, experts and distillation, as a multiple of the arm "noisy", or None.
         peak_memory_bytes: the largest over seeds, or None.
         precision: mean share of correct labels among trusted samples, in [0, 1], or None.
-        recall: mean share of correctly labelled samples that are trusted, or None.
-        auc: mean area under the ROC curve of the trust, or None.
+        recall: mean share of correctly labelled samples that are trusted, in [0, 1], or None.
+        auc: mean area under the ROC curve of the trust for correct labels, in [0, 1], or None.
     """
 
     baseline: str
@@ -96,12 +100,12 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """(baseline, dataset, noise): what shares a table."""
+        """(baseline, dataset, noise): rows with the same group share a table."""
         return self.baseline, self.dataset, self.noise
 
 
 def noise_label(noise: Mapping[str, Any] | None) -> str:
-    """A result's noise in words: "symmetric 40%", "human worse", "none"."""
+    """Describes the noise of a result: "symmetric 40%", "human worse", "none"."""
     if not noise or noise.get("kind", "none") == "none":
         return "none"
     parts = [str(noise["kind"])]
@@ -113,73 +117,32 @@ def noise_label(noise: Mapping[str, Any] | None) -> str:
 
 
 def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One row per (baseline, dataset, noise, IPC) and arm, in the order of first appearance.
+    """Computes one row per (baseline, dataset, noise, IPC) and arm, in the order of first appearance.
 
-    Results of the arm "clean" that record no noise belong to every noise setting of their baseline, dataset and IPC.
+    Results of the arm "clean" without noise count for every noise setting of their baseline, dataset and IPC.
 
     Args:
-        results: dicts as in results.json; the same arm and setting once per seed.
+        results: dicts as in results.json; each arm and setting once per seed.
 
     Raises:
         InvalidInputError: a key is missing or has a wrong type, both accuracy lists are empty, or a seed occurs twice.
     """
     results = list(results)
-    cells: dict[tuple[str, str, str, int], dict[str, list[Mapping[str, Any]]]] = {}
+    settings: dict[tuple[str, str, str, int], dict[str, list[Mapping[str, Any]]]] = {}
     for index, result in enumerate(results):
-        cells.setdefault(_setting(result, index), {}).setdefault(str(result["arm"]), []).append(result)
-    for key in [key for key, arms in cells.items() if key[2] == "none" and "clean" in arms]:
-        homes = [other for other in cells if other != key and (*other[:2], other[3]) == (*key[:2], key[3])]
+        settings.setdefault(_setting(result, index), {}).setdefault(str(result["arm"]), []).append(result)
+    for key in [key for key, arms in settings.items() if key[2] == "none" and "clean" in arms]:
+        homes = [other for other in settings if other != key and (*other[:2], other[3]) == (*key[:2], key[3])]
         for home in homes:
-            found = cells[home].get("clean", [])
-            cells[home] = {"clean": [], **cells[home]}
-            cells[home]["clean"] = [*found, *cells[key]["clean"]]
-        if homes and len(cells[key]) == 1:
-            del cells[key]
+            found = settings[home].get("clean", [])
+            settings[home] = {"clean": [], **settings[home]}
+            settings[home]["clean"] = [*found, *settings[key]["clean"]]
+        if homes and len(settings[key]) == 1:
+            del settings[key]
     rows: list[Row] = []
-    for key, arms in cells.items():
+    for key, arms in settings.items():
         rows += _summarise_setting(key, arms)
     return rows
-
-
-def text_table(rows: Sequence[Row]) -> str:
-    """Aligned plain text for a terminal, one block per baseline, dataset and noise; a trailing newline is left out."""
-    blocks = []
-    for group, members in groups(rows).items():
-        table = cells(members)
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for line in table:
-            padded = (
-                cell.ljust(width) if column == 1 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            lines.append("  ".join(padded).rstrip())
-        rule = "-" * max(len(line) for line in lines)
-        ipcs = [row.ipc for row in members]
-        body = []
-        for position, text in enumerate(lines[1:]):
-            if position and ipcs[position] != ipcs[position - 1]:
-                body.append("")
-            body.append(text)
-        blocks.append("\n".join([heading(group), rule, lines[0], rule, *body, rule]))
-    return "\n\n".join([*blocks, NOTE]) if blocks else "No results."
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The same tables in Markdown."""
-    blocks = []
-    for group, members in groups(rows).items():
-        header, *table = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in cells(members)]
-        align = [":--" if name == "arm" else "--:" for name in header]
-        lines = ["| " + " | ".join(line) + " |" for line in [header, align, *table]]
-        blocks.append("\n".join([f"**{heading(group)}**", "", *lines]))
-    return "\n\n".join([*blocks, NOTE.replace("*", "\\*")]) if blocks else "No results."
-
-
-_HEADER = (
-    "IPC", "arm", "last", "best", "recovered", "seeds", "s/iter", "scoring s", "cost", "memory", "precision", "recall",
-    "AUC",
-)  # fmt: skip
 
 
 def _setting(result: Mapping[str, Any], index: int) -> tuple[str, str, str, int]:
@@ -211,7 +174,7 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
         if len(set(seeds)) < len(seeds):
             raise InvalidInputError(
                 explain(
-                    f"each seed once for arm {arm!r} of {heading(key[:3])}, IPC {key[3]}",
+                    f"each seed once for arm {arm!r} of {_title(key[:3])}, IPC {key[3]}",
                     f"seeds {', '.join(str(seed) for seed, _ in seeds)}",
                     "Remove the double results",
                 )
@@ -261,68 +224,139 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
 
 
 def _mean(values: Iterable[Any]) -> float | None:
-    """The mean of the numbers among ``values``: a None or NaN says that a seed had nothing to measure."""
+    """Computes the mean without None and NaN, which mean that a seed had nothing to measure."""
     numbers = [float(value) for value in values if value is not None and not math.isnan(float(value))]
     return statistics.fmean(numbers) if numbers else None
 
 
-def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by table, and inside a table by ascending IPC."""
+# -- tables ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Line:
+    """One line of a table.
+
+    Attributes:
+        cells: texts, one per column.
+        first: True for the first line of its IPC.
+        best: True for the highest last accuracy of its IPC among arms that do not know the true labels.
+    """
+
+    cells: tuple[str, ...]
+    first: bool
+    best: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one (baseline, dataset, noise), by ascending IPC.
+
+    Attributes:
+        title: baseline, dataset and noise in words.
+        header: names of the columns; columns without any figure are left out.
+        lines: one per row.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+def build_tables(rows: Sequence[Row]) -> list[Table]:
+    """Formats rows (from :func:`summarise`) as tables, one for each baseline, dataset and noise."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
-    return {group: sorted(members, key=lambda row: row.ipc) for group, members in groups.items()}
+    tables = []
+    for group, members in groups.items():
+        members = sorted(members, key=lambda row: row.ipc)
+        texts = [_cells(row) for row in members]
+        kept = [column for column in range(len(_HEADER)) if any(text[column] != "-" for text in texts)]
+        best = _best(members)
+        lines = [
+            Line(
+                cells=tuple(text[column] for column in kept),
+                first=position == 0 or row.ipc != members[position - 1].ipc,
+                best=best[row.ipc] is row,
+            )
+            for position, (row, text) in enumerate(zip(members, texts, strict=True))
+        ]
+        tables.append(Table(_title(group), tuple(_HEADER[column] for column in kept), tuple(lines)))
+    return tables
 
 
-def heading(group: tuple[str, ...]) -> str:
-    """The title of a table: loop, dataset, noise."""
+def _title(group: tuple[str, ...]) -> str:
     baseline, dataset, noise = group
     return f"{baseline.upper()}, {dataset}, {'no label noise' if noise == 'none' else f'label noise {noise}'}"
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The header and one line per row, without the columns for which no row has a figure."""
+def _cells(row: Row) -> list[str]:
+    """All columns of a row; "-" without a figure."""
 
-    def show(value: float | None, form: str = ".2f") -> str:
-        return "-" if value is None else format(value, form)
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
 
     def accuracy(value: Accuracy | None) -> str:
         if value is None:
             return "-"
         return f"{value.mean:.1f}" if value.std is None else f"{value.mean:.1f} ± {value.std:.1f}"
 
-    lines = []
-    for row in rows:
-        main = row.last or row.best
-        recovered = main.recovered if main else None
-        lines.append(
-            [
-                str(row.ipc),
-                row.arm + (" *" if row.arm in KNOWS_TRUTH else ""),
-                accuracy(row.last),
-                accuracy(row.best),
-                "-" if recovered is None else f"{recovered:.0f}%",
-                str(row.seeds),
-                show(row.seconds_per_iteration, ".3g"),
-                show(row.scoring_seconds, ".1f"),
-                "-" if row.cost is None else f"{row.cost:.2f}x",
-                "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB",
-                show(row.precision),
-                show(row.recall),
-                show(row.auc),
-            ]
-        )
-    kept = [column for column in range(len(_HEADER)) if any(line[column] != "-" for line in lines)]
-    return [[line[column] for column in kept] for line in [list(_HEADER), *lines]]
+    main = row.last or row.best
+    return [
+        str(row.ipc),
+        row.arm + (" *" if knows_truth(row.arm) else ""),
+        accuracy(row.last),
+        accuracy(row.best),
+        show(main.recovered if main else None, "{:.0f}%"),
+        str(row.seeds),
+        show(row.seconds_per_iteration, "{:.3g}"),
+        show(row.scoring_seconds, "{:.1f}"),
+        show(row.cost, "{:.2f}x"),
+        show(row.peak_memory_bytes / 2**20 if row.peak_memory_bytes is not None else None, "{:.0f} MiB"),
+        show(row.precision, "{:.2f}"),
+        show(row.recall, "{:.2f}"),
+        show(row.auc, "{:.2f}"),
+    ]
 
 
-def best_rivals(rows: Sequence[Row]) -> list[Row]:
-    """Of each IPC the row with the highest last accuracy among those that do not know the true labels."""
-    best: dict[int, Row] = {}
+def _best(rows: Sequence[Row]) -> dict[int, Row | None]:
+    """IPC -> the row with the highest last accuracy among arms that do not know the true labels."""
+    best: dict[int, Row | None] = {row.ipc: None for row in rows}
     for row in rows:
-        if row.arm in KNOWS_TRUTH or row.last is None:
+        if row.last is None or knows_truth(row.arm):
             continue
-        rival = best.get(row.ipc)
-        if rival is None or rival.last is None or row.last.mean > rival.last.mean:
+        leader = best[row.ipc]
+        if leader is None or leader.last is None or row.last.mean > leader.last.mean:
             best[row.ipc] = row
-    return list(best.values())
+    return best
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """Formats rows as aligned plain text for a terminal, one block per table, without a trailing newline."""
+    blocks = []
+    for table in build_tables(rows):
+        grid = [table.header, *(line.cells for line in table.lines)]
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        texts = []
+        for cells in grid:
+            padded = (
+                cell.ljust(width) if column == 1 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            texts.append("  ".join(padded).rstrip())
+        rule = "-" * max(len(text) for text in texts)
+        body: list[str] = []
+        for line, text in zip(table.lines, texts[1:], strict=True):
+            body += ["", text] if line.first and body else [text]
+        blocks.append("\n".join([table.title, rule, texts[0], rule, *body, rule]))
+    return "\n\n".join([*blocks, NOTE]) if blocks else "No results."
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Formats rows as Markdown, one table for each baseline, dataset and noise."""
+    blocks = []
+    for table in build_tables(rows):
+        align = [":--" if name == "arm" else "--:" for name in table.header]
+        body = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line.cells] for line in table.lines]
+        lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
+        blocks.append("\n".join([f"**{table.title}**", "", *lines]))
+    note = textwrap.fill(NOTE.replace("*", "\\*"), 118)
+    return "\n\n".join([*blocks, note]) if blocks else "No results."

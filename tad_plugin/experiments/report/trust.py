@@ -1,40 +1,33 @@
-"""Pictures of TAD at work: the trusted space over rounds, and the losses with the mixture that divides them."""
+"""Pictures of a division of the data: the trusted space over rounds, and the losses with the fitted mixture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tad_plugin.core.callback import ClassMixtureLike
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, LIGHT, ORANGE, VERMILLION, legend_above, picture
 
-__all__ = ["Mixture", "plot_loss_histogram", "plot_trusted_space"]
+__all__ = ["plot_loss_histogram", "plot_trusted_space"]
 
 MAX_PANELS = 10
 _GRID = 512
 
 
-class Mixture(Protocol):
-    """What :func:`plot_loss_histogram` needs of a fitted class-wise mixture."""
-
-    def density(self, index: int, grid: Tensor) -> Tensor:
-        """Both components' densities of class ``index`` at ``grid`` [G], times their proportions: [G, 2]."""
-        ...
-
-
 def plot_trusted_space(log_records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """How the trusted space grows: sizes, recalled and returned samples, and its precision over rounds.
+    """Draws the trusted space over rounds: its size, recalled and returned samples, precision and recall.
 
     Args:
-        log_records: records of a run's log, in their order. A record with a number under "trusted" is a round; it may
-            also have "untrusted", "recalled", "returned", "round", and "precision", "recall" (shares in [0, 1]).
-            The last two are also taken from the records with "event": "split" that follow it. All others are passed
-            over, and so are panels for which no round has a figure.
+        log_records: records of a run's log, in their order. A record with a number under "trusted" is a round. It may
+            also have "untrusted", "recalled", "returned", "round", and "precision" and "recall" (shares in [0, 1]).
+            Precision and recall are also read from the records with "event": "split" that follow the round. Other
+            records are ignored. A panel without any figure is left out.
         path: picture to write.
 
     Raises:
@@ -85,22 +78,22 @@ def plot_trusted_space(log_records: Sequence[Mapping[str, Any]], path: str | Pat
 def plot_loss_histogram(
     losses: Tensor,
     labels: Tensor,
-    mixture: Mixture,
+    mixture: ClassMixtureLike,
     path: str | Path,
     *,
     true_wrong: Tensor | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """The losses and the two fitted components: all classes together, and the first ten one by one.
+    """Draws the losses and the two fitted components, for all classes together and for each of the first ten.
 
-    The curves have the histogram's scale: samples per bin that a component expects.
+    The curves have the scale of the histogram: expected samples per bin.
 
     Args:
-        losses: float [N], in the units the mixture was fitted in.
-        labels: int64 [N], the observed labels by which it was fitted.
-        mixture: the fit, for example ``tad_plugin.tad.fit_class_mixture``'s.
+        losses: float [N], the losses that the mixture was fitted to.
+        labels: int64 [N], the observed labels that the mixture was fitted with.
+        mixture: the fitted mixture.
         path: picture to write.
-        true_wrong: bool [N], whether the observed label is wrong; None where that is not known.
+        true_wrong: bool [N], True if the observed label is wrong; None if that is not known.
         class_names: names of the classes; None writes numbers.
 
     Raises:
@@ -120,7 +113,7 @@ def plot_loss_histogram(
     panels = classes[:MAX_PANELS] if len(classes) > 1 else []
     columns = (len(panels) + 1) // 2
     limits = float(loss.min()), float(loss.max())
-    if limits[1] - limits[0] < 1e-12:  # all losses equal: bins of some width
+    if limits[1] - limits[0] < 1e-12:  # all losses are equal
         limits = limits[0] - 0.5, limits[1] + 0.5
     if 0 < limits[0] < 0.1 * limits[1]:
         limits = 0.0, limits[1]
@@ -160,13 +153,17 @@ def _rounds(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             rounds[-1].update({name: record[name] for name in ("precision", "recall") if name in record})
     if not rounds:
         raise InvalidInputError(
-            explain("log records with the size of the trusted space", "none", "Pass the log of a run with TAD")
+            explain(
+                "log records with the size of the trusted space",
+                "none",
+                "Pass the log of a run whose method divides the data",
+            )
         )
     return rounds
 
 
 def _series(rounds: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """One figure of every round; NaN where a round does not have it."""
+    """One value per round; NaN if the round does not have it."""
     return np.array([np.nan if r.get(name) is None else float(r[name]) for r in rounds])
 
 
@@ -181,7 +178,7 @@ def _loss_panel(
     axis: Any,
     loss: Tensor,
     wrong: Tensor | None,
-    mixture: Mixture,
+    mixture: ClassMixtureLike,
     members: Mapping[int, int],
     limits: tuple[float, float],
     *,
@@ -204,5 +201,5 @@ def _loss_panel(
     axis.plot(grid, expected[:, 0], color=BLUE, linewidth=1.6, label="low-loss component")
     axis.plot(grid, expected[:, 1], color=VERMILLION, linewidth=1.6, linestyle="--", label="high-loss component")
     axis.set_xlim(*limits)
-    # a narrow component can rise far above the bars, which are what the picture is about
+    # the bars set the scale, because a narrow component can rise far above them
     axis.set_ylim(0, 1.25 * total.max())

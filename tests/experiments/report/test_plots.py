@@ -26,7 +26,7 @@ Drawn = list[Figure]
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """The figures that are saved during the test, for a look at what is on them."""
+    """The figures that the test saves."""
     figures: Drawn = []
     save = Figure.savefig
 
@@ -80,7 +80,7 @@ def test_comparison_of_several_settings_and_one_seed(tmp_path: Path, drawn: Draw
 
 
 def test_comparison_needs_an_accuracy(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="'best' accuracy"):
+    with pytest.raises(InvalidInputError, match="best"):
         plot_comparison(rows(), tmp_path / "c.png", which="best")
 
 
@@ -114,11 +114,11 @@ def test_synthetic_takes_soft_labels_and_says_what_it_leaves_out(tmp_path: Path,
 @pytest.mark.parametrize(
     ("images", "labels", "names", "message"),
     [
-        (torch.zeros(2, 2, 4, 4), torch.zeros(2, dtype=torch.long), None, "1 or 3"),
-        (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long), None, "at least one image"),
-        (torch.zeros(2, 1, 4, 4), torch.zeros(3, dtype=torch.long), None, "2 `labels`"),
-        (torch.zeros(2, 1, 4, 4), torch.tensor([0, 5]), ["a"], "at least 6 `class_names`"),
-        (torch.full((1, 1, 4, 4), math.nan), torch.tensor([0]), None, "finite"),
+        (torch.zeros(2, 2, 4, 4), torch.zeros(2, dtype=torch.long), None, r"\[2, 2, 4, 4\]"),
+        (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long), None, r"\[0, 1, 4, 4\]"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(3, dtype=torch.long), None, "2 .* 3"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([0, 5]), ["a"], "6 .* 1"),
+        (torch.full((1, 1, 4, 4), math.nan), torch.tensor([0]), None, "NaN"),
     ],
 )
 def test_synthetic_names_bad_input(
@@ -131,7 +131,7 @@ def test_synthetic_names_bad_input(
 
 def test_trusted_space_reads_rounds_and_the_split_records_after_them(tmp_path: Path, drawn: Drawn) -> None:
     log = [
-        {"event": "split", "precision": 0.1, "recall": 0.1},  # before the first round: belongs to none
+        {"event": "split", "precision": 0.1, "recall": 0.1},  # before the first round, so it is ignored
         {"event": "round", "trusted": 60, "untrusted": 40, "recalled": 0, "returned": 0},
         {"event": "split", "precision": 0.9, "recall": 0.5},
         {"iteration": 3, "loss": 1.0},
@@ -149,7 +149,7 @@ def test_trusted_space_reads_rounds_and_the_split_records_after_them(tmp_path: P
 def test_trusted_space_leaves_out_what_is_not_there(tmp_path: Path, drawn: Drawn) -> None:
     plot_trusted_space([{"trusted": 5}], tmp_path / "t.png")
     assert len(drawn[0].axes) == 1
-    with pytest.raises(InvalidInputError, match="run with TAD"):
+    with pytest.raises(InvalidInputError, match="trusted"):
         plot_trusted_space([{"loss": 1.0}, {"trusted": True}], tmp_path / "t.png")
 
 
@@ -206,10 +206,10 @@ def test_loss_histogram_of_equal_losses_and_of_one_class(tmp_path: Path, drawn: 
 @pytest.mark.parametrize(
     ("losses", "labels", "wrong", "message"),
     [
-        (torch.ones(3), torch.zeros(2, dtype=torch.long), None, "3 losses, 2 labels"),
-        (torch.ones(2), torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.bool), "1 in `true_wrong`"),
-        (torch.ones(0), torch.zeros(0, dtype=torch.long), None, "at least one"),
-        (torch.tensor([1.0, math.inf]), torch.zeros(2, dtype=torch.long), None, "finite"),
+        (torch.ones(3), torch.zeros(2, dtype=torch.long), None, "3 .* 2"),
+        (torch.ones(2), torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.bool), "true_wrong"),
+        (torch.ones(0), torch.zeros(0, dtype=torch.long), None, "0 .* 0"),
+        (torch.tensor([1.0, math.inf]), torch.zeros(2, dtype=torch.long), None, "infinite"),
     ],
 )
 def test_loss_histogram_names_bad_input(
@@ -266,7 +266,7 @@ def test_no_text_is_cut_off_or_covers_other_text(tmp_path: Path, drawn: Drawn) -
 
 def test_pdf_is_written_and_other_suffixes_are_refused(tmp_path: Path) -> None:
     assert plot_trusted_space([{"trusted": 5}], tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
-    with pytest.raises(InvalidInputError, match=r"\.png, \.svg, \.pdf"):
+    with pytest.raises(InvalidInputError, match="c.gif"):
         plot_comparison(rows(), tmp_path / "c.gif")
 
 

@@ -58,7 +58,7 @@ def test_networks_are_averaged_first_and_the_spread_is_over_seeds() -> None:
     assert (row.baseline, row.dataset, row.noise, row.ipc, row.seeds) == ("dm", "digits", "symmetric 40%", 10, 2)
     assert row.seconds_per_iteration == pytest.approx(0.0123) and row.scoring_seconds == pytest.approx(2.5)
     assert row.peak_memory_bytes == 301 * 2**20
-    # a NaN says that this seed had nothing to measure
+    # NaN: this seed had nothing to measure
     assert (row.precision, row.recall, row.auc) == (pytest.approx(0.85), pytest.approx(0.7), pytest.approx(0.9))
 
 
@@ -75,7 +75,7 @@ def test_cost_is_a_multiple_of_the_noisy_arms_time() -> None:
     rows = summarise(results)
     assert {row.arm: row.cost for row in rows} == {"clean": 1.0, "noisy": 1.0, "tad": 2.25}
     assert "2.25x" in text_table(rows) and "cost" in markdown_table(rows)
-    # without the noisy arm, or in results of before it was counted, there is no such column
+    # no such column without the noisy arm or in older results
     assert "2.25x" not in text_table(summarise([r for r in results if r["arm"] != "noisy"]))
     assert {row.cost for row in summarise(RESULTS)} == {None}
 
@@ -85,7 +85,7 @@ def test_cost_is_a_multiple_of_the_noisy_arms_time() -> None:
     [
         [r for r in RESULTS if r["arm"] != "clean"],
         [r for r in RESULTS if r["arm"] != "noisy"],
-        [result("clean", [72.2]), result("noisy", [72.0]), result("tad", [90.0])],  # no gap to speak of
+        [result("clean", [72.2]), result("noisy", [72.0]), result("tad", [90.0])],  # the gap is too small
         [result("clean", [70.0]), result("noisy", [72.0]), result("tad", [90.0])],
     ],
 )
@@ -151,10 +151,10 @@ def test_noise_in_words(noise: dict[str, Any] | None, label: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": {"last": [], "best": []}}, "empty accuracy lists in result 1"),
-        ({"accuracy": None}, "in result 1"),
-        ({"ipc": "many"}, "in result 1"),
-        ({"accuracy": {"last": ["x"]}}, "in result 1"),
+        ({"accuracy": {"last": [], "best": []}}, "result 1"),
+        ({"accuracy": None}, "result 1"),
+        ({"ipc": "many"}, "result 1"),
+        ({"accuracy": {"last": ["x"]}}, "result 1"),
     ],
 )
 def test_unusable_results_are_named(change: dict[str, Any], message: str) -> None:
@@ -164,12 +164,12 @@ def test_unusable_results_are_named(change: dict[str, Any], message: str) -> Non
 
 def test_a_missing_key_is_named() -> None:
     broken = {key: value for key, value in RESULTS[0].items() if key != "arm"}
-    with pytest.raises(InvalidInputError, match="no 'arm' in result 0"):
+    with pytest.raises(InvalidInputError, match="'arm' .*result 0"):
         summarise([broken])
 
 
 def test_the_same_seed_twice_is_an_error() -> None:
-    with pytest.raises(InvalidInputError, match=r"each seed once for arm 'tad'.*seeds 0, 0"):
+    with pytest.raises(InvalidInputError, match="'tad'.* 0, 0"):
         summarise([result("tad", [1.0]), result("tad", [2.0])])
 
 
@@ -273,10 +273,10 @@ def test_the_best_arm_that_does_not_know_the_truth_is_marked() -> None:
 
 
 def test_pictures_must_exist_and_be_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="does not exist"):
+    with pytest.raises(InvalidInputError, match="absent.png"):
         html_page(RESULTS, {"x": tmp_path / "absent.png"})
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(InvalidInputError, match="another kind"):
+    with pytest.raises(InvalidInputError, match="x.txt"):
         html_page(RESULTS, {"x": tmp_path / "x.txt"})
 
 

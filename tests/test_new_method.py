@@ -1,0 +1,106 @@
+"""A new method is one folder of another package: `compare` finds it by its name, and no file of ours is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+METHOD = '''
+"""Halves: a method of somebody else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tad_plugin import Callback
+from tad_plugin.utils.settings import Settings, setting
+
+
+@dataclass
+class HalvesConfig(Settings):
+    prefix: ClassVar[str] = "halves."
+    every: int = setting(2, at_least=1)
+
+
+class Normals:
+    def density(self, index, grid):
+        return torch.stack([0.5 * torch.exp(-((grid - mean) ** 2)) for mean in (0.0, 1.0)], dim=1)
+
+
+class Halves(Callback):
+    """Trusts every n-th sample."""
+
+    name = "halves"
+    Config = HalvesConfig
+
+    @classmethod
+    def loss_division(cls, state):
+        return state["halves_loss"], Normals()
+
+    def on_start(self, *, state, data):
+        state.register("halves_loss", torch.arange(len(state)) % self.config.every / 1.0)
+        state.update(trusted=state["halves_loss"] == 0)
+        self.report("round", trusted=int(state.trusted.sum()))
+'''
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with an installed package `stranger` that registers one method."""
+    package, info = tmp_path / "site" / "stranger", tmp_path / "site" / "stranger-1.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text(METHOD)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tad_plugin.methods]\nhalves = stranger:Halves\n")
+    return tmp_path / "site"
+
+
+def tad_plugin(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(site), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tad_plugin.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=site.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_a_method_from_another_package_is_an_arm(site: Path) -> None:
+    settings = textwrap.dedent(
+        """
+        --dataset digits --noise symmetric:0.4 --ipc 1 --seeds 1, --iterations 2 --width 4 --device cpu
+        --eval_runs 1 --eval_epochs 1 --candidates 1
+        """
+    ).split()
+    out = site.parent / "out"
+    methods = ["--methods", json.dumps({"halves": {"every": 3}})]
+    done = tad_plugin(site, "compare", *settings, *methods, "--arms", "noisy,halves,halves+random", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    results = {r["arm"]: r for r in json.loads((out / "results.json").read_text())}
+    assert list(results) == ["noisy", "halves", "halves+random"]
+    assert results["noisy"]["split"] is None and 0 < results["halves"]["split"]["recall"] < 0.5
+    # its division by loss has a picture, without a line of code here that knows it
+    pictures = {path.name for path in (out / "pictures").iterdir()}
+    assert {"trusted-halves.png", "losses-halves.png"} <= pictures and "losses-noisy.png" not in pictures
+    bad = tad_plugin(
+        site, "compare", *settings, "--methods", '{"halves": {"every": 0}}', "--arms", "halves", "--out", "x"
+    )
+    assert bad.returncode != 0 and "halves.every" in bad.stderr
+
+
+def test_without_the_package_the_name_is_unknown(site: Path) -> None:
+    done = tad_plugin(site.parent, "compare", "--arms", "halves", "--out", str(site.parent / "out"))
+    assert done.returncode == 2 and "'halves'" in done.stderr
