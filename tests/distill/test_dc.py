@@ -1,4 +1,4 @@
-"""DC and DSA against a loop by hand, their bits with and without a hook, influence through them, and their resume."""
+"""DC and DSA against a loop by hand, their bits with methods that change nothing, influence, and resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
 from tad_plugin.distill.gradient_distance import layerwise_distance
-from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, UnknownNameError
+from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError
 from tad_plugin.experiments.config import RunConfig, check_config
 from tad_plugin.experiments.run import run
 from tad_plugin.iwd.explicit import explicit_influence
@@ -289,6 +289,8 @@ def test_published_settings_are_the_defaults() -> None:
         assert set(PRESETS[name]) == set(LOOPS) and cls.Config is config
         for ipc, preset in PRESETS[name].items():
             published = config(**preset)
+            assert (published.lr_img, published.momentum, published.lr_net, published.width) == (0.1, 0.5, 0.01, 128)
+            assert (published.batch_real, published.batch_train) == (256, 256)
             assert published.loops == LOOPS[ipc] and published.iterations == 1000 * published.outer
             named = RunConfig(baseline=name, ipc=ipc, loop={"preset": "published"}, device="cpu").resolved()
             assert check_config(named, "clean") == published
@@ -305,14 +307,18 @@ def test_published_settings_are_the_defaults() -> None:
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"batch_real": 0}, "batch_real of at least 1, but got 0"),
-        ({"batch_train": 0}, "batch_train of at least 1, but got 0"),
-        ({"outer": -1}, "outer of at least 0, but got -1"),
-        ({"inner": -1}, "inner of at least 0, but got -1"),
-        ({"lr_net": 0.0}, "lr_net above 0, but got 0.0"),
-        ({"weight_derivative": "reverse"}, "weight_derivative out of forward, graph, but got 'reverse'"),
-        ({"ipc": 5}, r"an IPC with published loop counts \(1, 10, 20, .*but got 5, with outer 0 .*--loop.outer 10"),
-        ({"ipc": 5, "outer": 10}, "with outer 10 and inner 0"),
+        ({"batch_real": 0}, "batch_real"),
+        ({"batch_train": 0}, "batch_train"),
+        ({"outer": -1}, "outer"),
+        ({"inner": -1}, "inner"),
+        ({"lr_net": 0.0}, "lr_net"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"distance": "cosin"}, "cosin"),
+        ({"weight_derivative": "reverse"}, "reverse"),
+        ({"lr_img": -0.1}, "lr_img"),
+        ({"init": "zeros"}, "init"),
+        ({"ipc": 5}, "outer 0"),
+        ({"ipc": 5, "outer": 10}, "outer 10 and inner 0"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, Any], words: str) -> None:
@@ -324,16 +330,14 @@ def test_counts_of_its_own_serve_any_ipc() -> None:
     assert DCConfig(ipc=5, outer=4, inner=3).loops == (4, 3)
     assert DCConfig(ipc=5, outer=1).loops == (1, 0)
     assert DCConfig(ipc=10, inner=3).loops == (10, 3)
-    with pytest.raises(UnknownNameError, match="a gradient distance out of"):
-        DCConfig(distance="cosin")
 
 
 def test_bad_data_are_named() -> None:
     images, labels = blobs()
-    with pytest.raises(EmptyClassError, match="a real sample of class 2, but got none"):
+    with pytest.raises(EmptyClassError, match="class 2"):
         dc_loop(images[labels < 2], labels[labels < 2], 3, None, init="noise").step(0)
     images[5] = float("nan")
-    with pytest.raises(NonFiniteError, match="a finite matching loss, but got nan at iteration 0"):
+    with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         dc_loop(images, labels, 3, None, batch_real=20, init="noise").step(0)
 
 

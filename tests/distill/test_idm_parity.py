@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tad_plugin.distill.class_means as means_module
 from tad_plugin.data.mosaic import decode, mosaic
 from tad_plugin.distill.idm import IDM, IDMConfig
 from tad_plugin.nn.augment import DEFAULT_STRATEGY
@@ -61,7 +60,7 @@ def test_losses_and_images_of_three_updates(utils: types.ModuleType, strategy: s
     optimizer = torch.optim.SGD([images], lr=0.2, momentum=0.5)
     for iteration in range(3):
         network, accuracy = their_network(utils, learner.network).eval(), learner.accuracy
-        with recorded_draws(means_module) as indices:
+        with recorded_draws(loop) as indices:
             logged = loop._update(learner, iteration)
         gradients, total = [], 0.0
         for c in range(CLASSES):
