@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from tad_plugin.core.hook.attach import attach
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import load_dataset
 from tad_plugin.data.real import RealData
@@ -52,7 +53,7 @@ LOOP = MTTConfig(
 WAYS = ("none", "again", "finetuned")
 
 
-def trained(data: RealData, hook: Hook | None, seed: int) -> list[Trajectory]:
+def trained(data: RealData, hook: Hook, seed: int) -> list[Trajectory]:
     found = []
     for number in range(EXPERT.experts):
         trainer = ExpertTrainer(EXPERT, data, hook, expert_generator(seed, number))
@@ -101,8 +102,9 @@ def main() -> None:
         hook.settle()
         data = hook.data
         assert data is not None
-        first = trained(data, None, seed)
-        info = buffer_info(EXPERT, data, None, splits.preprocessing)
+        plain = attach("none", labels=data.labels, data=data.images, num_classes=data.num_classes)
+        first = trained(data, plain, seed)
+        info = buffer_info(EXPERT, data, plain, splits.preprocessing)
         generator = generator_of(seed, "loop")
         images, classes = MTT.initial_images(LOOP, data, hook, generator)
         start = SyntheticSet(images, classes, 10, splits.preprocessing, splits.name)
@@ -124,8 +126,8 @@ def main() -> None:
                 settings = dataclasses.replace(LOOP, max_start_epoch=1)
                 experts = Experts([finetuned(data, hook, seed, first)], None)
             training = process_time() - began
-            # Without the hook: only the experts differ from here on.
-            again = MTT(settings, data, None, copy.deepcopy(start), generator_of(seed, "second"), experts)
+            # Without the method: only the experts differ from here on.
+            again = MTT(settings, data, plain, copy.deepcopy(start), generator_of(seed, "second"), experts)
             again.load_state_dict(
                 {**saved, "cycle": {"files": [], "order": [], "file": -1}, "generator": saved["generator"]}
             )
