@@ -32,7 +32,7 @@ from tests.problems import blobs, distilled, flip
 
 
 def test_four_steps_are_those_of_a_loop_by_hand(global_rng_untouched: None) -> None:
-    """A new network every third update, trained on the synthetic set in between; momentum SGD on the images."""
+    """A new network every third update, trained on the synthetic set in between. Momentum SGD on the images."""
     images, labels = blobs()
     settings = {"outer": 3, "inner": 2, "batch_train": 4, "lr_net": 0.05, "lr_img": 0.7, "momentum": 0.5}
     loop = dc_loop(images, labels, 3, None, **settings)
@@ -69,7 +69,7 @@ def test_four_steps_are_those_of_a_loop_by_hand(global_rng_untouched: None) -> N
 
 
 def test_real_and_synthetic_images_share_one_augmentation() -> None:
-    """With the real images as the synthetic ones, Siamese augmentation leaves nothing to match."""
+    """If the synthetic images equal the real ones, Siamese augmentation leaves nothing to match."""
     images, labels = blobs(2)
     settings = {"cls": DSA, "augment": "color_crop_flip", "batch_real": 2, "outer": 1}
     loop = dc_loop(images, labels, 3, None, **settings)
@@ -111,7 +111,7 @@ def test_batch_norm_holds_statistics_of_real_images(monkeypatch: pytest.MonkeyPa
 
 
 def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
-    """Chunks suit the cache; statistics of the synthetic batch must not be those of a chunk."""
+    """Statistics of batch norm come from the whole synthetic batch, not from a chunk."""
     images, labels = blobs()
     for norm in ("instance", "batch"):
         loops = [dc_loop(images, labels, 3, None, norm=norm, lr_net=0.1) for _ in range(2)]
@@ -124,7 +124,7 @@ def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
 
 
 class Recorder(Callback):
-    """The explicit influence of each batch on a fixed linear target, as a method would ask for it."""
+    """A method that computes the explicit influence of each batch on a fixed linear target."""
 
     name: ClassVar[str] = "recorder"
     needs_graph: ClassVar[bool] = True
@@ -190,7 +190,7 @@ def test_weights_enter_as_a_weighted_mean_of_real_losses() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_influence_through_the_real_gradient_is_that_of_finite_differences(weighted: bool) -> None:
-    """In float64: raise one sample's weight, take the step, and see how <slope, grad_S L> moves."""
+    """In float64: the change of <slope, grad_S L> when the weight of one sample is raised."""
     images, labels = blobs(6)
     others = (Scales(),) if weighted else ()
     settings: dict[str, Any] = {
@@ -214,7 +214,7 @@ def test_influence_through_the_real_gradient_is_that_of_finite_differences(weigh
     assert len(drawn) == 12
 
     class Raised(Hook):
-        """The weights of one sample raised, without a graph."""
+        """Raises the weight of one sample, without a graph."""
 
         raised: Tensor
 
@@ -270,7 +270,7 @@ def test_iwd_in_the_batch_weights_the_samples() -> None:
 def test_a_loop_resumes_with_the_same_bits(
     cls: type[DC], settings: dict[str, Any], killed_after: int, tmp_path: Path
 ) -> None:
-    """In the middle of a network's way, at its end, and right before the next one; through a file."""
+    """Killed in the middle of a network's training, at its end, and before the next one. Resumes from a file."""
     images, labels = blobs()
     expected = distilled(dc_loop(images, labels, 3, None, cls=cls, **settings), 6)
     half = dc_loop(images, labels, 3, None, cls=cls, **settings)

@@ -55,7 +55,7 @@ def test_two_steps_are_momentum_sgd_on_the_matching_loss_of_fresh_networks(globa
 
 
 def test_real_and_synthetic_images_share_one_augmentation() -> None:
-    """With the real images as the synthetic ones, siamese augmentation leaves nothing to match."""
+    """If the synthetic images equal the real ones, Siamese augmentation leaves nothing to match."""
     images, labels = blobs(2)
     loop = dm_loop(images, labels, 3, None, augment="color_crop_flip", batch_real=2)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def idm_loop(
 
 
 class ByHand:
-    """The published loop as it is written there: class after class, one step of SGD over all images for each."""
+    """The public loop as written there: for each class in turn, one SGD step over all images."""
 
     def __init__(self, loop: IDM) -> None:
         self.config, self.data, self.loop = loop.config, loop.data, loop
@@ -124,7 +124,7 @@ class ByHand:
 
 
 def test_six_steps_are_those_of_the_loop_over_classes_by_hand(global_rng_untouched: None) -> None:
-    """The queue grows and sheds its oldest network, accuracies start anew, and momentum moves the other classes on."""
+    """The queue grows and drops its oldest network, accuracies are reset, and momentum moves the other classes."""
     images, labels = blobs()
     loop = idm_loop(images, labels, None, augment="none")
     hand, start, networks = ByHand(loop), loop.synthetic.images.detach().clone(), []
@@ -209,7 +209,7 @@ def test_the_ranking_of_the_public_code_differs_only_where_targets_do() -> None:
 
 
 class Recorder(Callback):
-    """The explicit influence of each batch on a fixed linear target, as a method would ask for it."""
+    """A method that computes the explicit influence of each batch on a fixed linear target."""
 
     name: ClassVar[str] = "recorder"
     needs_graph: ClassVar[bool] = True
@@ -316,7 +316,7 @@ def test_the_oldest_network_is_shown_every_so_often() -> None:
 
 
 def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
-    """In float64: raise one sample's weight, and see how <slope, grad_S L> moves, through partition and expansion."""
+    """In float64, through partition and expansion: the change of <slope, grad_S L> when one weight is raised."""
     images, labels = blobs(6)
     slope = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     settings: dict[str, Any] = {"dtype": torch.float64, "batch_real": 4, "network_interval": 100}
@@ -332,7 +332,7 @@ def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
     assert len(drawn) == 12
 
     class Raised(Hook):
-        """The weights of one sample raised, without a graph."""
+        """Raises the weight of one sample, without a graph."""
 
         raised: Tensor
 
@@ -397,7 +397,7 @@ def test_the_gradient_of_the_target_goes_through_the_expansion() -> None:
 
 
 def test_influence_by_way_of_the_network_is_that_of_finite_differences() -> None:
-    """In float64: one step of the network with a sample's weight raised, and how <grad M, grad_S L> moves."""
+    """In float64: the change of <grad M, grad_S L> after a network step with one weight raised."""
     images, labels = blobs(6)
     images, learning = images.double(), Learning(0.3, 8, lambda _: network)
     loop = idm_loop(images, labels, None, dtype=torch.float64)
@@ -465,7 +465,7 @@ def test_iwd_weights_the_samples(mode: str) -> None:
 
 @pytest.mark.parametrize("killed_after", [1, 3, 4])
 def test_a_loop_resumes_with_the_same_bits(killed_after: int, tmp_path: Path) -> None:
-    """Before and after a network joins or leaves, and where accuracies start anew; through a file."""
+    """Killed before and after the queue changes, and where accuracies are reset. Resumes from a file."""
     images, labels = blobs()
     expected = distilled(idm_loop(images, labels, None), 7)
     half = idm_loop(images, labels, None)

@@ -1,8 +1,8 @@
 """IDM beside the public code: the same networks, batches and augmentation give the same losses and the same images.
 
 Partition, expansion, shrinking, augmentation, network and embedding are called from the checkout that TAD_UPSTREAM_IDM
-names; what stands between them there in one long function (a step of SGD over all images for each class, the weight of
-the cross-entropy, the steps of the networks) is written out here. Batches and draws are those that our loop used.
+names. The code between these calls is one long function there, so it is written out here: an SGD step over all images
+for each class, the weight of the cross-entropy, and the steps of the networks. Batches and draws are those of our loop.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def small(**settings: Any) -> MTTConfig:
 
 
 def buffer(folder: Path, *, method: str = "none", preprocessing: Preprocessing | None = None) -> tuple[RealData, Hook]:
-    """A buffer on disk with the data and the hook that it was made with."""
+    """Writes a buffer; returns the data and the hook of its training."""
     images, true = blobs()
     settings = {"tad": {"warmup": 0, "history": 1}} if method == "tad" else None
     hook = attach(method, labels=flip(true, 3, 0.3), data=images, trains_on_real=True, config=settings)

@@ -1,7 +1,7 @@
 """DM, DC and DSA beside the public code: the same network, batch and augmentation give the same loss and gradient.
 
-What one update is made of there (network, augmentation, distance, the training of the network) is called from the
-checkout that TAD_UPSTREAM_DM names; the indices and draws are those that our loop used.
+Network, augmentation, distance and the training of the network are called from the checkout that TAD_UPSTREAM_DM names.
+Indices and draws are those of our loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = {"layerwise": "ours", "mse": "mse", "cosine": "cos"}
 
 
 class Replayed:
-    """Our augmentation with the numbers that the public code draws for a known seed, a new seed at each draw."""
+    """Our augmentation with the numbers that the public code draws for a known seed. Each draw has a new seed."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.augmentation = augmentation
