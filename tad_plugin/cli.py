@@ -265,7 +265,7 @@ def _methods(_values: Any) -> None:
     import dataclasses
 
     from tad_plugin.core.registry import available_methods, load_method
-    from tad_plugin.distill.baseline import BASELINES
+    from tad_plugin.distill.baseline import baseline_names
 
     for name in available_methods():
         cls = load_method(name)
@@ -273,7 +273,7 @@ def _methods(_values: Any) -> None:
         for setting in dataclasses.fields(cls.Config) if cls.Config is not None else ():
             default = setting.default if setting.default is not dataclasses.MISSING else "..."
             print(f"    {setting.name} = {default!r}")
-    print(f"baselines: {', '.join(BASELINES)}")
+    print(f"baselines: {', '.join(baseline_names())}")
 
 
 VERBS: dict[str, Callable[[Any], int | None]] = {

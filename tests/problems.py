@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.hook.attach import attach
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
@@ -36,19 +37,25 @@ def flip(labels: Tensor, num_classes: int, rate: float, seed: int = 0) -> Tensor
     return torch.where(wrong, (labels + shift) % num_classes, labels)
 
 
+def plain_hook(data: RealData) -> Hook:
+    """The hook without a method."""
+    return attach("none", labels=data.labels, data=data.images, num_classes=data.num_classes)
+
+
 def dm_loop(
     images: Tensor, labels: Tensor, num_classes: int, hook: Hook | None, *, seed: int = 3, **settings: Any
 ) -> DM:
-    """A DM loop of width 4 with 2 images per class, on ``hook`` or without any."""
+    """A DM loop of width 4 with 2 images per class; None as hook stands for :func:`plain_hook`."""
     config = DMConfig(**{"ipc": 2, "width": 4, "batch_real": 8, "augment": "color_crop", **settings})
     generator = torch.Generator().manual_seed(seed)
     data = RealData(images, labels, num_classes)
+    hook = hook or plain_hook(data)
     start = SyntheticSet(*initial_images(config, data, hook, generator), num_classes, PLAIN)
     return DM(config, data, hook, start, generator)
 
 
 def distilled(loop: Baseline, iterations: int, first: int = 0) -> Tensor:
-    """The synthetic images after some steps."""
+    """The synthetic images after the given number of iterations."""
     for iteration in range(first, first + iterations):
         loop.step(iteration)
     return loop.result().images

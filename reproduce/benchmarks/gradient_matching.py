@@ -62,14 +62,15 @@ def loop_of(args: argparse.Namespace, form: str = "") -> DC:
     images = torch.randn(count, 3, 32, 32, generator=generator).to(args.device)
     labels = (torch.arange(count) % args.classes).to(args.device)
     data = RealData(images, labels, args.classes)
-    hook = Hook(SampleState(labels, args.classes), data, [Influence()], method="influence") if form else None
+    callbacks = [Influence()] if form else []
+    hook = Hook(SampleState(labels, args.classes), data, callbacks, method="influence" if form else "none").start()
     config = DCConfig(
         ipc=args.ipc, width=args.width, batch_real=args.batch_real, outer=1, weight_derivative=form or "forward"
     )
     synthetic = SyntheticSet(
         *initial_images(config, data, hook, generator), args.classes, Preprocessing((0.0,) * 3, (1.0,) * 3)
     )
-    return DC(config, data, None if hook is None else hook.start(), synthetic, generator)
+    return DC(config, data, hook, synthetic, generator)
 
 
 def direct(loop: DC) -> Callable[[int], None]:
@@ -152,7 +153,7 @@ def main() -> None:
     for name in ARMS:
         command = [sys.executable, __file__, *sys.argv[1:], "--peak_of", name]
         peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    found = {name: loop.hook.callbacks[0].found for name, loop in loops.items() if loop.hook is not None}  # type: ignore[attr-defined]
+    found = {name: loop.hook.callbacks[0].found for name, loop in loops.items() if loop.hook.enabled}  # type: ignore[attr-defined]
     forward, graph = found.values()
     arms = {name: {"seconds": statistics.median(runs), "peak_bytes": peaks[name]} for name, runs in seen.items()}
     same = float((forward - graph).abs().max() / graph.abs().max())

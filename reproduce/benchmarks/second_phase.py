@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from tad_plugin import attach
+from tad_plugin.core.hook.attach import attach
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.datasets import load_dataset
 from tad_plugin.data.real import RealData
@@ -105,8 +105,8 @@ def main() -> None:
         hook.settle()
         data = hook.data
         assert data is not None
-        first = trained(data, hook, seed)  # before any weight changes
-        plain = attach("none", labels=data.labels, data=data.images, trains_on_real=True)
+        plain = attach("none", labels=data.labels, data=data.images, num_classes=data.num_classes)
+        first = trained(data, plain, seed)
         info = buffer_info(EXPERT, data, plain, splits.preprocessing)
         generator = generator_of(seed, "loop")
         images, classes = MTT.initial_images(LOOP, data, hook, generator)
@@ -129,8 +129,8 @@ def main() -> None:
                 settings = dataclasses.replace(LOOP, max_start_epoch=1)
                 experts = Experts([finetuned(data, hook, seed, first)], None)
             training = process_time() - began
-            # Without the hook, so that only the experts differ from here on.
-            again = MTT(settings, data, None, copy.deepcopy(start), generator_of(seed, "second"), experts)
+            # Without the method: only the experts differ from here on.
+            again = MTT(settings, data, plain, copy.deepcopy(start), generator_of(seed, "second"), experts)
             again.load_state_dict(
                 {**saved, "cycle": {"files": [], "order": [], "file": -1}, "generator": saved["generator"]}
             )

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.hook.attach import attach
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
@@ -82,8 +83,9 @@ def bundled(name: str, args: argparse.Namespace) -> Baseline:
     found = RandomImages()
     data = RealData(found.images.to(args.device), torch.tensor(found.targets), CLASSES, dataset="cifar10")
     plain = Preprocessing((0.0,) * 3, (1.0,) * 3)
-    start = SyntheticSet(*cls.initial_images(config, data, None, generator), CLASSES, plain, "cifar10")
-    return cls(config, data, None, start, generator)
+    hook = attach("none", labels=data.labels, data=data.images, num_classes=CLASSES)
+    start = SyntheticSet(*cls.initial_images(config, data, hook, generator), CLASSES, plain, "cifar10")
+    return cls(config, data, hook, start, generator)
 
 
 def command(name: str, script: str, args: argparse.Namespace, folder: str) -> list[str]:

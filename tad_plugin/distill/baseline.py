@@ -1,12 +1,14 @@
-"""What every bundled baseline shares: initialisation, the step loop with resume, evaluation and results.
+"""The base of all distillation loops: settings, initial images, and the interface that a run uses.
 
-A baseline is one file: a settings dataclass and a class with ``step(iteration)``. See ``dm.py``.
+A baseline is one file: a settings dataclass and a class with ``step(iteration)``. See ``dm.py``. A package registers
+its own through the entry-point group ``tad_plugin.baselines``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,73 +19,65 @@ from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
+from tad_plugin.errors import ConfigError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
 from tad_plugin.nn.networks import default_depth, make_network
+from tad_plugin.utils.entry_points import load_class
+from tad_plugin.utils.settings import Settings, setting
 
 __all__ = [
     "BASELINES",
+    "GROUP",
     "Baseline",
     "BaselineConfig",
     "Place",
     "baseline_class",
-    "check_batch",
+    "baseline_names",
     "check_loss",
-    "class_pool",
-    "draw_class",
     "fresh_network",
     "initial_images",
 ]
 
 
 @dataclass
-class BaselineConfig:
-    """Settings that every baseline has.
+class BaselineConfig(Settings):
+    """Settings of every baseline.
 
     Attributes:
         ipc: synthetic images per class.
-        iterations: steps of the synthetic set.
+        iterations: updates of the synthetic set.
         lr_img: learning rate of the images.
-        init: "real" (usable real images) or "noise".
-        width: channels of the ConvNet that is matched on.
-        depth: its blocks; 0 takes 3 (2 for images under 16 pixels).
-        norm: its normalisation.
-        augment: DSA strategy; "auto" is the dataset's own, "none" switches it off.
-        full_batches: a class with fewer usable real samples than its batch is an error; by default it gives all it has.
+        init: "real" (usable real images) or "noise" (standard normal).
+        width: channels of the ConvNet on which images are matched.
+        depth: blocks of the ConvNet; 0 takes 3 (2 for images under 16 pixels).
+        norm: normalisation layer of the ConvNet.
+        augment: DSA strategy; "auto" takes the dataset's, "none" switches augmentation off.
+        full_batches: raise an error for a class with fewer usable real samples than its batch. By default such a
+            class gives all its samples.
     """
 
-    ipc: int = 10
-    iterations: int = 200
-    lr_img: float = 1.0
-    init: str = "real"
-    width: int = 128
-    depth: int = 0
+    ipc: int = setting(10, at_least=1)
+    iterations: int = setting(200, at_least=0)
+    lr_img: float = setting(1.0, at_least=0)
+    init: str = setting("real", one_of=("real", "noise"))
+    width: int = setting(128, at_least=1)
+    depth: int = setting(0, at_least=0)
     norm: str = "instance"
     augment: str = "auto"
     full_batches: bool = False
 
-    #: what ``init`` may be
-    inits: ClassVar[tuple[str, ...]] = ("real", "noise")
-
-    def __post_init__(self) -> None:
-        for name, low in (("ipc", 1), ("iterations", 0), ("width", 1), ("depth", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(explain(f"{name} of at least {low}", str(getattr(self, name)), "Correct the setting"))
-        if self.init not in self.inits:
-            raise ConfigError(explain(f"init out of {', '.join(self.inits)}", repr(self.init), "Correct the setting"))
-
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run does the work that comes before the synthetic set (:meth:`Baseline.prepare`).
+    """Where and how :meth:`Baseline.prepare` works.
 
     Attributes:
         folder: the run folder.
-        seed: of that work.
-        preprocessing: of the real images.
-        every: seconds between its checkpoints.
+        seed: seed of the preparation.
+        preprocessing: preprocessing of the real images.
+        every: seconds between checkpoints.
         progress: show progress bars.
         log: receives log records.
-        experts: a buffer that is there already (trajectory matching); None trains the run's own.
+        experts: folder of an existing replay buffer (trajectory matching); None trains the run's own experts.
     """
 
     folder: Path
@@ -96,29 +90,31 @@ class Place:
 
 
 class Baseline:
-    """One distillation algorithm. Subclasses make the synthetic set in ``__init__`` and improve it in :meth:`step`.
+    """One distillation algorithm. Subclasses override :meth:`step`, which updates ``self.synthetic`` in place.
 
     Args:
-        config: the settings.
+        config: an instance of :attr:`Config`.
         data: the real data.
-        hook: the seam to the methods, or None for the plain loop without any.
-        synthetic: the starting set; the baseline updates ``self.synthetic`` in place.
-        generator: CPU generator of every draw of the loop.
+        hook: the seam to the methods; ``attach("none", ...)`` gives the plain algorithm.
+        synthetic: the initial synthetic set.
+        generator: CPU generator of all draws of the loop.
     """
 
+    #: name on the command line
     name: ClassVar[str] = ""
+    #: settings class
     Config: ClassVar[type[BaselineConfig]] = BaselineConfig
-    #: the loop trains networks on the real data through the hook, so the plugin's own scorer is not needed
+    #: True if the loop trains networks on the real data through the hook, so that no separate scorer is needed
     trains_on_real: ClassVar[bool] = False
-    #: what its protocol puts in the place of a dataset's preset where the user says nothing (fields of RunConfig)
+    #: Protocol defaults (fields of RunConfig); they override the dataset preset.
     preset: ClassVar[Mapping[str, Any]] = {}
-    #: settings of the evaluation that its protocol fixes (fields of EvaluateConfig)
+    #: fields of EvaluateConfig that the protocol fixes
     evaluation: ClassVar[Mapping[str, Any]] = {}
-    #: published settings by name and IPC, fields of RunConfig; the loop's setting "preset" names one
+    #: published settings by name and IPC (fields of RunConfig); selected by ``loop={"preset": name}``
     presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = {}
 
     def __init__(
-        self, config: Any, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
+        self, config: Any, data: RealData, hook: Hook, synthetic: SyntheticSet, generator: torch.Generator
     ) -> None:
         self.config = config
         self.data = data
@@ -128,59 +124,77 @@ class Baseline:
 
     @classmethod
     def published(cls, name: str, ipc: int) -> Mapping[str, Any]:
-        """The preset ``name`` for an IPC. Raises UnknownNameError, or ConfigError for an IPC that it does not have."""
+        """The published settings ``name`` for an IPC.
+
+        Raises:
+            UnknownNameError: no such preset.
+            ConfigError: the preset has no settings for this IPC.
+        """
         if name not in cls.presets:
             raise unknown_name("preset", name, list(cls.presets))
         if ipc not in cls.presets[name]:
             known = ", ".join(map(str, cls.presets[name]))
-            do = "Leave the preset out, or take one of these with --ipc"
+            do = "Remove the preset, or choose one of these with --ipc"
             raise ConfigError(explain(f"an IPC out of {known} for the preset {name!r}", str(ipc), do))
         return cls.presets[name][ipc]
 
     @classmethod
     def check_images(cls, config: Any, images: Tensor) -> None:
-        """Raises ConfigError where the settings cannot serve real images [N,C,H,W] of this size; before any work."""
+        """Override it to raise ConfigError if the settings do not fit real images [N,C,H,W]. Called before any work."""
 
     @classmethod
     def prepare(cls, config: Any, data: RealData, hook: Hook, place: Place) -> Any:
-        """Work that comes before the synthetic set and can be resumed; what it returns goes to the constructor.
+        """Override it for work before the first synthetic image is drawn, such as training experts.
 
-        None where there is none. Called on resume as well.
+        Also called on resume, so it must continue what it began. The result is passed to :meth:`initial_images` and to
+        the constructor as ``prepared``; None means that there is none.
         """
         return None
 
     @classmethod
     def discard(cls, folder: Path) -> None:
-        """Removes from a run folder what :meth:`prepare` left there, for a run that starts over."""
+        """Override it to remove what :meth:`prepare` wrote to a run folder. Called when a run starts over."""
 
     @classmethod
     def initial_images(
-        cls, config: Any, data: RealData, hook: Hook | None, generator: torch.Generator, prepared: Any = None
+        cls, config: Any, data: RealData, hook: Hook, generator: torch.Generator, prepared: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Starting images and labels; see :func:`initial_images`. ``prepared`` comes from :meth:`prepare`."""
+        """Initial images and labels; see :func:`initial_images`. ``prepared`` is the result of :meth:`prepare`."""
         return initial_images(config, data, hook, generator)
 
     @property
     def expert_seconds(self) -> float:
-        """Seconds spent in training networks before the distillation (:meth:`prepare`), so far as is known."""
+        """Seconds spent on training experts; 0 for loops without experts."""
         return 0.0
 
     def step(self, iteration: int) -> Mapping[str, Any]:
-        """One update of the synthetic set; returns what is worth logging (at least ``loss``)."""
-        raise TypeError(
-            explain(f"{type(self).__name__} to define step()", "a class without it", "Override Baseline.step")
-        )
+        """Updates the synthetic set once. Returns the values to log, at least ``loss``."""
+        do = "Override Baseline.step"
+        raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", do))
 
     def result(self) -> SyntheticSet:
-        """The synthetic set as it is now, detached."""
+        """A detached copy of the current synthetic set."""
         return self.synthetic.detached()
 
     def fresh_network(self, generator: torch.Generator) -> nn.Module:
-        """A newly drawn network of the kind that is matched on."""
+        """A newly initialised network of the architecture that is matched on."""
         return fresh_network(self.config, self.data, generator)
 
+    def draw(self, c: int, n: int) -> Tensor:
+        """Indices int64 of up to n usable real samples of class c, without replacement.
+
+        Raises:
+            EmptyClassError: the class has no usable sample.
+            NotEnoughSamplesError: it has fewer than n, and ``full_batches`` is set.
+        """
+        found = self.hook.sample(c, n, self.generator)
+        if self.config.full_batches and len(found) < n:
+            do = "Lower batch_real, or set full_batches to false: such a class then gives all its samples"
+            raise NotEnoughSamplesError(explain(f"{n} usable samples of class {c} for a batch", str(len(found)), do))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """Synthetic tensors, optimiser and generator."""
+        """Everything needed to resume with the same bits: here the synthetic set and the generator."""
         return {
             "images": self.synthetic.images.detach(),
             "labels": self.synthetic.labels.detach(),
@@ -195,6 +209,9 @@ class Baseline:
         self.generator.set_state(state["generator"].cpu())
 
 
+GROUP = "tad_plugin.baselines"
+"""Entry-point group in which other packages register their baselines."""
+
 BASELINES: dict[str, str] = {
     "dm": "tad_plugin.distill.dm:DM",
     "dc": "tad_plugin.distill.dc:DC",
@@ -203,22 +220,34 @@ BASELINES: dict[str, str] = {
     "mtt": "tad_plugin.distill.mtt:MTT",
     "datm": "tad_plugin.distill.datm:DATM",
 }
-"""Bundled baselines: name -> "module:class", imported when asked for."""
+"""Bundled baselines: name -> "module:class". Their names cannot be taken by another package."""
+
+
+def _entries() -> dict[str, EntryPoint]:
+    bundled = {name: EntryPoint(name, value, GROUP) for name, value in BASELINES.items()}
+    return {e.name: e for e in sorted(entry_points(group=GROUP), key=lambda e: e.name)} | bundled
+
+
+def baseline_names() -> list[str]:
+    """Names of all baselines: the bundled ones, then those that other packages registered."""
+    return [*BASELINES, *(name for name in _entries() if name not in BASELINES)]
 
 
 def baseline_class(name: str) -> type[Baseline]:
-    """The bundled baseline called ``name``. Raises UnknownNameError."""
-    from importlib import import_module
+    """The baseline called ``name``, imported when asked for.
 
-    if name not in BASELINES:
-        raise unknown_name("baseline", name, list(BASELINES))
-    module, _, cls = BASELINES[name].partition(":")
-    found: type[Baseline] = getattr(import_module(module), cls)
-    return found
+    Raises:
+        UnknownNameError: no such baseline.
+        ConfigError: another package registered it, and it cannot be imported or is no Baseline.
+    """
+    entries = _entries()
+    if name not in entries:
+        raise unknown_name("baseline", name, baseline_names())
+    return load_class(entries[name], Baseline, "baseline")
 
 
 def fresh_network(config: BaselineConfig, data: RealData, generator: torch.Generator) -> nn.Module:
-    """A newly drawn network of the kind that a loop with these settings matches on."""
+    """A newly initialised ConvNet with the width, depth and norm of ``config``, on the device of the data."""
     c, h, w = (int(v) for v in data.images.shape[1:])
     return make_network(
         "convnet",
@@ -233,40 +262,13 @@ def fresh_network(config: BaselineConfig, data: RealData, generator: torch.Gener
     )
 
 
-def class_pool(hook: Hook | None, data: RealData, c: int) -> Tensor:
-    """Usable indices of class c: the hook's pool, or every sample with that label."""
-    return hook.pool(c) if hook is not None else (data.labels == c).nonzero().flatten()
-
-
-def draw_class(hook: Hook | None, data: RealData, c: int, n: int, generator: torch.Generator) -> Tensor:
-    """Up to n indices of class c without replacement: the same draw with and without a hook."""
-    if hook is not None:
-        return hook.sample(c, n, generator)
-    pool = class_pool(None, data, c)
-    return pool[torch.randperm(len(pool), generator=generator)[:n].to(pool.device)]
-
-
-def check_batch(config: BaselineConfig, c: int, found: int, wanted: int) -> None:
-    """Whether the ``found`` usable real samples of class c make a batch of ``wanted``.
-
-    Raises:
-        EmptyClassError: there is none.
-        NotEnoughSamplesError: there are fewer than wanted, and the settings ask for full batches.
-    """
-    if not found:
-        do = "Remove the class, or use data that has it"
-        raise EmptyClassError(explain(f"a real sample of class {c}", "none", do))
-    if config.full_batches and found < wanted:
-        do = "Lower batch_real, or leave full_batches off: such a class then gives all it has"
-        raise NotEnoughSamplesError(explain(f"{wanted} usable samples of class {c} for a batch", str(found), do))
-
-
 def initial_images(
-    config: BaselineConfig, data: RealData, hook: Hook | None, generator: torch.Generator
+    config: BaselineConfig, data: RealData, hook: Hook, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Starting images [K*IPC,C,H,W], class after class, and their labels int64.
+    """Initial images float [K*IPC,C,H,W], sorted by class, and their labels int64 [K*IPC].
 
     Raises:
+        EmptyClassError: a class has no usable sample.
         NotEnoughSamplesError: a class has fewer usable samples than IPC.
     """
     k, device = data.num_classes, data.images.device
@@ -276,26 +278,17 @@ def initial_images(
         return torch.randn(shape, generator=generator).to(device), labels
     rows = []
     for c in range(k):
-        indices = draw_class(hook, data, c, config.ipc, generator)
+        indices = hook.sample(c, config.ipc, generator)
         if len(indices) < config.ipc:
-            raise NotEnoughSamplesError(
-                explain(
-                    f"at least IPC = {config.ipc} usable samples of class {c}",
-                    str(len(indices)),
-                    "Lower --ipc, use init=noise, or raise min_per_class of the method",
-                )
-            )
+            expected = f"at least IPC = {config.ipc} usable samples of class {c}"
+            do = "Lower --ipc, use init=noise, or raise min_per_class of the method"
+            raise NotEnoughSamplesError(explain(expected, str(len(indices)), do))
         rows.append(data.images[indices])
     return torch.cat(rows).clone(), labels
 
 
-def check_loss(loss: Tensor, iteration: int, parts: Sequence[str] = ()) -> None:
+def check_loss(loss: Tensor, iteration: int) -> None:
     """Raises NonFiniteError if a matching loss is NaN or infinite."""
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(
-            explain(
-                "a finite matching loss",
-                f"{float(loss)} at iteration {iteration}{' in ' + ', '.join(parts) if parts else ''}",
-                "Lower lr_img; the last checkpoint of the run is intact",
-            )
-        )
+        do = "Lower lr_img; the last checkpoint of the run is intact"
+        raise NonFiniteError(explain("a finite matching loss", f"{float(loss)} at iteration {iteration}", do))

@@ -1,8 +1,9 @@
-"""What DM and IDM share: class means of embeddings, with all classes of an iteration in few passes.
+"""Matching of class means of embeddings: the part that DM and IDM share.
 
-Small classes share a pass and large ones are cut to what suits the device, with the values of the class-by-class form
-but for rounding. Real images are embedded as a stream; of the synthetic ones, graphs of a group of classes are built
-and used one after the other, so that memory does not grow with the number of classes.
+The classes of an iteration go through the network together. Small classes share a pass; large ones are split into
+passes that suit the device. Same result as looping over classes, up to rounding. Real images are embedded as a stream.
+Synthetic images are matched in groups of classes, one graph after the other, so that memory does not grow with the
+number of classes.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.distill.baseline import Baseline, check_batch, check_loss, draw_class
+from tad_plugin.distill.baseline import Baseline, check_loss
 from tad_plugin.nn.augment import Augmentation, Draw
 from tad_plugin.nn.passes import Embed, chunk_size, embed_in_passes, pass_size
 
 __all__ = ["MeanMatching", "classes_per_graph", "embedded_batches"]
 ClassLosses = Callable[[Tensor, Tensor, list[Draw | None], int], Tensor]
 
-# What the graph of one backward pass may keep. An image of the widest layer counts eight times: the block's
-# convolution, norm, activation and pooling keep about five maps of that size, the smaller blocks the rest.
+# Memory budget of the graph of one backward pass. Each image counts as eight maps of the widest layer: convolution,
+# norm, activation and pooling of the first block keep about five, the smaller blocks the rest.
 _GRAPH_BYTES = 2**32
 _MAPS_KEPT = 8
 
 
 @torch.no_grad()
 def embedded_batches(embed: Embed, batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The embedding [B_c,D] of each batch [B_c,C,H,W] in turn, without a graph.
+    """Yields the embedding [B_c,D] of each batch [B_c,C,H,W], in order and without a graph.
 
-    Batches are taken from the iterable as they are needed: never more than ``size`` images and one batch are held.
+    Batches are read lazily: at most ``size`` images and one batch are in memory.
     """
     waiting: list[Tensor] = []
     for batch in batches:
@@ -51,58 +52,58 @@ def _flush(embed: Embed, batches: list[Tensor], size: int) -> list[Tensor]:
 
 
 def classes_per_graph(per_class: int, images: Tensor, width: int, budget: int = _GRAPH_BYTES) -> int:
-    """How many classes of ``per_class`` synthetic images a graph may hold: at least 1, as a mean is not cut.
+    """Number of classes whose synthetic images fit one graph; at least 1, because the mean of a class is not split.
 
     Args:
         per_class: images per class that go through the network.
-        images: [B,C,H,W]; only their size matters.
-        width: channels of the network's widest layer, taken to be as large as the images.
+        images: [B,C,H,W]; only height and width are read.
+        width: channels of the network's widest layer, which is assumed to have the resolution of the images.
         budget: bytes for the graph.
     """
     return max(1, budget // (4 * width * images.shape[-2] * images.shape[-1] * _MAPS_KEPT * per_class))
 
 
 class MeanMatching(Baseline):
-    """Matches the (weighted) class means of real embeddings; a subclass says by what loss, and updates the images.
+    """Matches the (weighted) class means of real embeddings. Subclasses define the loss and update the images.
 
     Attributes:
         stream: real images per pass.
-        classes: classes per backward pass; more of them change memory and speed, and the values only by rounding.
+        classes: classes per backward pass. It changes memory and speed; values change by rounding only.
     """
 
     def __init__(
-        self, config: Any, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
+        self, config: Any, data: RealData, hook: Hook, synthetic: SyntheticSet, generator: torch.Generator
     ) -> None:
         super().__init__(config, data, hook, synthetic, generator)
         synthetic.images.requires_grad_(True)
         self.augmentation = Augmentation.configured(config.augment, data.dataset)
         self.stream = min(chunk_size(data.images.device), pass_size(data.images, config.width))
         self.classes = data.num_classes
-        # A batch norm takes its statistics from all of them.
+        # Batch norm needs all classes in one pass for its statistics.
         if config.norm != "batch":
             self.classes = classes_per_graph(config.ipc, data.images, config.width)
 
     def match(self, network: Any, iteration: int, class_losses: ClassLosses, **event: Any) -> float:
-        """Works out the loss and its gradient, ``synthetic.images.grad``, and fires the event before an update.
+        """Computes the loss and its gradient, ``synthetic.images.grad``, and calls ``hook.before_update``.
 
         Args:
-            network: has ``embed``; no gradient in its parameters is needed.
-            iteration: for messages.
-            class_losses: (synthetic images [k,IPC,C,H,W], means of real embeddings [k,D], augmentation draws of the k
-                classes, the first of them) -> their losses [k].
+            network: has ``embed``; its parameters need no gradient.
+            iteration: number of the iteration, for messages.
+            class_losses: computes the losses [k] of k classes from their synthetic images [k,IPC,C,H,W], their means
+                of real embeddings [k,D], their augmentation draws, and the number of the first class.
             event: further arguments of ``hook.before_update``.
 
         Returns:
             The loss, summed over classes.
 
         Raises:
-            EmptyClassError, NotEnoughSamplesError: see :func:`check_batch`.
+            EmptyClassError, NotEnoughSamplesError: see :meth:`Baseline.draw`.
             NonFiniteError: the loss is NaN or infinite.
         """
         images, classes = self.synthetic.images, self.data.num_classes
         means, draws = self.real_means(network)
-        # Only a method that differentiates the loss needs all classes in one graph.
-        keep = self.hook is not None and self.hook.wants_graph()
+        # A method that differentiates the loss needs all classes in one graph.
+        keep = self.hook.wants_graph()
         count = classes if keep else self.classes
         gradient, losses = torch.zeros_like(images), []
         for first in range(0, classes, count):
@@ -114,21 +115,19 @@ class MeanMatching(Baseline):
             losses.append(loss if keep else loss.detach())
         total = torch.stack(losses).sum()
         check_loss(total.detach(), iteration)
-        if self.hook is not None:
-            self.hook.before_update(total, images, network, labels=self.synthetic.labels, **event)
+        self.hook.before_update(total, images, network, labels=self.synthetic.labels, **event)
         images.grad = torch.autograd.grad(total, images)[0] if keep else gradient
         return float(total.detach())
 
     def real_means(self, network: Any) -> tuple[Tensor, list[Draw | None]]:
-        """(Weighted) mean embedding of each class's real batch [K,D], and the classes' augmentation draws."""
+        """(Weighted) mean embedding of one real batch per class, [K,D], and the augmentation draw of each class."""
         drawn: list[Tensor] = []
         draws: list[Draw | None] = []
         wanted, size = self.config.batch_real, self.data.images.shape[-2:]
 
         def batches() -> Iterator[Tensor]:
             for c in range(self.data.num_classes):
-                indices = draw_class(self.hook, self.data, c, wanted, self.generator)
-                check_batch(self.config, c, len(indices), wanted)
+                indices = self.draw(c, wanted)
                 drawn.append(indices)
                 draw = None
                 if self.augmentation.strategies:
@@ -145,15 +144,13 @@ class MeanMatching(Baseline):
         means = []
         for c, found in enumerate(embedded_batches(network.embed, batches(), self.stream)):
             rows, indices = self.picked(network, c, found, drawn[c])
-            if self.hook is not None:
-                rows = self.hook.reweight(rows, indices)
-            means.append(rows.mean(0))
+            means.append(self.hook.reweight(rows, indices).mean(0))
         return torch.stack(means), draws
 
     def picked(self, network: Any, c: int, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The embeddings [B,D] of class c's real batch that count, and their indices; here all of them."""
+        """Selects from class c's real batch: embeddings [B,D] and indices [B] of the samples to match. Here all."""
         return rows, indices
 
     def augmented(self, images: Tensor, draw: Draw | None) -> Tensor:
-        """``images`` under a class's draw."""
+        """``images`` augmented with the given draw; None leaves them unchanged."""
         return images if draw is None else self.augmentation.apply(images, draw)

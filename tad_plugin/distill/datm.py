@@ -1,8 +1,11 @@
 """DATM: difficulty-aligned trajectory matching (Guo, Wang, Cazenavette, Li, Zhang & You, ICLR 2024).
 
-MTT with three changes: segments come from a range of epochs that suits the size of the set (early ones are easy, late
-ones hard) and whose upper bound may grow; the initial images are ones that an expert classifies correctly; and the
-labels are soft, start as the experts' and are learned like the images.
+MTT with three changes:
+
+- Segments start in a range of epochs that suits the size of the set. Early epochs are easy, late ones hard. The upper
+  bound of the range may grow during the run.
+- The initial images are real images that an expert classifies correctly.
+- Labels are soft. They are initialised with the experts' predictions and learned with the images.
 """
 
 from __future__ import annotations
@@ -18,67 +21,64 @@ from torch import Tensor, nn
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.distill.baseline import BaselineConfig, class_pool, fresh_network, initial_images
+from tad_plugin.distill.baseline import BaselineConfig, fresh_network, initial_images
 from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.mtt import MTT, MTTConfig
-from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
+from tad_plugin.errors import InvalidInputError, NotEnoughSamplesError, explain
 from tad_plugin.nn.passes import chunk_size
+from tad_plugin.utils.settings import setting
 
 __all__ = ["DATM", "PRESETS", "DATMConfig", "correctly_predicted", "initial_logits", "upper_bound"]
 
-# Below it the logarithm of a probability, which stands for the logit, would be minus infinity.
+# Smallest probability; the logarithm of 0 would be minus infinity.
 _LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass
 class DATMConfig(MTTConfig):
-    """Settings of DATM: MTT's, and its own. Published ones are in ``PRESETS``.
+    """Settings of DATM, in addition to those of MTT. The published ones are in ``PRESETS``.
 
     Attributes:
+        lr_img: learning rate of the images.
         init: "correct" (real images that an expert classifies as their class), "real" or "noise".
         min_start_epoch: segments start at this epoch or later.
-        current_max_start_epoch: and below this one at first; 0 takes ``max_start_epoch`` from the start.
-        expansion_end_epoch: iteration at which that bound has grown to ``max_start_epoch``.
+        current_max_start_epoch: initial upper bound of the start epoch; 0 takes ``max_start_epoch``.
+        expansion_end_epoch: iteration at which the upper bound reaches ``max_start_epoch``.
         lr_y: learning rate of the label logits.
-        momentum_y: its momentum.
-        threshold: segments with a matching loss above it update nothing.
-        label_epoch: epoch of the experts whose logits the labels start from; -1 is the last.
-        ema_decay: the result is an average of the iterates with this decay, in [0, 1); 0 takes the last iterate.
+        momentum_y: momentum of the label logits' SGD.
+        threshold: segments with a larger matching loss are skipped.
+        label_epoch: epoch of the experts whose logits initialise the labels; -1 is the last.
+        ema_decay: decay of the exponential moving average of the iterates that is returned as the result; 0 returns
+            the last iterate.
     """
 
-    init: str = "correct"
+    lr_img: float = 100.0
+    init: str = setting("correct", one_of=("correct", "real", "noise"))
     syn_steps: int = 80
     expert_epochs: int = 2
-    max_start_epoch: int = 25
-    min_start_epoch: int = 0
-    current_max_start_epoch: int = 0
-    expansion_end_epoch: int = 3000
-    lr_y: float = 2.0
-    momentum_y: float = 0.9
-    threshold: float = 1.0
-    label_epoch: int = -1
-    ema_decay: float = 0.0
+    min_start_epoch: int = setting(0, at_least=0)
+    current_max_start_epoch: int = setting(0, at_least=0)
+    expansion_end_epoch: int = setting(3000, at_least=1)
+    lr_y: float = setting(2.0, at_least=0)
+    momentum_y: float = setting(0.9, at_least=0, below=1)
+    threshold: float = setting(1.0, above=0)
+    label_epoch: int = setting(-1, at_least=-1)
+    ema_decay: float = setting(0.0, at_least=0, below=1)
 
-    inits: ClassVar[tuple[str, ...]] = ("correct", "real", "noise")
-    #: experts of flat trajectories (FTD), as its codebase trains them
+    #: experts with flat trajectories (FTD), with the settings of its public code
     expert_defaults: ClassVar[Mapping[str, Any]] = {"rho": 0.01, "alpha": 0.3}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        first = self.current_max_start_epoch or self.max_start_epoch
-        checks = [
-            (0 <= self.min_start_epoch < first, f"min_start_epoch in [0, {first})", "min_start_epoch"),
-            (first <= self.max_start_epoch, "current_max_start_epoch up to max_start_epoch", "current_max_start_epoch"),
-            (self.expansion_end_epoch >= 1, "expansion_end_epoch of at least 1", "expansion_end_epoch"),
-            (self.lr_y >= 0, "lr_y of at least 0", "lr_y"),
-            (0 <= self.momentum_y < 1, "momentum_y in [0, 1)", "momentum_y"),
-            (self.threshold > 0, "threshold above 0", "threshold"),
-            (self.label_epoch >= -1, "label_epoch of at least -1", "label_epoch"),
-            (0 <= self.ema_decay < 1, "ema_decay in [0, 1)", "ema_decay"),
-        ]
-        for good, expected, name in checks:
-            if not good:
-                raise ConfigError(explain(expected, repr(getattr(self, name)), "Correct the setting"))
+    @property
+    def first_bound(self) -> int:
+        """Upper bound of the start epoch in the first iteration."""
+        return self.current_max_start_epoch or self.max_start_epoch
+
+    def check(self) -> None:
+        """See :class:`Settings`."""
+        super().check()
+        first, last = self.first_bound, self.max_start_epoch
+        self.require(first <= last, f"current_max_start_epoch of at most max_start_epoch = {last}", first)
+        self.require(self.min_start_epoch < first, f"min_start_epoch below {first}", self.min_start_epoch)
 
 
 def _published(
@@ -121,25 +121,28 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
         50: _published(50, 20, (40, 0, 70, 1), 1000, 100, ema_decay=0.995, **_TINY),
     },
 }
-"""Settings of the published configuration files, as fields of RunConfig: ``--loop.preset cifar10 --ipc 10``."""
+"""Settings of the published configuration files, as fields of RunConfig; ``--loop.preset cifar10 --ipc 10`` selects
+them."""
 
 
 def upper_bound(iteration: int, current: int, largest: int, end: int) -> int:
-    """The bound below which segments start: from ``current`` at iteration 0 to ``largest`` at iteration ``end``."""
+    """Upper bound of the start epoch. It grows linearly from ``current`` at iteration 0 to ``largest`` at ``end``."""
     return min(largest, current + (largest - current) * iteration // end)
 
 
 def correctly_predicted(pool: Tensor, predictions: Sequence[Tensor], c: int, count: int) -> Tensor:
-    """The first ``count`` samples of a pool that an expert classifies as class c: the first expert's, then the next's.
+    """The first ``count`` samples of a pool that some expert classifies as class c.
+
+    Samples of the first expert come first, then those that only later experts classify correctly.
 
     Args:
-        pool: int64 [n], samples in the order in which they are looked at.
-        predictions: for each expert its class int64 [n] of each sample of the pool.
+        pool: int64 [n], sample indices in order of preference.
+        predictions: predicted classes int64 [n] of the samples of the pool, one tensor per expert.
         c: the class.
-        count: how many are wanted.
+        count: number of samples wanted.
 
     Raises:
-        NotEnoughSamplesError: all experts together classify fewer correctly.
+        NotEnoughSamplesError: the experts classify fewer samples correctly.
     """
     right = torch.stack([p == c for p in predictions])  # [experts, n]
     some = right.any(0)
@@ -149,7 +152,7 @@ def correctly_predicted(pool: Tensor, predictions: Sequence[Tensor], c: int, cou
         raise NotEnoughSamplesError(
             explain(f"{count} samples of class {c} that an expert classifies correctly", got, do)
         )
-    # Sorted by the first expert that is right, and among those by place.
+    # Sorted by the first expert that is right, then by position.
     first = right.int().argmax(0).where(some, torch.full_like(pool, len(predictions)))
     return pool[first.argsort(stable=True)[:count]]
 
@@ -158,11 +161,11 @@ def initial_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean logits [M,K] of each image over the experts that classify it correctly.
 
     Args:
-        logits: [E,M,K] of E experts.
+        logits: float [E,M,K], of E experts.
         labels: int64 [M].
 
     Raises:
-        InvalidInputError: an image that no expert classifies correctly, whose label would be 0/0.
+        InvalidInputError: no expert classifies some image correctly, so its label would be 0/0.
     """
     right = (logits.argmax(2) == labels).to(logits.dtype)
     count = right.sum(0)
@@ -175,11 +178,14 @@ def initial_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class DATM(MTT):
-    """Difficulty-aligned trajectory matching. Its set has soft labels, the softmax of what is learned."""
+    """Difficulty-aligned trajectory matching. The label logits are learned; the set holds their softmax.
+
+    Args and errors as :class:`tad_plugin.distill.mtt.MTT`.
+    """
 
     name: ClassVar[str] = "datm"
     Config: ClassVar[type[BaselineConfig]] = DATMConfig
-    preset: ClassVar[Mapping[str, Any]] = {"lr_img": 100.0}
+    preset: ClassVar[Mapping[str, Any]] = {"lr_img": DATMConfig.lr_img}
     presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = PRESETS
     evaluation: ClassVar[Mapping[str, Any]] = {"batch_size": 128}
     config: DATMConfig
@@ -188,7 +194,7 @@ class DATM(MTT):
         self,
         config: DATMConfig,
         data: RealData,
-        hook: Hook | None,
+        hook: Hook,
         synthetic: SyntheticSet,
         generator: torch.Generator,
         prepared: Experts | None = None,
@@ -196,7 +202,7 @@ class DATM(MTT):
         super().__init__(config, data, hook, synthetic, generator, prepared)
         self.logits: Tensor | None = None
         if synthetic.labels.is_floating_point():
-            # Equal to the experts' logits up to a constant in each row, which no loss and no step depends on.
+            # The experts' logits up to a constant per row. Losses and updates do not depend on the constant.
             self.logits = synthetic.labels.detach().clamp_min(_LEAST).log().requires_grad_()
             self.optimizers.append(torch.optim.SGD([self.logits], lr=config.lr_y, momentum=config.momentum_y))
         self._averages: list[Tensor] = [torch.zeros_like(t) for t in self._learned()] if config.ema_decay else []
@@ -204,12 +210,13 @@ class DATM(MTT):
 
     @classmethod
     def initial_images(
-        cls, config: Any, data: RealData, hook: Hook | None, generator: torch.Generator, prepared: Any = None
+        cls, config: Any, data: RealData, hook: Hook, generator: torch.Generator, prepared: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Images that experts classify correctly, with the experts' soft labels [M,K]; hard labels without experts.
+        """Images that experts classify correctly, and their soft labels [M,K]; hard labels without experts.
 
         Raises:
-            NotEnoughSamplesError: too few of a class are classified correctly. InvalidInputError: none for some image.
+            NotEnoughSamplesError: the experts classify too few samples of a class correctly.
+            InvalidInputError: no expert classifies some image correctly, or the experts have too few epochs.
         """
         if prepared is None:
             plain = config if config.init != "correct" else dataclasses.replace(config, init="real")
@@ -217,13 +224,13 @@ class DATM(MTT):
         network = fresh_network(config, data, torch.Generator().manual_seed(0)).eval()
         if config.init != "correct":
             images, labels = initial_images(config, data, hook, generator)
-            # As published: the last epoch of a single expert, whether it is right or not.
+            # As in the public code: the last epoch of one expert, whether its prediction is right or not.
             found = _logits(network, prepared.read(0)[0][-1], images)
             return images, found.softmax(1)
         experts = _labellers(config, prepared)
         chosen = []
         for c in range(data.num_classes):
-            pool = class_pool(hook, data, c)
+            pool = hook.pool(c)
             pool = pool[torch.randperm(len(pool), generator=generator).to(pool.device)]
             predictions: list[Tensor] = []
             right = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
@@ -240,19 +247,17 @@ class DATM(MTT):
 
     # -- one update ----------------------------------------------------------------------------------
     def start_range(self, iteration: int) -> tuple[int, int]:
-        """See :class:`MTT`; the upper bound grows."""
+        """See :class:`MTT`. The upper bound grows."""
         config = self.config
-        current = config.current_max_start_epoch or config.max_start_epoch
-        return config.min_start_epoch, upper_bound(
-            iteration, current, config.max_start_epoch, config.expansion_end_epoch
-        )
+        high = upper_bound(iteration, config.first_bound, config.max_start_epoch, config.expansion_end_epoch)
+        return config.min_start_epoch, high
 
     def training_labels(self) -> Tensor:
         """Label logits [M,K]; see :class:`MTT`."""
         return self.synthetic.labels if self.logits is None else self.logits
 
     def accepts(self, loss: float) -> bool:
-        """Whether the loss is within the threshold."""
+        """True if the loss is at most the threshold."""
         return loss <= self.config.threshold
 
     def _update(self, iteration: int) -> None:
@@ -268,11 +273,11 @@ class DATM(MTT):
 
     # -- results and resume --------------------------------------------------------------------------
     def result(self) -> SyntheticSet:
-        """See :class:`MTT`; soft labels, and averages of all iterates so far where ``ema_decay`` is set."""
+        """See :class:`MTT`. Labels are soft; with ``ema_decay``, everything is averaged over the iterates."""
         found = super().result()
         images, rate, *logits = [t.detach() for t in self._learned()]
         if self._averaged:
-            # The average starts at zero; the division makes it one of the iterates alone.
+            # The average starts at zero; the division removes that bias.
             share = 1 - self.config.ema_decay**self._averaged
             images, rate, *logits = [t / share for t in self._averages]
         found.images = images.clone()
@@ -303,7 +308,7 @@ class DATM(MTT):
 
 
 def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:
-    """Parameters of each expert that is used, at the epoch that the labels come from."""
+    """Parameters of each expert in use, at epoch ``label_epoch``."""
     found = []
     for file in range(min(config.max_files or len(experts.files), len(experts.files))):
         trajectories = experts.read(file)
@@ -319,7 +324,7 @@ def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:
 
 @torch.no_grad()
 def _logits(network: nn.Module, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
-    """Logits [n,K] of images under an expert's parameters, which are put into the network."""
+    """Logits [n,K] of images; copies an expert's parameters into the network first."""
     for own, given in zip(network.parameters(), parameters, strict=True):
         own.copy_(given)
     return torch.cat([network(part) for part in images.split(chunk_size(images.device))])

@@ -1,7 +1,7 @@
 """DM: distribution matching (Zhao & Bilen, WACV 2023).
 
-Each iteration draws a fresh random network and matches, class by class, the mean embedding of a batch
-of real images with that of the synthetic ones, under one shared augmentation draw per class.
+In each iteration a network is initialised at random. For each class, the mean embedding of the synthetic images is
+matched to that of a batch of real images. Both are augmented with the same draw.
 """
 
 from __future__ import annotations
@@ -18,57 +18,52 @@ from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import BaselineConfig
 from tad_plugin.distill.class_means import MeanMatching
-from tad_plugin.errors import ConfigError, explain
 from tad_plugin.nn.augment import Draw
 from tad_plugin.nn.networks import reinitialise
+from tad_plugin.utils.settings import setting
 
 __all__ = ["DM", "DMConfig", "distribution_losses"]
 
 
 @dataclass
 class DMConfig(BaselineConfig):
-    """Settings of DM; published: 20,000 iterations, batch_real 256, lr_img 1 (10 at IPC 50: scaled with IPC).
+    """Settings of DM. Published: 20,000 iterations, batch_real 256, lr_img 1 (10 at IPC 50: scaled with IPC).
 
     Attributes:
         batch_real: real images per class and iteration.
-        momentum: of the images' SGD.
+        momentum: momentum of the images' SGD.
     """
 
-    batch_real: int = 256
-    momentum: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_real < 1:
-            raise ConfigError(explain("batch_real of at least 1", str(self.batch_real), "Correct the setting"))
+    batch_real: int = setting(256, at_least=1)
+    momentum: float = setting(0.5, at_least=0, below=1)
 
 
 def distribution_losses(real: Tensor, synthetic: Tensor) -> Tensor:
-    """|| mean of real embeddings - mean of synthetic embeddings ||^2 of each class, [k].
+    """Squared Euclidean distance between the mean real and the mean synthetic embedding of each class, [k].
 
     Args:
-        real: (weighted) mean embedding of each class [k,D].
-        synthetic: embeddings of its synthetic images [k,M,D].
+        real: (weighted) mean embedding of the real images of each class, [k,D].
+        synthetic: embeddings of its M synthetic images, [k,M,D].
     """
     return (real - synthetic.mean(1)).square().sum(1)
 
 
 class DM(MeanMatching):
-    """Distribution matching. All classes of an iteration go through the network together."""
+    """Distribution matching."""
 
     name: ClassVar[str] = "dm"
     Config: ClassVar[type[BaselineConfig]] = DMConfig
 
     def __init__(
-        self, config: DMConfig, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
+        self, config: DMConfig, data: RealData, hook: Hook, synthetic: SyntheticSet, generator: torch.Generator
     ) -> None:
         super().__init__(config, data, hook, synthetic, generator)
         self.optimizer = torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum)
-        # One module whose parameters are redrawn is cheaper than a new one per iteration, and has the same bits.
+        # Redrawing the parameters of one module is cheaper than building a new module, and gives the same bits.
         self.network = self.fresh_network(torch.Generator().manual_seed(0)).train().requires_grad_(False)
 
     def step(self, iteration: int) -> Mapping[str, Any]:
-        """See :class:`Baseline`; errors as :meth:`MeanMatching.match`."""
+        """See :class:`Baseline`. Raises the errors of :meth:`MeanMatching.match`."""
         reinitialise(self.network, self.generator)
         loss = self.match(self.network, iteration, self._class_losses, fresh_network=self.fresh_network)
         self.optimizer.step()

@@ -1,7 +1,8 @@
-"""How far the gradients of real and synthetic images are apart: the distances of gradient matching, pure functions.
+"""Distances between the gradients of real and synthetic images, as pure functions.
 
-The three that the field compares (Zhao, Mopuri & Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021).
-All take one tensor per parameter of the network, in the same order, and are differentiable in both to any order.
+The three distances compared in Zhao, Mopuri & Bilen, "Dataset Condensation with Gradient Matching", ICLR 2021. Each
+takes one tensor per parameter of the network, in the same order for both arguments. All are differentiable in both
+arguments to any order.
 """
 
 from __future__ import annotations
@@ -11,36 +12,35 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.errors import InvalidInputError, explain, unknown_name
+from tad_plugin.errors import InvalidInputError, explain
 
 __all__ = [
     "DISTANCES",
     "cosine_distance",
-    "gradient_distance",
     "layerwise_distance",
     "matched_parameters",
     "mse_distance",
 ]
 
-# What keeps a gradient of zero from a division by zero; the published value.
+# Prevents a division by zero for a gradient of zero; the published value.
 EPSILON = 1e-6
 
 
 def layerwise_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """Sum over output units of 1 - cosine: "ours" in the field, the published default.
+    """Sum over output units of 1 - cosine. The published default, called "ours" in the field.
 
-    A weight [out, ...] counts as ``out`` vectors, one per output channel or unit; parameters with one dimension
-    (biases, scale and shift of a norm) do not take part.
+    A weight [out, ...] counts as ``out`` vectors, one per output channel or unit. Parameters with one dimension
+    (biases, scale and shift of a norm) are left out.
 
     Args:
         synthetic: gradients of the synthetic images, one tensor per parameter.
-        real: those of the real images, in the same order and shapes.
+        real: gradients of the real images, in the same order and shapes.
 
     Returns:
         A scalar in [0, 2 x units].
 
     Raises:
-        InvalidInputError: other shapes, or no parameter with two or more dimensions.
+        InvalidInputError: the shapes differ, or no parameter has two or more dimensions.
     """
     _check(synthetic, real)
     terms = []
@@ -58,7 +58,10 @@ def layerwise_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> T
 def mse_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     """Squared Euclidean distance of all gradients as one vector, *summed* over its entries.
 
-    Args and errors as :func:`layerwise_distance`; every parameter takes part.
+    Args as :func:`layerwise_distance`; every parameter is included.
+
+    Raises:
+        InvalidInputError: the shapes differ.
     """
     _check(synthetic, real)
     return torch.stack([(s - r).square().sum() for s, r in zip(synthetic, real, strict=True)]).sum()
@@ -67,7 +70,10 @@ def mse_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
 def cosine_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     """1 - cosine of all gradients as one vector, in [0, 2].
 
-    Args and errors as :func:`layerwise_distance`; every parameter takes part.
+    Args as :func:`layerwise_distance`; every parameter is included.
+
+    Raises:
+        InvalidInputError: the shapes differ.
     """
     _check(synthetic, real)
     return 1 - _cosine(torch.cat([s.flatten() for s in synthetic]), torch.cat([r.flatten() for r in real]))
@@ -78,18 +84,11 @@ DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "mse": mse_distance,
     "cosine": cosine_distance,
 }
-"""Distance by name; the field's names are "ours", "mse" and "cos"."""
-
-
-def gradient_distance(name: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """The distance called ``name``. Raises UnknownNameError."""
-    if name not in DISTANCES:
-        raise unknown_name("gradient distance", name, list(DISTANCES))
-    return DISTANCES[name]
+"""Distance by name. The public code calls them "ours", "mse" and "cos"."""
 
 
 def matched_parameters(network: nn.Module, distance: str) -> list[nn.Parameter]:
-    """The parameters whose gradients the distance reads, in the network's order: the others need not be computed."""
+    """Parameters whose gradients a distance reads, in the network's order. Other gradients need not be computed."""
     parameters: Iterable[nn.Parameter] = (p for p in network.parameters() if p.requires_grad)
     return [p for p in parameters if distance != "layerwise" or p.ndim > 1]
 
@@ -100,9 +99,9 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _length(a: Tensor) -> Tensor:
-    """Euclidean length along the last dimension, whose derivatives of every order are 0 (not NaN) at zero.
+    """Euclidean length along the last dimension. At zero, its derivatives of every order are 0, not NaN.
 
-    A unit that no image activates has a gradient of exactly zero, and influence differentiates the distance twice.
+    A unit that no image activates has a gradient of exactly zero. Influence differentiates the distance twice.
     """
     square = a.square().sum(-1)
     alive = square > 0

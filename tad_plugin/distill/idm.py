@@ -1,8 +1,10 @@
 """IDM: improved distribution matching (Zhao, Li, Qin & Yu, CVPR 2023).
 
-Class means of embeddings are matched as in DM, with three changes: every synthetic image holds F x F small ones
-(``partition.py``); the networks are a queue of some that learn from the real data, a new one joining every so often;
-and a cross-entropy on the synthetic images, weighted by how well the network does on real ones, keeps classes apart.
+Class means of embeddings are matched as in DM, with three changes:
+
+- Each synthetic image is a mosaic of F x F small images (``data/mosaic.py``).
+- The networks come from a queue. They train on the real data, and a new one is added at regular intervals.
+- A cross-entropy on the synthetic images keeps the classes apart. It is weighted by the network's training accuracy.
 """
 
 from __future__ import annotations
@@ -23,106 +25,84 @@ from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.mosaic import check_factor, decode, expand, mosaic
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.distill.baseline import BaselineConfig, class_pool
+from tad_plugin.distill.baseline import BaselineConfig
 from tad_plugin.distill.class_means import MeanMatching, classes_per_graph
 from tad_plugin.distill.dm import distribution_losses
 from tad_plugin.distill.learner import Learner
-from tad_plugin.errors import ConfigError, NonFiniteError, explain
+from tad_plugin.errors import NonFiniteError, explain
 from tad_plugin.nn.augment import Draw
 from tad_plugin.nn.passes import embed_in_passes, pass_size
+from tad_plugin.utils.settings import setting
 
 __all__ = ["IDM", "PRESETS", "IDMConfig"]
 
 
 @dataclass
 class IDMConfig(BaselineConfig):
-    """Settings of IDM; the defaults are those published for CIFAR-10 at IPC 10, but for the number of iterations.
+    """Settings of IDM. Except for ``iterations`` the defaults are those published for CIFAR-10 at IPC 10.
 
     Attributes:
         lr_img: learning rate of the images.
-        momentum: of the images' SGD.
-        factor: F: each synthetic image holds F x F small ones; 1 for none.
-        mosaic: whether the initial images are mosaics of F x F real ones; else whole real images are cut up.
-        batch_real: real images per class and update; a smaller class gives all it has.
-        ce_weight: weight of the cross-entropy on the synthetic images, times the network's accuracy in percent.
-        accuracy_window: iterations after which the networks' running training accuracies start anew.
-        start_networks: random networks in the queue at the start; one joins at once.
-        max_networks: the oldest network leaves when there are that many.
+        momentum: momentum of the images' SGD.
+        factor: F: each synthetic image is a mosaic of F x F small images; 1 switches partitioning off.
+        mosaic: True builds each initial image from F x F shrunk real images; False takes one whole real image.
+        batch_real: real images per class and update; a smaller class gives all its samples.
+        ce_weight: weight of the cross-entropy on the synthetic images. It is multiplied by the network's running
+            training accuracy in percent.
+        accuracy_window: iterations after which the running training accuracies are reset.
+        start_networks: networks in the queue at the start; another one is added in the first iteration.
+        max_networks: capacity of the queue; a new network then replaces the oldest.
         network_interval: iterations between new networks.
-        matched_networks: networks of the queue, drawn at random, that the images are matched on in an iteration.
-        trained_networks: networks of the queue, drawn at random, that learn from real data in an iteration.
-        train_steps: steps of each.
-        batch_train: real images per step.
+        matched_networks: networks, drawn from the queue, on which the images are matched in each iteration.
+        trained_networks: networks, drawn from the queue, that train on real data in each iteration.
+        train_steps: training steps of each of them.
+        batch_train: real images per training step.
         lr_net: learning rate of the networks' SGD.
-        net_momentum: its momentum.
-        net_weight_decay: its L2 penalty.
-        easiest: only with IPC 1 and factor 1: the real images with the lowest loss that are matched, and images that
-            the network classifies correctly take no part in the cross-entropy. 0 switches both off.
-        observed_labels: rank those by the observed labels of the class's first images, as the public code does,
-            instead of by the targets of the images that were drawn. For comparisons only.
-        score_every: iterations after which the methods look at the oldest network of the queue (a "round"); 0 never:
-            then what the plugin's own scorer decided before the first image was drawn is final.
+        net_momentum: momentum of the networks' SGD.
+        net_weight_decay: L2 penalty of the networks' SGD.
+        easiest: only with IPC 1 and factor 1. Match this many real images, those of lowest loss, and leave images that
+            the network classifies correctly out of the cross-entropy. 0 switches both off.
+        observed_labels: rank these images by the observed labels of the class's first images, as the public code
+            does, instead of by the targets of the images drawn. For comparisons only.
+        score_every: iterations between scoring rounds of the methods on the oldest network of the queue. 0: never; the
+            decisions of the plugin's own scorer before the first iteration are then final.
     """
 
     lr_img: float = 0.2
-    momentum: float = 0.5
-    factor: int = 2
+    momentum: float = setting(0.5, at_least=0, below=1)
+    factor: int = setting(2, at_least=1)
     mosaic: bool = True
-    batch_real: int = 256
-    ce_weight: float = 0.5
-    accuracy_window: int = 100
-    start_networks: int = 3
-    max_networks: int = 100
-    network_interval: int = 30
-    matched_networks: int = 1
-    trained_networks: int = 2
-    train_steps: int = 10
-    batch_train: int = 256
-    lr_net: float = 0.01
-    net_momentum: float = 0.9
-    net_weight_decay: float = 5e-4
-    easiest: int = 2560
+    batch_real: int = setting(256, at_least=1)
+    ce_weight: float = setting(0.5, at_least=0)
+    accuracy_window: int = setting(100, at_least=1)
+    start_networks: int = setting(3, at_least=0)
+    max_networks: int = setting(100, at_least=1)
+    network_interval: int = setting(30, at_least=1)
+    matched_networks: int = setting(1, at_least=1)
+    trained_networks: int = setting(2, at_least=0)
+    train_steps: int = setting(10, at_least=0)
+    batch_train: int = setting(256, at_least=1)
+    lr_net: float = setting(0.01, above=0)
+    net_momentum: float = setting(0.9, at_least=0, below=1)
+    net_weight_decay: float = setting(5e-4, at_least=0)
+    easiest: int = setting(2560, at_least=0)
     observed_labels: bool = False
-    score_every: int = 0
+    score_every: int = setting(0, at_least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        lowest = {
-            "factor": 1,
-            "batch_real": 1,
-            "accuracy_window": 1,
-            "start_networks": 0,
-            "max_networks": 1,
-            "network_interval": 1,
-            "matched_networks": 1,
-            "trained_networks": 0,
-            "train_steps": 0,
-            "batch_train": 1,
-            "easiest": 0,
-            "score_every": 0,
-        }
-        checks = [(getattr(self, name) >= low, f"{name} of at least {low}", name) for name, low in lowest.items()]
-        checks += [
-            (self.lr_net > 0, "lr_net above 0", "lr_net"),
-            (0 <= self.momentum < 1, "momentum in [0, 1)", "momentum"),
-            (0 <= self.net_momentum < 1, "net_momentum in [0, 1)", "net_momentum"),
-            (self.net_weight_decay >= 0, "net_weight_decay of at least 0", "net_weight_decay"),
-            (self.ce_weight >= 0, "ce_weight of at least 0", "ce_weight"),
-            (self.start_networks <= self.max_networks, "start_networks of at most max_networks", "start_networks"),
-        ]
-        for good, expected, name in checks:
-            if not good:
-                raise ConfigError(explain(expected, str(getattr(self, name)), "Correct the setting"))
+    def check(self) -> None:
+        """See :class:`Settings`."""
+        fits = self.start_networks <= self.max_networks
+        self.require(fits, f"start_networks of at most max_networks = {self.max_networks}", self.start_networks)
 
     @property
     def narrowed(self) -> bool:
-        """Whether the rules for a single whole image per class apply (see ``easiest``)."""
+        """True if the rules for a single whole image per class apply (see ``easiest``)."""
         return self.ipc == 1 and self.factor == 1 and self.easiest > 0
 
 
 def _published(ce_weight: float, **own: Any) -> dict[str, Any]:
-    loop = {"ce_weight": ce_weight, "factor": 2, "batch_real": 256, **own}
-    return {"iterations": 20_000, "lr_img": 0.2, "width": 128, "loop": loop}
+    loop = {"ce_weight": ce_weight, "factor": 2, "batch_real": IDMConfig.batch_real, **own}
+    return {"iterations": 20_000, "lr_img": IDMConfig.lr_img, "width": IDMConfig.width, "loop": loop}
 
 
 _ONE: dict[str, Any] = {"batch_real": 5000, "network_interval": 5}
@@ -137,30 +117,30 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
         10: _published(0.1, train_steps=50),
         50: _published(0.1, accuracy_window=500),
     },
-    # The script for this dataset starts from whole images where the others start from mosaics.
+    # The script for this dataset starts from whole images; the others start from mosaics.
     "tinyimagenet": {
         1: _published(0.5, mosaic=False),
         10: _published(0.5, mosaic=False, accuracy_window=500),
         50: _published(0.8, mosaic=False, accuracy_window=1000, train_steps=50),
     },
 }
-"""Published settings by dataset and IPC, fields of RunConfig: ``--loop.preset cifar10``."""
+"""Published settings by dataset and IPC, as fields of RunConfig; ``--loop.preset cifar10`` selects them."""
 
 
 class IDM(MeanMatching):
-    """Improved distribution matching. The state between two iterations includes the whole queue of networks.
+    """Improved distribution matching. The whole queue of networks is part of the resume state.
 
-    The public code makes one step of momentum SGD over *all* images for each class: while the others have their turn,
-    a class's images move on by momentum alone. That is kept, in closed form, so that all classes share passes.
+    The public code takes one step of momentum SGD over *all* images for each class. So in the steps of other classes,
+    the images of a class move by momentum alone. This is kept, in closed form, so that the classes can share passes.
     """
 
     name: ClassVar[str] = "idm"
     Config: ClassVar[type[BaselineConfig]] = IDMConfig
-    preset: ClassVar[Mapping[str, Any]] = {"lr_img": 0.2}
+    preset: ClassVar[Mapping[str, Any]] = {"lr_img": IDMConfig.lr_img}
     presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = PRESETS
 
     def __init__(
-        self, config: IDMConfig, data: RealData, hook: Hook | None, synthetic: SyntheticSet, generator: torch.Generator
+        self, config: IDMConfig, data: RealData, hook: Hook, synthetic: SyntheticSet, generator: torch.Generator
     ) -> None:
         self.check_images(config, data.images)
         if config.factor > 1:
@@ -168,35 +148,34 @@ class IDM(MeanMatching):
         super().__init__(config, data, hook, synthetic, generator)
         self.velocity = torch.zeros_like(synthetic.images, requires_grad=False)
         self.queue = [self._learner(generator) for _ in range(config.start_networks)]
-        # On a CPU a graph of few classes is used while it is in the cache; a mosaic is several images.
+        # On a CPU, small groups of classes keep the graph in the cache. A mosaic counts as several images.
         self.passes, tiles = pass_size(data.images, config.width), config.ipc * config.factor**2
         cached = max(1, self.passes // tiles)
         self.classes = min(
             data.num_classes,
             cached if data.images.device.type == "cpu" else classes_per_graph(tiles, data.images, config.width),
         )
-        self._everything: Tensor | None = None
 
     @classmethod
     def check_images(cls, config: IDMConfig, images: Tensor) -> None:
-        """Raises ConfigError where the images' sides are not divisible by the partition factor."""
+        """Raises ConfigError if height or width is not divisible by the partition factor."""
         check_factor((int(images.shape[-2]), int(images.shape[-1])), config.factor)
 
     @classmethod
     def initial_images(
-        cls, config: IDMConfig, data: RealData, hook: Hook | None, generator: torch.Generator, prepared: Any = None
+        cls, config: IDMConfig, data: RealData, hook: Hook, generator: torch.Generator, prepared: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Mosaics, whose tiles are drawn independently of each other; see :class:`Baseline`."""
+        """Mosaics of independently drawn tiles; see :class:`Baseline`."""
         tiles = config.factor**2 if config.mosaic and config.init == "real" else 1
         parts = [super(IDM, cls).initial_images(config, data, hook, generator) for _ in range(tiles)]
         return mosaic([images for images, _ in parts], config.factor) if tiles > 1 else parts[0][0], parts[0][1]
 
     def step(self, iteration: int) -> Mapping[str, Any]:
-        """One update of the images for each matched network, then the networks learn; see :class:`Baseline`.
+        """Updates the images on each matched network, then trains networks of the queue; see :class:`Baseline`.
 
         Raises:
-            EmptyClassError, NotEnoughSamplesError: see :func:`check_batch`.
-            NonFiniteError: the matching loss or a network's loss is NaN or infinite.
+            EmptyClassError, NotEnoughSamplesError: see :meth:`Baseline.draw`.
+            NonFiniteError: the matching loss or the loss of a network is NaN or infinite.
         """
         config = self.config
         if iteration and iteration % config.accuracy_window == 0:
@@ -211,15 +190,15 @@ class IDM(MeanMatching):
         for learner in self._some(config.trained_networks):
             for _ in range(config.train_steps):
                 self._learn(learner, iteration)
-        if self.hook is not None and config.score_every and (iteration + 1) % config.score_every == 0:
+        if config.score_every and (iteration + 1) % config.score_every == 0:
             self.hook.epoch_end(self.queue[0].network)
         return {"loss": sum(losses) / len(losses), "networks": len(self.queue), "accuracy": self.queue[0].accuracy}
 
     # -- the images ----------------------------------------------------------------------------------
     def _update(self, learner: Learner, iteration: int, last: bool = True) -> float:
-        """One update of all images on one network; returns the loss, summed over classes.
+        """Updates all images on one network and returns the loss, summed over classes.
 
-        ``last`` tells the methods whether another network follows in this iteration.
+        ``last`` is False if another network follows in the same iteration.
         """
         config, images, classes = self.config, self.synthetic.images, self.data.num_classes
         turns = torch.arange(classes, device=images.device).repeat_interleave(config.ipc).view(-1, 1, 1, 1)
@@ -241,7 +220,7 @@ class IDM(MeanMatching):
 
     @torch.no_grad()
     def _drift(self, turns: Tensor) -> None:
-        """What momentum alone does to each image in that many steps: v -> m^t v, x -> x - lr (m + ... + m^t) v."""
+        """Moves each image by momentum alone for t = ``turns`` steps: v -> m^t v, x -> x - lr (m + ... + m^t) v."""
         m = self.config.momentum
         if m:
             left = torch.pow(m, turns.to(self.velocity.dtype))
@@ -249,12 +228,12 @@ class IDM(MeanMatching):
             self.velocity.mul_(left)
 
     def picked(self, network: Any, c: int, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that the network finds easiest, where a class has a single whole image (see ``easiest``)."""
+        """The samples of lowest loss, if each class has a single whole image (see ``easiest``)."""
         if not self.config.narrowed:
             return rows, indices
         labels = torch.full_like(indices, c)
         if self.config.observed_labels:
-            labels = self.data.labels[class_pool(self.hook, self.data, c)[: len(indices)]]
+            labels = self.data.labels[self.hook.pool(c)[: len(indices)]]
         losses = F.cross_entropy(network.classifier(rows), labels, reduction="none")
         kept = losses.topk(min(self.config.easiest, len(losses)), largest=False).indices
         return rows[kept], indices[kept]
@@ -262,7 +241,7 @@ class IDM(MeanMatching):
     def _class_losses(
         self, network: Any, weight: float, own: Tensor, means: Tensor, draws: list[Draw | None], first: int
     ) -> Tensor:
-        """See :meth:`MeanMatching.match`; ``weight`` is that of the cross-entropy."""
+        """See :meth:`MeanMatching.match`; ``weight`` is the weight of the cross-entropy."""
         k, config = len(own), self.config
         tiles = expand(own.flatten(0, 1), config.factor).unflatten(0, (-1, k, config.ipc)).transpose(0, 1).flatten(1, 2)
         shown = torch.cat([self.augmented(x, draw) for x, draw in zip(tiles, draws, strict=True)])
@@ -287,34 +266,29 @@ class IDM(MeanMatching):
         return [self.queue[int(i)] for i in order[:count]]
 
     def _one_of_the_queue(self, generator: torch.Generator) -> nn.Module:
-        """A copy of a network that the images are matched on."""
+        """A copy of a random network of the queue."""
         chosen = self.queue[int(torch.randint(len(self.queue), (1,), generator=generator))]
         return copy.deepcopy(chosen.network).requires_grad_(True)
 
     def _usable(self) -> Tensor:
-        """Indices of all usable real samples, class after class."""
-        if self.hook is not None:
-            return torch.cat(self.hook.state.pools())
-        if self._everything is None:
-            self._everything = torch.cat([class_pool(None, self.data, c) for c in range(self.data.num_classes)])
-        return self._everything
+        """Indices int64 of all usable real samples, sorted by class."""
+        return torch.cat(self.hook.state.pools())
 
     def _learn(self, learner: Learner, iteration: int) -> None:
-        """One step of a network on real images, with the targets and weights of the methods."""
+        """Takes one training step on real images, with the targets and weights of the hook."""
         network, usable = learner.learning(), self._usable()
         chosen = torch.randperm(len(usable), generator=self.generator)[: self.config.batch_train]
         indices = usable[chosen.to(usable.device)]
         images = self.data.images[indices]
-        targets = self.data.labels[indices] if self.hook is None else self.hook.targets(indices)
-        # A batch norm takes its statistics from the whole batch; else passes that fit a CPU's cache.
+        targets = self.hook.targets(indices)
+        # Batch norm needs the whole batch in one pass for its statistics.
         whole = any(isinstance(m, _BatchNorm) for m in network.modules())
         logits = embed_in_passes(network, images, len(images) if whole else self.passes)
         loss = F.cross_entropy(logits, targets)
-        if self.hook is not None and self.hook.enabled:
-            loss = self.hook.weighted_loss(loss, logits, targets, indices)
-            # Only what is scored later: a running mean of predictions must be that of one network at a time.
-            if self.config.score_every and learner is self.queue[0] and not self.hook.decided:
-                loss = self.hook.events.scorer_batch(self.hook.state, indices, logits, loss)
+        loss = self.hook.weighted_loss(loss, logits, targets, indices)
+        # Methods follow the oldest network only: running means of predictions must not mix networks.
+        if self.hook.enabled and self.config.score_every and learner is self.queue[0] and not self.hook.decided:
+            loss = self.hook.events.scorer_batch(self.hook.state, indices, logits, loss)
         if not bool(torch.isfinite(loss)):
             got = f"{float(loss.detach())} at iteration {iteration}"
             raise NonFiniteError(explain("a finite loss of a network on real data", got, "Lower lr_net"))
@@ -322,7 +296,7 @@ class IDM(MeanMatching):
 
     # -- resume --------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`Baseline`; with the velocity of the images and every network of the queue."""
+        """See :class:`Baseline`; adds the velocity of the images and every network of the queue."""
         return {
             **super().state_dict(),
             "velocity": self.velocity,

@@ -1,4 +1,4 @@
-"""A network that learns from real data while synthetic images are matched on it, as IDM keeps a queue of."""
+"""A network that trains on real data while synthetic images are matched on it. IDM keeps a queue of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Learner"]
 
 
 class Learner:
-    """A network, its optimiser, and its running accuracy on the real batches that it learned from.
+    """A network, its SGD optimiser, and its running training accuracy.
 
     Args:
-        network: a fresh network.
-        lr: learning rate of its SGD.
-        momentum: its momentum.
-        weight_decay: its L2 penalty.
+        network: a newly initialised network.
+        lr: learning rate.
+        momentum: momentum.
+        weight_decay: L2 penalty.
     """
 
     def __init__(self, network: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
@@ -27,25 +27,25 @@ class Learner:
         self.reset()
 
     def reset(self) -> None:
-        """Starts the accuracy anew."""
+        """Resets the running accuracy."""
         self.seen = 0
         self.hits = torch.zeros((), dtype=torch.int64, device=next(self.network.parameters()).device)
 
     @property
     def accuracy(self) -> float:
-        """In percent; 0 while nothing was counted."""
+        """Running training accuracy in percent; 0 before the first batch."""
         return 100.0 * float(self.hits) / self.seen if self.seen else 0.0
 
     def matching(self) -> nn.Module:
-        """The network ready to be matched on: eval mode, no gradient in its parameters."""
+        """The network in eval mode, with gradients of its parameters switched off, for matching."""
         return self.network.eval().requires_grad_(False)
 
     def learning(self) -> nn.Module:
-        """The network ready to learn."""
+        """The network in train mode, with gradients of its parameters switched on."""
         return self.network.train().requires_grad_(True)
 
     def step(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """One step down ``loss``, and the batch counted: logits [B,K], targets int64 [B]."""
+        """Takes one SGD step on ``loss`` and counts the hits of the batch: logits [B,K], targets int64 [B]."""
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -1,14 +1,13 @@
 """The gradient of a weighted batch of real images, and its derivative in the weights. [ours]
 
-With l_i the loss of real sample i and B samples, G(w) = grad (1/B) sum_i w_i l_i is linear in w, so for a direction u
-in the space of parameters
+Let l_i be the loss of real sample i in a batch of B samples. The gradient G(w) = grad (1/B) sum_i w_i l_i is linear in
+the weights w. So for a direction u in parameter space
 
     d/dw_i <G(w), u> = (1/B) <grad l_i, u>,
 
-the directional derivative of l_i along u. One forward-mode pass gives that for the whole batch
-(:func:`weighted_gradient`); reverse mode needs a graph of G itself instead, kept until it is used, and a third
-derivative through it (:func:`weighted_gradient_graph`). Both give the same numbers to whoever differentiates a loss
-that contains G; what each costs is in the README beside this file.
+which is the directional derivative of l_i along u. One forward-mode pass computes it for the whole batch
+(:func:`weighted_gradient`). Reverse mode needs a graph of G and a third derivative through it
+(:func:`weighted_gradient_graph`). Both give the same numbers; README.md, section "Cost" compares them.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 
-__all__ = ["mean_gradient", "weighted_gradient", "weighted_gradient_graph"]
+__all__ = ["weighted_gradient", "weighted_gradient_graph"]
 
 
 def weighted_gradient(
@@ -35,26 +33,26 @@ def weighted_gradient(
     *,
     chunk_size: int = 2048,
 ) -> list[Tensor]:
-    """The given gradient, made differentiable in the weights by a forward-mode pass. [ours: METHODS.md 2.1]
+    """Makes the given gradient differentiable in the weights, by a forward-mode pass. [ours]
 
-    The pass is made when (and only if) somebody differentiates by the weights, with the network as it is then: the
-    parameters must not have been updated in between. It can be differentiated once, not twice.
+    The pass runs in the backward pass only. It uses the network as it is then, so the parameters must not be updated
+    before. The result can be differentiated once, not twice.
 
     Args:
-        gradient: from :func:`mean_gradient` with these weights.
-        network: as there.
-        parameters: as there.
-        batch: gives (images float [B,C,H,W], targets int64 [B]) again; called when the pass is made, so that no
-            batch has to be kept.
+        gradient: the result of :func:`tad_plugin.nn.derivatives.mean_gradient.mean_gradient` with these weights.
+        network: images -> logits [B,K].
+        parameters: parameters of the network in which the gradient was taken.
+        batch: returns (images float [B,C,H,W], targets int64 [B]). It is called in the backward pass, so that no
+            batch is kept in memory.
         weights: float [B] with a graph.
-        chunk_size: images per forward-mode pass; see :func:`pass_size`.
+        chunk_size: images per forward-mode pass; see :func:`tad_plugin.nn.passes.pass_size`.
 
     Returns:
         One tensor for each of ``parameters``: the same values, with a graph to ``weights``.
 
-    Raises (when differentiated):
-        InvalidInputError: the network's samples depend on each other.
-        NonFiniteError: a derivative is NaN or infinite.
+    Raises:
+        InvalidInputError: in the backward pass, if the samples of a batch depend on each other in the network.
+        NonFiniteError: in the backward pass, if a derivative is NaN or infinite.
     """
     return list(_ForwardMode.apply(weights, (list(gradient), network, list(parameters), batch, chunk_size)))
 
@@ -68,20 +66,20 @@ def weighted_gradient_graph(
     *,
     chunk_size: int = 2048,
 ) -> list[Tensor]:
-    """The same by reverse mode: a second pass over the batch whose graph is kept. The reference for the other one.
+    """The same by reverse mode: a second pass over the batch, whose graph is kept. The reference implementation.
 
-    Args and values as :func:`weighted_gradient`, from which it differs in cost only (and it can be differentiated any
-    number of times); ``chunk_size`` has no effect, as the graph spans the whole batch.
+    Arguments and values as :func:`weighted_gradient`; the cost differs. The result can be differentiated any number of
+    times. ``chunk_size`` has no effect, because the graph spans the whole batch.
     """
     images, targets = batch()
     losses = F.cross_entropy(network(images), targets, reduction="none")
     found = torch.autograd.grad((weights * losses).mean(), list(parameters), create_graph=True)
-    # The values to the last bit of the given gradient: a loop must not change with what a method asks for.
+    # Exactly the values of the given gradient: a loop must not change because a method asks for a graph.
     return [g.detach() + (f - f.detach()) for g, f in zip(gradient, found, strict=True)]
 
 
 class _ForwardMode(torch.autograd.Function):
-    """Identity on the gradient, whose backward pass is the directional derivative of every sample's loss."""
+    """Identity on the gradient. Its backward pass computes the directional derivative of each sample's loss."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, given: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -1,18 +1,22 @@
-"""The matching loss of trajectories: how far a student that learns from the synthetic set stays behind an expert.
+"""The matching loss of trajectory matching: how far a student trained on the synthetic set ends from an expert.
 
-The student starts at the expert's parameters theta_0 and takes T steps of plain SGD on the synthetic set,
-theta_{t+1} = theta_t - rate * g_t with g_t = grad_theta CE(theta_t; step t), so that with the expert's later parameters
+The student starts at the expert's parameters theta_0. It takes T steps of plain SGD on the synthetic set,
 
-    loss = |theta_T - target|^2 / |theta_0 - target|^2      (Cazenavette et al., CVPR 2022)
+    theta_{t+1} = theta_t - rate * g_t    with    g_t = grad_theta CE(theta_t; step t).
 
-depends on the images, the labels and the rate through all steps. Two forms of the same function:
+With ``target``, the expert's later parameters, the loss is
 
-``plain`` keeps the graph of all T steps. ``constant`` keeps the parameters along the way only and walks back over them
-with the adjoint lambda_T = dloss/dtheta_T, one step's graph at a time: with s_t = <lambda_{t+1}, g_t>,
+    loss = |theta_T - target|^2 / |theta_0 - target|^2      (Cazenavette et al., CVPR 2022).
 
-    dloss/dimages -= rate * ds_t/dimages,   dloss/drate -= s_t,   lambda_t = lambda_{t+1} - rate * ds_t/dtheta_t.
+It depends on the images, the labels and the rate through all steps. There are two forms of the same function:
 
-That is the exact derivative: the form known as TESLA (Cui et al., ICML 2023) drops the last term.
+- ``plain`` keeps the graph of all T steps.
+- ``constant`` keeps only the parameters theta_t. The backward pass goes through the steps in reverse with the adjoint
+  lambda_T = dloss/dtheta_T, and builds the graph of one step at a time. With s_t = <lambda_{t+1}, g_t>,
+
+      dloss/dimages -= rate * ds_t/dimages,   dloss/drate -= s_t,   lambda_t = lambda_{t+1} - rate * ds_t/dtheta_t.
+
+The constant form gives the exact derivative. TESLA (Cui et al., ICML 2023) drops the last term.
 """
 
 from __future__ import annotations
@@ -34,17 +38,17 @@ __all__ = ["FORMS", "Student", "StudentStep", "flat_parameters", "matching_loss"
 
 FORMS = ("constant", "plain")
 
-# Bytes of parameters along the way beyond which only some of them are kept and the others computed again.
+# Memory for the parameters theta_t. Beyond it only some of them are kept; the others are recomputed.
 _KEPT_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class StudentStep:
-    """One step of the student: which synthetic images, and how they are augmented.
+    """One training step of the student.
 
     Attributes:
-        indices: int64 [B], positions in the synthetic set, each at most once.
-        draw: numbers of the augmentation, one for each of the B images; None for none.
+        indices: int64 [B], distinct positions in the synthetic set.
+        draw: augmentation parameters, one set for each of the B images; None for no augmentation.
     """
 
     indices: Tensor
@@ -61,19 +65,19 @@ def plan_steps(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> list[StudentStep]:
-    """Batches and augmentation of a student's steps, drawn in the field's order.
+    """Draws the batches and augmentations of the student's steps, in the order of the public code.
 
-    The set is shuffled and cut into chunks of ``batch_syn``, the last of which may be smaller; the chunks are used from
-    the last to the first, and then it is shuffled anew. Every image of a step is augmented on its own.
+    The set is shuffled and split into batches of ``batch_syn``; the last one may be smaller. The batches are used from
+    the last to the first. Then the set is shuffled again. Each image gets its own augmentation draw.
 
     Args:
         count: images in the synthetic set.
-        syn_steps: T.
+        syn_steps: number of steps T.
         batch_syn: images per step; 0 or more than ``count`` takes all.
-        augmentation: of the student's images.
+        augmentation: augmentation of the synthetic images.
         image_size: (height, width).
-        generator: where everything is drawn from.
-        device: where the synthetic set is.
+        generator: CPU generator of all draws.
+        device: device of the synthetic set.
     """
     steps: list[StudentStep] = []
     chunks: list[Tensor] = []
@@ -88,7 +92,7 @@ def plan_steps(
 
 
 def flat_parameters(parameters: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """One expert at one epoch as a float32 vector [P] on ``device``, in the order given."""
+    """Concatenates parameters, in the order given, into a float32 vector [P] on ``device``."""
     return torch.cat([p.detach().to(device, torch.float32).reshape(-1) for p in parameters])
 
 
@@ -96,10 +100,10 @@ class Student:
     """A network as a function of its parameters, with the augmentation of its training images.
 
     Args:
-        network: logits [B,K]; its own parameters are neither read nor changed.
-        augmentation: applied to each step's images with the step's draw.
-        chunk: images per pass of the constant form; 0 takes a whole step. It changes memory and speed, the values only
-            by rounding. A batch norm, whose samples depend on each other, always takes a whole step.
+        network: images -> logits [B,K]; its own parameters are neither read nor changed.
+        augmentation: applied to the images of each step with the step's draw.
+        chunk: images per pass of the constant form; 0 takes a whole step. It changes memory and speed; values change
+            by rounding only. A network with batch norm always takes a whole step, because its samples interact.
     """
 
     def __init__(self, network: nn.Module, augmentation: Augmentation, *, chunk: int = 0) -> None:
@@ -112,9 +116,14 @@ class Student:
         self.chunk = 0 if any(isinstance(m, _BatchNorm) for m in network.modules()) else chunk
 
     def loss(self, theta: Tensor, images: Tensor, labels: Tensor, draw: Draw | None, count: int) -> Tensor:
-        """Summed cross-entropy over ``count``, a scalar; images [B,C,H,W] before augmentation, theta [P].
+        """Cross-entropy, summed over the images and divided by ``count``; a scalar.
 
-        Labels are int64 [B], or float [B,K], the *logits* of soft labels.
+        Args:
+            theta: float [P], parameters.
+            images: float [B,C,H,W], before augmentation.
+            labels: int64 [B], or the *logits* of soft labels, float [B,K].
+            draw: augmentation draw; None for no augmentation.
+            count: images of the whole step.
         """
         if draw is not None:
             images = self.augmentation.apply(images, draw)
@@ -124,7 +133,7 @@ class Student:
         return F.cross_entropy(logits, targets, reduction="sum") / count
 
     def parts(self, step: StudentStep) -> Iterator[tuple[Tensor, Draw | None]]:
-        """(indices, draw) of the passes that make up a step of the constant form."""
+        """Yields (indices, draw) of each pass of a step of the constant form."""
         size = self.chunk or len(step.indices)
         for start in range(0, len(step.indices), size):
             part, draw = slice(start, start + size), step.draw
@@ -148,16 +157,16 @@ def matching_loss(
 
     Args:
         student: network and augmentation.
-        start: float [P], the expert's parameters at which the student starts; a constant.
-        target: float [P], the expert's later parameters; may require a gradient.
-        images: the synthetic set, float [M,C,H,W].
-        labels: int64 [M], or float [M,K], logits of soft labels.
-        rate: the synthetic learning rate, a scalar tensor.
+        start: float [P], the expert's parameters at the start of the segment; treated as a constant.
+        target: float [P], the expert's parameters at its end; may require a gradient.
+        images: synthetic images, float [M,C,H,W].
+        labels: int64 [M], or the logits of soft labels, float [M,K].
+        rate: synthetic learning rate, a scalar tensor.
         steps: the student's steps.
-        form: "constant" or "plain". The constant form can be differentiated a second time in ``target`` only.
+        form: "constant" or "plain". The constant form has second derivatives in ``target`` only.
 
     Raises:
-        InvalidInputError: no step, vectors of another length, or an expert that does not move.
+        InvalidInputError: there is no step, a vector has another length, or the expert does not move.
         UnknownNameError: no such form.
     """
     size = sum(student.sizes)
@@ -167,7 +176,7 @@ def matching_loss(
     distance = (start.detach() - target).square().sum()
     if not float(distance.detach()) > 0:
         do = "Train the experts again: files written on a CPU by code that saves live parameters hold one epoch only"
-        got = "the same parameters at both (or ones that are not numbers)"
+        got = "the same parameters at both, or NaN"
         raise InvalidInputError(explain("an expert that moves between its start and its target", got, do))
     end = student_end(student, start, images, labels, rate, steps, form=form)
     return (end - target).square().sum() / distance
@@ -183,7 +192,7 @@ def student_end(
     *,
     form: str = "constant",
 ) -> Tensor:
-    """theta_T float [P] with a graph to images, label logits and rate; arguments as :func:`matching_loss`."""
+    """theta_T, float [P], with a graph to images, label logits and rate; arguments as :func:`matching_loss`."""
     if form not in FORMS:
         raise unknown_name("form", form, list(FORMS))
     if form == "constant":
@@ -199,7 +208,7 @@ def student_end(
 
 
 class _Walk:
-    """The steps of one student, and the parameters that are kept along them: every ``stride``-th."""
+    """The steps of one student. Keeps every ``stride``-th parameter vector."""
 
     def __init__(self, student: Student, start: Tensor, steps: list[StudentStep]) -> None:
         self.student, self.start, self.steps = student, start, steps
@@ -209,7 +218,7 @@ class _Walk:
         self.kept: list[Tensor] = []
 
     def forward(self, images: Tensor, labels: Tensor, rate: Tensor) -> Tensor:
-        """theta_T; keeps some of the others."""
+        """Returns theta_T."""
         theta, self.kept = self.start, []
         for t, step in enumerate(self.steps):
             if t % self.stride == 0:
@@ -218,7 +227,7 @@ class _Walk:
         return theta
 
     def backwards(self, images: Tensor, labels: Tensor, rate: Tensor) -> Iterator[tuple[StudentStep, Tensor]]:
-        """(step t, theta_t) from the last to the first; parameters that were not kept are computed again."""
+        """Yields (step t, theta_t) from the last to the first; vectors that were not kept are recomputed."""
         for block in range(len(self.kept) - 1, -1, -1):
             steps = self.steps[block * self.stride : (block + 1) * self.stride]
             along = [self.kept[block]]
@@ -228,7 +237,7 @@ class _Walk:
                 yield steps.pop(), along.pop()
 
     def gradient(self, theta: Tensor, step: StudentStep, images: Tensor, labels: Tensor) -> Tensor:
-        """g_t, without a graph."""
+        """The gradient g_t, without a graph."""
         total = torch.zeros_like(theta)
         with torch.enable_grad():
             for indices, draw in self.student.parts(step):
@@ -240,7 +249,7 @@ class _Walk:
     def adjoint(
         self, slope: Tensor, images: Tensor, labels: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The derivatives of <slope, theta_T> in images, label logits (None for hard labels) and rate."""
+        """Derivatives of <slope, theta_T> in images, label logits (None for hard labels) and rate."""
         soft = labels.is_floating_point()
         by_image, by_rate = torch.zeros_like(images), torch.zeros_like(rate)
         by_label = torch.zeros_like(labels) if soft else None
@@ -263,10 +272,10 @@ class _Walk:
         return by_image, by_label, by_rate
 
     def tangent(self, images: Tensor, labels: Tensor, rate: Tensor, along: Sequence[Tensor | None]) -> Tensor:
-        """The derivative of theta_T along changes of (images, label logits, rate).
+        """Derivative of theta_T in the direction ``along`` of (images, label logits, rate).
 
-        By the symmetry of second derivatives, d/d(theta, images, labels) of g_t along a direction is the gradient in
-        theta of the loss's slope along that direction, so no more than two backward passes are needed here either.
+        Second derivatives are symmetric. So the derivative of g_t in a direction of (theta, images, labels) is the
+        gradient in theta of the loss's directional derivative. Two backward passes per step are enough.
         """
         soft = labels.is_floating_point()
         theta, moved = self.start, torch.zeros_like(self.start)
@@ -291,7 +300,7 @@ class _Walk:
 
 
 class _Rollout(torch.autograd.Function):
-    """theta_T, whose backward pass walks the steps again."""
+    """theta_T. The backward pass goes through the steps in reverse."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, labels: Tensor, rate: Tensor, walk: _Walk) -> Tensor:
@@ -301,14 +310,14 @@ class _Rollout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        # Detached: the walk back is differentiable in the slope alone.
+        # Detached: the backward pass is differentiable in the slope only.
         images, labels, rate = (t.detach() for t in ctx.saved_tensors)
         by_image, by_label, by_rate = _Adjoint.apply(slope, images, labels, rate, ctx.walk)
         return by_image, by_label, by_rate, None
 
 
 class _Adjoint(torch.autograd.Function):
-    """The walk back as a linear function of the slope; its own derivative is the tangent of the walk."""
+    """The backward pass as a linear function of the slope. Its own derivative is the tangent of the walk."""
 
     @staticmethod
     def forward(

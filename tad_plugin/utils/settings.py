@@ -107,7 +107,7 @@ class Settings:
             expected = _wrong_type(hints[field.name], value)
             if expected is not None:
                 self.require(False, f"{field.name} as {expected}", repr(value))
-            bounds = field.metadata.get(_BOUNDS)
+            bounds = _declared_bounds(type(self), field.name)
             if bounds is not None and value is not None and not bounds.hold(value):
                 self.require(False, f"{field.name} {bounds}", repr(value))
         self.check()
@@ -119,6 +119,12 @@ class Settings:
         """Raises ConfigError unless ``condition``. ``expected`` begins with the name of the setting."""
         if not condition:
             raise ConfigError(explain(f"{self.prefix}{expected}", str(got), do))
+
+
+def _declared_bounds(cls: type, name: str) -> _Bounds | None:
+    """Bounds of a field. A subclass that changes only its default keeps those of its base."""
+    fields = (base.__dict__.get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((f.metadata[_BOUNDS] for f in fields if f is not None and _BOUNDS in f.metadata), None)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Runs MTT and DATM whole, and again killed at several moments: ``python -m tests.distill.killed_trajectories FOLDER``.
 
-The parts are those of ``tests.experiments.killed_runs``; the moments are those that trajectory matching adds.
+Uses the functions of ``tests.experiments.killed_runs``, at the moments that trajectory matching adds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CONFIG = RunConfig(
     checkpoint_seconds=0.0,
 )
 
-#: each attempt gets further than the one before
+#: moments of the kills; each attempt gets further than the one before
 PLAN: dict[str, Callable[[], None]] = {
     "in an expert": lambda: killed_runs._at(ExpertTrainer, "run_epoch", 6),
     "between experts": lambda: killed_runs._at(experts, "write_buffer", 1),

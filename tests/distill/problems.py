@@ -1,4 +1,4 @@
-"""What the tests of the baselines share: a small gradient-matching loop, weights that are not 1, a hook."""
+"""Shared by the tests of the baselines: a small gradient-matching loop, a method that sets weights, a hook."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import initial_images
 from tad_plugin.distill.dc import DC, DSA, DCConfig, DSAConfig
-from tests.problems import PLAIN
+from tests.problems import PLAIN, plain_hook
 
 
 def dc_loop(
@@ -28,11 +28,15 @@ def dc_loop(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> DC:
-    """A loop of width 4 with 2 images per class, 3 updates per network and 2 epochs between them."""
+    """A loop of width 4 with 2 images per class, 3 updates per network and 2 epochs between them.
+
+    None as hook stands for :func:`tests.problems.plain_hook`.
+    """
     config_class = DSAConfig if cls is DSA else DCConfig
     config = config_class(**{"ipc": 2, "width": 4, "batch_real": 8, "outer": 3, "inner": 2, "init": "real", **settings})
     generator = torch.Generator().manual_seed(seed)
     data = RealData(images.to(dtype), labels, num_classes)
+    hook = hook or plain_hook(data)
     start = SyntheticSet(*initial_images(config, data, hook, generator), num_classes, PLAIN)
     loop = cls(config, data, hook, start, generator)
     loop.network.to(dtype)
@@ -40,7 +44,7 @@ def dc_loop(
 
 
 class Scales(Callback):
-    """Weights that are not 1, set once."""
+    """Sets weights in [0.5, 1.5] at the start."""
 
     name: ClassVar[str] = "scales"
 
@@ -50,5 +54,6 @@ class Scales(Callback):
 
 
 def hook_with(images: Tensor, labels: Tensor, *callbacks: Callback) -> Hook:
+    """A started hook with these callbacks, for 3 classes."""
     hook = Hook(SampleState(labels, 3), RealData(images, labels, 3), callbacks, method="test")
     return hook.start()

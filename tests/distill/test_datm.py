@@ -19,12 +19,14 @@ from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.plan import resolve
 from tests.distill.experts.problems import TRAINING, loop_of, run, same, trained
-from tests.problems import blobs, flip
+from tests.problems import blobs, flip, plain_hook
 
 
 def datm(hook: Any = None, labels: Any = None, experts: Experts | None = None, **settings: Any) -> Any:
     images, true = blobs()
-    return loop_of(images, true if labels is None else labels, 3, hook, experts, cls=DATM, **settings)
+    labels = true if labels is None else labels
+    hook = hook or plain_hook(RealData(images, labels, 3))
+    return loop_of(images, labels, 3, hook, experts, cls=DATM, **settings)
 
 
 # -- difficulty --------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def test_images_are_the_first_experts_hits_then_the_nexts() -> None:
     predictions = [torch.tensor(p) for p in ([0, 1, 0, 1, 0, 2], [1, 1, 0, 0, 2, 1])]
     assert correctly_predicted(pool, predictions, 1, 2).tolist() == [41, 43]
     assert correctly_predicted(pool, predictions, 1, 4).tolist() == [41, 43, 40, 45]
-    with pytest.raises(NotEnoughSamplesError, match="5 samples of class 1 .* but got 4 of 6 usable ones by 2 experts"):
+    with pytest.raises(NotEnoughSamplesError, match="4 of 6"):
         correctly_predicted(pool, predictions, 1, 5)
 
 
@@ -79,7 +81,7 @@ def test_labels_are_means_over_the_experts_that_are_right() -> None:
     assert all(e is not None for e in expected)
     torch.testing.assert_close(initial_logits(logits, labels), torch.stack(expected))  # type: ignore[arg-type]
     logits[:, 1, 1] = -9.0
-    with pytest.raises(InvalidInputError, match=r"none for 1 of 4 images \(the first: image 1\)"):
+    with pytest.raises(InvalidInputError, match="1 of 4 .*image 1"):
         initial_logits(logits, labels)
 
 
@@ -104,9 +106,9 @@ def test_the_set_starts_from_samples_that_experts_classify_correctly(global_rng_
     torch.testing.assert_close(loop.training_labels().softmax(1), loop.synthetic.labels)
     one = datm(labels=labels, experts=experts, init="real")
     torch.testing.assert_close(one.synthetic.labels, logits_of(last[0], one.synthetic.images.detach()).softmax(1))
-    with pytest.raises(InvalidInputError, match="at least label_epoch = 9 epochs, but got 4"):
+    with pytest.raises(InvalidInputError, match="label_epoch = 9"):
         datm(experts=experts, init="correct", label_epoch=9)
-    with pytest.raises(NotEnoughSamplesError, match="raise|Train the experts"):
+    with pytest.raises(NotEnoughSamplesError, match="20"):
         datm(labels=labels, experts=experts, init="correct", ipc=20)
 
 
@@ -157,9 +159,10 @@ def test_the_result_can_be_an_average_of_the_iterates() -> None:
     assert loop.result().learning_rate == pytest.approx(float(rate))
 
 
-def test_without_a_method_the_hook_changes_no_bit() -> None:
+def test_a_method_that_trusts_every_sample_changes_no_bit() -> None:
     images, labels = blobs()
-    assert same(run(datm(attach("none", labels=labels, data=images)), 3), run(datm(), 3))
+    hook = attach("oracle", labels=labels, data=images, true_labels=labels)
+    assert hook.enabled and same(run(datm(hook), 3), run(datm(), 3))
 
 
 def test_a_loop_resumes_with_the_same_bits() -> None:
@@ -189,14 +192,18 @@ def test_a_set_with_soft_labels_and_a_learned_rate_is_evaluated() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"min_start_epoch": 25}, r"min_start_epoch in \[0, 25\)"),
-        ({"min_start_epoch": 5, "current_max_start_epoch": 5}, r"min_start_epoch in \[0, 5\)"),
-        ({"current_max_start_epoch": 26}, "current_max_start_epoch up to max_start_epoch"),
-        ({"expansion_end_epoch": 0}, "expansion_end_epoch of at least 1"),
-        ({"threshold": 0.0}, "threshold above 0"),
-        ({"ema_decay": 1.0}, "ema_decay in"),
-        ({"momentum_y": -0.1}, "momentum_y in"),
-        ({"init": "easy"}, "init out of correct, real, noise"),
+        ({"min_start_epoch": 25}, "min_start_epoch below 25"),
+        ({"min_start_epoch": 5, "current_max_start_epoch": 5}, "min_start_epoch below 5"),
+        ({"min_start_epoch": -1}, "min_start_epoch"),
+        ({"current_max_start_epoch": 26}, "current_max_start_epoch"),
+        ({"expansion_end_epoch": 0}, "expansion_end_epoch"),
+        ({"lr_y": -1.0}, "lr_y"),
+        ({"threshold": 0.0}, "threshold"),
+        ({"label_epoch": -2}, "label_epoch"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"momentum_y": -0.1}, "momentum_y"),
+        ({"init": "easy"}, "init"),
+        ({"experts": {"epochs": 4}}, "27"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], text: str) -> None:

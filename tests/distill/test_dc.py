@@ -1,4 +1,4 @@
-"""DC and DSA against a loop by hand, their bits with and without a hook, influence through them, and their resume."""
+"""DC and DSA against a loop by hand, their bits with methods that change nothing, influence, and resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
 from tad_plugin.distill.gradient_distance import layerwise_distance
-from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError, UnknownNameError
+from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
@@ -33,7 +33,7 @@ from tests.problems import blobs, distilled, flip
 
 
 def test_four_steps_are_those_of_a_loop_by_hand(global_rng_untouched: None) -> None:
-    """A new network every third update, trained on the synthetic set in between; momentum SGD on the images."""
+    """A new network every third update, trained on the synthetic set in between. Momentum SGD on the images."""
     images, labels = blobs()
     settings = {"outer": 3, "inner": 2, "batch_train": 4, "lr_net": 0.05, "lr_img": 0.7, "momentum": 0.5}
     loop = dc_loop(images, labels, 3, None, **settings)
@@ -70,7 +70,7 @@ def test_four_steps_are_those_of_a_loop_by_hand(global_rng_untouched: None) -> N
 
 
 def test_real_and_synthetic_images_share_one_augmentation() -> None:
-    """With the real images as the synthetic ones, Siamese augmentation leaves nothing to match."""
+    """If the synthetic images equal the real ones, Siamese augmentation leaves nothing to match."""
     images, labels = blobs(2)
     settings = {"cls": DSA, "augment": "color_crop_flip", "batch_real": 2, "outer": 1}
     loop = dc_loop(images, labels, 3, None, **settings)
@@ -112,7 +112,7 @@ def test_batch_norm_holds_statistics_of_real_images(monkeypatch: pytest.MonkeyPa
 
 
 def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
-    """Chunks suit the cache; statistics of the synthetic batch must not be those of a chunk."""
+    """Statistics of batch norm come from the whole synthetic batch, not from a chunk."""
     images, labels = blobs()
     for norm in ("instance", "batch"):
         loops = [dc_loop(images, labels, 3, None, norm=norm, lr_net=0.1) for _ in range(2)]
@@ -125,7 +125,7 @@ def test_passes_of_any_size_are_one_batch_also_for_batch_norm() -> None:
 
 
 class Recorder(Callback):
-    """The explicit influence of each batch on a fixed linear target, as a method would ask for it."""
+    """A method that computes the explicit influence of each batch on a fixed linear target."""
 
     name: ClassVar[str] = "recorder"
     needs_graph: ClassVar[bool] = True
@@ -191,7 +191,7 @@ def test_weights_enter_as_a_weighted_mean_of_real_losses() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_influence_through_the_real_gradient_is_that_of_finite_differences(weighted: bool) -> None:
-    """In float64: raise one sample's weight, take the step, and see how <slope, grad_S L> moves."""
+    """In float64: the change of <slope, grad_S L> when the weight of one sample is raised."""
     images, labels = blobs(6)
     others = (Scales(),) if weighted else ()
     settings: dict[str, Any] = {
@@ -215,7 +215,7 @@ def test_influence_through_the_real_gradient_is_that_of_finite_differences(weigh
     assert len(drawn) == 12
 
     class Raised(Hook):
-        """The weights of one sample raised, without a graph."""
+        """Raises the weight of one sample, without a graph."""
 
         raised: Tensor
 
@@ -271,7 +271,7 @@ def test_iwd_in_the_batch_weights_the_samples() -> None:
 def test_a_loop_resumes_with_the_same_bits(
     cls: type[DC], settings: dict[str, Any], killed_after: int, tmp_path: Path
 ) -> None:
-    """In the middle of a network's way, at its end, and right before the next one; through a file."""
+    """Killed in the middle of a network's training, at its end, and before the next one. Resumes from a file."""
     images, labels = blobs()
     expected = distilled(dc_loop(images, labels, 3, None, cls=cls, **settings), 6)
     half = dc_loop(images, labels, 3, None, cls=cls, **settings)
@@ -290,6 +290,8 @@ def test_published_settings_are_the_defaults() -> None:
         assert set(PRESETS[name]) == set(LOOPS) and cls.Config is config
         for ipc, preset in PRESETS[name].items():
             published = config(**preset)
+            assert (published.lr_img, published.momentum, published.lr_net, published.width) == (0.1, 0.5, 0.01, 128)
+            assert (published.batch_real, published.batch_train) == (256, 256)
             assert published.loops == LOOPS[ipc] and published.iterations == 1000 * published.outer
             named = RunConfig(baseline=name, ipc=ipc, loop={"preset": "published"}, device="cpu")
             assert resolve(named, "clean").loop == published
@@ -306,14 +308,18 @@ def test_published_settings_are_the_defaults() -> None:
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"batch_real": 0}, "batch_real of at least 1, but got 0"),
-        ({"batch_train": 0}, "batch_train of at least 1, but got 0"),
-        ({"outer": -1}, "outer of at least 0, but got -1"),
-        ({"inner": -1}, "inner of at least 0, but got -1"),
-        ({"lr_net": 0.0}, "lr_net above 0, but got 0.0"),
-        ({"weight_derivative": "reverse"}, "weight_derivative out of forward, graph, but got 'reverse'"),
-        ({"ipc": 5}, r"an IPC with published loop counts \(1, 10, 20, .*but got 5, with outer 0 .*--loop.outer 10"),
-        ({"ipc": 5, "outer": 10}, "with outer 10 and inner 0"),
+        ({"batch_real": 0}, "batch_real"),
+        ({"batch_train": 0}, "batch_train"),
+        ({"outer": -1}, "outer"),
+        ({"inner": -1}, "inner"),
+        ({"lr_net": 0.0}, "lr_net"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"distance": "cosin"}, "cosin"),
+        ({"weight_derivative": "reverse"}, "reverse"),
+        ({"lr_img": -0.1}, "lr_img"),
+        ({"init": "zeros"}, "init"),
+        ({"ipc": 5}, "outer 0"),
+        ({"ipc": 5, "outer": 10}, "outer 10 and inner 0"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, Any], words: str) -> None:
@@ -325,16 +331,14 @@ def test_counts_of_its_own_serve_any_ipc() -> None:
     assert DCConfig(ipc=5, outer=4, inner=3).loops == (4, 3)
     assert DCConfig(ipc=5, outer=1).loops == (1, 0)
     assert DCConfig(ipc=10, inner=3).loops == (10, 3)
-    with pytest.raises(UnknownNameError, match="a gradient distance out of"):
-        DCConfig(distance="cosin")
 
 
 def test_bad_data_are_named() -> None:
     images, labels = blobs()
-    with pytest.raises(EmptyClassError, match="a real sample of class 2, but got none"):
+    with pytest.raises(EmptyClassError, match="class 2"):
         dc_loop(images[labels < 2], labels[labels < 2], 3, None, init="noise").step(0)
     images[5] = float("nan")
-    with pytest.raises(NonFiniteError, match="a finite matching loss, but got nan at iteration 0"):
+    with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         dc_loop(images, labels, 3, None, batch_real=20, init="noise").step(0)
 
 

@@ -1,8 +1,9 @@
-"""DM against a loop by hand, its bits with and without a hook, and its resume."""
+"""DM against a loop by hand, its bits with methods that change nothing, and its resume."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_two_steps_are_momentum_sgd_on_the_matching_loss_of_fresh_networks(globa
 
 
 def test_real_and_synthetic_images_share_one_augmentation() -> None:
-    """With the real images as the synthetic ones, siamese augmentation leaves nothing to match."""
+    """If the synthetic images equal the real ones, Siamese augmentation leaves nothing to match."""
     images, labels = blobs(2)
     loop = dm_loop(images, labels, 3, None, augment="color_crop_flip", batch_real=2)
     with torch.no_grad():
@@ -96,10 +97,11 @@ def test_real_images_that_are_not_numbers_stop_the_loop() -> None:
     images, labels = blobs()
     images[5] = float("nan")
     loop = dm_loop(images, labels, 3, None, batch_real=20)
-    with pytest.raises(NonFiniteError, match="a finite matching loss, but got nan at iteration 0"):
+    with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         loop.step(0)
 
 
-def test_bad_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match="batch_real of at least 1, but got 0"):
-        DMConfig(batch_real=0)
+@pytest.mark.parametrize("given", [{"batch_real": 0}, {"momentum": 1.0}, {"lr_img": -1.0}])
+def test_bad_settings_are_named(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        DMConfig(**given)

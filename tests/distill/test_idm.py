@@ -1,4 +1,4 @@
-"""IDM against a loop by hand, class after class, and its bits with and without a hook, after a kill, through a file."""
+"""IDM against a loop over classes by hand, its bits with methods that change nothing, influence, and resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tad_plugin.iwd.implicit_networks import learned_influence
 from tad_plugin.iwd.scoring import Fold, score_on_network
 from tad_plugin.iwd.targets import target_gradient
 from tests.distill.problems import Scales, hook_with
-from tests.problems import PLAIN, blobs, distilled, flip
+from tests.problems import PLAIN, blobs, distilled, flip, plain_hook
 
 SMALL: dict[str, Any] = {
     "ipc": 2,
@@ -50,9 +50,13 @@ SMALL: dict[str, Any] = {
 def idm_loop(
     images: Tensor, labels: Tensor, hook: Hook | None, *, seed: int = 3, dtype: torch.dtype = torch.float32, **more: Any
 ) -> IDM:
-    """A loop of width 4 with 2 mosaics per class, at most 3 networks, 2 of them trained in 2 steps per iteration."""
+    """A loop of width 4 with 2 mosaics per class, at most 3 networks, 2 of them trained in 2 steps per iteration.
+
+    None as hook stands for :func:`tests.problems.plain_hook`.
+    """
     config, generator = IDMConfig(**{**SMALL, **more}), torch.Generator().manual_seed(seed)
     data = RealData(images.to(dtype), labels, 3)
+    hook = hook or plain_hook(data)
     start = SyntheticSet(*IDM.initial_images(config, data, hook, generator), 3, PLAIN)
     loop = IDM(config, data, hook, start, generator)
     for learner in loop.queue:
@@ -61,7 +65,7 @@ def idm_loop(
 
 
 class ByHand:
-    """The published loop as it is written there: class after class, one step of SGD over all images for each."""
+    """The public loop as written there: for each class in turn, one SGD step over all images."""
 
     def __init__(self, loop: IDM) -> None:
         self.config, self.data, self.loop = loop.config, loop.data, loop
@@ -121,7 +125,7 @@ class ByHand:
 
 
 def test_six_steps_are_those_of_the_loop_over_classes_by_hand(global_rng_untouched: None) -> None:
-    """The queue grows and sheds its oldest network, accuracies start anew, and momentum moves the other classes on."""
+    """The queue grows and drops its oldest network, accuracies are reset, and momentum moves the other classes."""
     images, labels = blobs()
     loop = idm_loop(images, labels, None, augment="none")
     hand, start, networks = ByHand(loop), loop.synthetic.images.detach().clone(), []
@@ -206,7 +210,7 @@ def test_the_ranking_of_the_public_code_differs_only_where_targets_do() -> None:
 
 
 class Recorder(Callback):
-    """The explicit influence of each batch on a fixed linear target, as a method would ask for it."""
+    """A method that computes the explicit influence of each batch on a fixed linear target."""
 
     name: ClassVar[str] = "recorder"
     needs_graph: ClassVar[bool] = True
@@ -313,7 +317,7 @@ def test_the_oldest_network_is_shown_every_so_often() -> None:
 
 
 def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
-    """In float64: raise one sample's weight, and see how <slope, grad_S L> moves, through partition and expansion."""
+    """In float64, through partition and expansion: the change of <slope, grad_S L> when one weight is raised."""
     images, labels = blobs(6)
     slope = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     settings: dict[str, Any] = {"dtype": torch.float64, "batch_real": 4, "network_interval": 100}
@@ -329,7 +333,7 @@ def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
     assert len(drawn) == 12
 
     class Raised(Hook):
-        """The weights of one sample raised, without a graph."""
+        """Raises the weight of one sample, without a graph."""
 
         raised: Tensor
 
@@ -394,7 +398,7 @@ def test_the_gradient_of_the_target_goes_through_the_expansion() -> None:
 
 
 def test_influence_by_way_of_the_network_is_that_of_finite_differences() -> None:
-    """In float64: one step of the network with a sample's weight raised, and how <grad M, grad_S L> moves."""
+    """In float64: the change of <grad M, grad_S L> after a network step with one weight raised."""
     images, labels = blobs(6)
     images, learning = images.double(), Learning(0.3, 8, lambda _: network)
     loop = idm_loop(images, labels, None, dtype=torch.float64)
@@ -441,7 +445,7 @@ def test_the_two_paths_of_influence_add_up_and_can_be_switched_off() -> None:
     assert not torch.allclose(scores[True, True], scores[True, False])
     assert not torch.allclose(scores[False, True], scores[True, False])
     hook = attach("iwd", labels=labels, data=images, config={"iwd": {"explicit": False}})
-    with pytest.raises(ConfigError, match="iwd.explicit=True in a loop that matches real samples directly"):
+    with pytest.raises(ConfigError, match="iwd.explicit"):
         idm_loop(images, labels, hook).step(0)
 
 
@@ -462,7 +466,7 @@ def test_iwd_weights_the_samples(mode: str) -> None:
 
 @pytest.mark.parametrize("killed_after", [1, 3, 4])
 def test_a_loop_resumes_with_the_same_bits(killed_after: int, tmp_path: Path) -> None:
-    """Before and after a network joins or leaves, and where accuracies start anew; through a file."""
+    """Killed before and after the queue changes, and where accuracies are reset. Resumes from a file."""
     images, labels = blobs()
     expected = distilled(idm_loop(images, labels, None), 7)
     half = idm_loop(images, labels, None)
@@ -519,13 +523,15 @@ def test_a_run_divides_the_data_before_the_first_image_is_drawn(tmp_path: Path) 
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"factor": 0}, "factor of at least 1, but got 0"),
-        ({"batch_train": 0}, "batch_train of at least 1, but got 0"),
-        ({"network_interval": 0}, "network_interval of at least 1, but got 0"),
-        ({"momentum": 1.0}, r"momentum in \[0, 1\), but got 1.0"),
-        ({"lr_net": 0.0}, "lr_net above 0, but got 0.0"),
-        ({"ce_weight": -1.0}, "ce_weight of at least 0, but got -1.0"),
-        ({"start_networks": 5, "max_networks": 4}, "start_networks of at most max_networks, but got 5"),
+        ({"factor": 0}, "factor"),
+        ({"batch_train": 0}, "batch_train"),
+        ({"network_interval": 0}, "network_interval"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"net_momentum": -0.1}, "net_momentum"),
+        ({"lr_net": 0.0}, "lr_net"),
+        ({"ce_weight": -1.0}, "ce_weight"),
+        ({"score_every": -1}, "score_every"),
+        ({"start_networks": 5, "max_networks": 4}, "start_networks.*max_networks"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, Any], words: str) -> None:
@@ -535,10 +541,10 @@ def test_bad_settings_are_named(given: dict[str, Any], words: str) -> None:
 
 def test_images_that_the_factor_does_not_divide_are_named_before_any_work(tmp_path: Path) -> None:
     images, labels = blobs()
-    with pytest.raises(ConfigError, match="divisible by the partition factor 3, but got 8x8 pixels"):
+    with pytest.raises(ConfigError, match="8x8"):
         idm_loop(images, labels, None, factor=3)
     config = RunConfig(baseline="idm", per_class=4, ipc=1, loop={"factor": 3}, device="cpu")
-    with pytest.raises(ConfigError, match="divisible by the partition factor 3"):
+    with pytest.raises(ConfigError, match="3"):
         run(config, "tad", tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -546,11 +552,11 @@ def test_images_that_the_factor_does_not_divide_are_named_before_any_work(tmp_pa
 def test_losses_that_are_not_numbers_stop_the_loop() -> None:
     images, labels = blobs()
     images[5] = float("nan")
-    with pytest.raises(NonFiniteError, match="a finite matching loss, but got nan at iteration 0"):
+    with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         idm_loop(images, labels, None, batch_real=20, init="noise").step(0)
     images, labels = blobs()
     loop = idm_loop(images, labels, None, lr_net=1e30)
-    with pytest.raises(NonFiniteError, match="a finite (matching loss|loss of a network on real data)"):
+    with pytest.raises(NonFiniteError):
         distilled(loop, 5)
 
 

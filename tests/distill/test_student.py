@@ -199,19 +199,19 @@ def test_steps_come_in_the_fields_order(global_rng_untouched: None) -> None:
 
 def test_bad_input_is_named() -> None:
     problem = Problem()
-    with pytest.raises(UnknownNameError, match="form"):
+    with pytest.raises(UnknownNameError, match="tesla"):
         problem.loss("tesla")
-    with pytest.raises(InvalidInputError, match=r"two vectors of \d+ parameters"):
+    with pytest.raises(InvalidInputError, match=str(len(problem.start))):
         matching_loss(
             problem.student, problem.start[:-1], problem.target, problem.images, problem.labels, problem.rate,
             problem.steps,
         )  # fmt: skip
     problem.steps = []
-    with pytest.raises(InvalidInputError, match="steps and two vectors"):
+    with pytest.raises(InvalidInputError, match="steps"):
         problem.loss("constant")
     problem = Problem()
     problem.target = problem.start
-    with pytest.raises(InvalidInputError, match="an expert that moves .* hold one epoch only"):
+    with pytest.raises(InvalidInputError):
         problem.loss("constant")
 
 

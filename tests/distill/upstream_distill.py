@@ -1,7 +1,7 @@
-"""Runs the distillation of a public trajectory-matching codebase on a small problem and notes what it computes.
+"""Runs the distillation of a public trajectory-matching codebase on a small problem and records the results.
 
-Its own main() runs, from the buffer on disk to the updates; only what surrounds it (data set, logging, evaluation) is
-replaced, and its random numbers are noted so that our code can take the same steps.
+Its own main() runs, from the buffer on disk to the updates. Only data set, logging and evaluation are replaced. Its
+random numbers are recorded, so that our code can take the same steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MISSING = ("wandb", "yacs", "yacs.config", "yaml", "kornia", "tqdm")
 
 @dataclass
 class Update:
-    """One iteration of theirs: what it started from, by name ("images", "rate", "logits"), and what it computed."""
+    """One iteration of the public code: values before it ("images", "rate", "logits"), gradients, steps and loss."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Update:
 
 @dataclass
 class Record:
-    """A run of theirs."""
+    """A run of the public code."""
 
     updates: list[Update] = field(default_factory=list)
     start_ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -59,7 +59,7 @@ def run_upstream(
     *,
     seed: int = 0,
 ) -> Record:
-    """The updates of the checkout ``name`` from experts that our own writer put on the disk."""
+    """Runs the checkout ``name`` on a buffer of ours and records its updates."""
     buffer = folder / "CIFAR10_NO_ZCA" / "ConvNet"
     write_buffer(buffer, 0, experts)
     module = import_upstream(name, MODULES[name], missing=MISSING)
@@ -158,7 +158,7 @@ def _note_numbers(
         return found
 
     class Noting(torch.optim.SGD):
-        """The three optimisers of an iteration step one after another; the images' is told by their shape."""
+        """Records the step of each of the three optimisers. They are told apart by the shape of their tensor."""
 
         def step(self, *args: Any, **more: Any) -> Any:
             p = self.param_groups[0]["params"][0]
@@ -186,7 +186,7 @@ def _note_numbers(
 
 
 def _fill_steps(record: Record, noted: _Noted, augmentation: Augmentation, values: dict[str, Any]) -> None:
-    """The noted numbers as steps of our student, in the order in which they were used."""
+    """Turns the recorded numbers into steps of our student, in order."""
     batch = values["batch_syn"]
     orders, seeds = iter(noted.orders), iter(noted.seeds)
     for update in record.updates:
