@@ -316,7 +316,7 @@ def test_the_oldest_network_is_shown_every_so_often() -> None:
 # -- influence ---------------------------------------------------------------------------------------
 
 
-def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
+def test_influence_in_the_batch_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, through partition and expansion: the change of <slope, grad_S L> when one weight is raised."""
     images, labels = blobs(6)
     slope = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -332,20 +332,17 @@ def test_influence_in_the_batch_is_that_of_finite_differences() -> None:
     drawn = recorder.found.nonzero().flatten()
     assert len(drawn) == 12
 
-    class Raised(Hook):
-        """Raises the weight of one sample, without a graph."""
-
-        raised: Tensor
-
-        def weights(self, indices: Any) -> Tensor:
-            return self.state.weights(indices).double() + self.raised[indices]
-
     for i in drawn[:4]:
         moved = []
         for sign in (1, -1):
-            hook = Raised(SampleState(labels, 3), RealData(images.double(), labels, 3), [Scales()])
-            hook.raised = torch.zeros(len(labels), dtype=torch.float64)
-            hook.raised[i] = sign * 1e-5
+            hook = Hook(SampleState(labels, 3), RealData(images.double(), labels, 3), [Scales()])
+            raised = torch.zeros(len(labels), dtype=torch.float64)
+            raised[i] = sign * 1e-5  # one weight, without a graph
+
+            def weights(indices: Tensor, state: SampleState = hook.state, raised: Tensor = raised) -> Tensor:
+                return state.weights(indices).double() + raised[indices]
+
+            monkeypatch.setattr(hook.batches, "weights", weights)
             gradient = update(hook).synthetic.images.grad
             assert gradient is not None
             moved.append(float((slope * gradient).sum()))

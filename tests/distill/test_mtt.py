@@ -366,9 +366,9 @@ def test_a_published_preset_fills_what_is_not_said() -> None:
     for name, value in plan.record["loop"].items():
         assert getattr(plan.loop, name) == value
     with pytest.raises(UnknownNameError, match="preset"):
-        RunConfig(baseline="mtt", loop={"preset": "mnist"}).resolved()
+        resolve(RunConfig(baseline="mtt", loop={"preset": "mnist"}), "noisy")
     with pytest.raises(ConfigError, match="1, 10, 50"):
-        RunConfig(baseline="mtt", ipc=3, loop={"preset": "cifar10"}).resolved()
+        resolve(RunConfig(baseline="mtt", ipc=3, loop={"preset": "cifar10"}), "noisy")
     for name, by_ipc in PRESETS.items():
         for ipc in by_ipc:
             plan = resolve(RunConfig(baseline="mtt", dataset=name, ipc=ipc, loop={"preset": name}), "noisy")

@@ -28,7 +28,7 @@ from tad_plugin.iwd.targets import class_mean_distance, target_gradient
 from tad_plugin.iwd.weighting import effective_sample_size
 from tests.iwd.problems import digits
 
-Made = tuple[DM, Hook | None, list[dict[str, Any]]]
+Made = tuple[DM, Hook, list[dict[str, Any]]]
 
 
 def noisy_digits(n: int = 400, rate: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,15 +52,13 @@ def make(
     images: Tensor = X,
     kind: type[Any] = DM,
 ) -> Made:
-    """A DM (or other) loop on noisy digits, with a method or without any hook (None)."""
+    """A DM (or other) loop on noisy digits; None as method stands for "none"."""
     records: list[dict[str, Any]] = []
-    hook = None
-    if method is not None:
-        config = {"iwd": settings or {}} if "iwd" in method else {}
-        hook = attach(
-            method, labels=OBSERVED, data=images, num_classes=10, seed=3, config=config, true_labels=TRUE,
-            dataset="digits", ipc=1, log=records.append,
-        )  # fmt: skip
+    method = method or "none"
+    hook = attach(
+        method, labels=OBSERVED, data=images, num_classes=10, seed=3, true_labels=TRUE, dataset="digits", ipc=1,
+        log=records.append, config={"iwd": settings or {}} if "iwd" in method else {},
+    )  # fmt: skip
     data = RealData(images, OBSERVED, 10, TRUE, "digits", ipc=1)
     config = kind.Config(ipc=1, width=8, batch_real=batch, lr_img=1.0)
     generator = torch.Generator().manual_seed(1)
@@ -75,8 +73,7 @@ def run(loop: DM, first: int, last: int) -> Tensor:
     return loop.result().images
 
 
-def callback_of(hook: Hook | None) -> IWD:
-    assert hook is not None
+def callback_of(hook: Hook) -> IWD:
     (found,) = [c for c in hook.callbacks if isinstance(c, IWD)]
     return found
 
@@ -95,7 +92,7 @@ def test_warm_up_gives_the_baseline_bit_for_bit(mode: str) -> None:
     plain = run(make(None)[0], 0, 12)
     loop, hook, records = make("iwd", {"mode": mode, "every": 5, "early": 0, "warmup": 100})
     assert torch.equal(run(loop, 0, 12), plain)
-    assert hook is not None and torch.equal(hook.state.weight, torch.ones(len(X)))
+    assert torch.equal(hook.state.weight, torch.ones(len(X)))
     assert callback_of(hook).refreshes == 3
     assert [r["active"] for r in records if r["event"] == "influence"] == [False] * 3
 
@@ -108,7 +105,6 @@ def test_an_effective_sample_size_of_one_never_weights() -> None:
 def test_weights_follow_after_the_warm_up() -> None:
     plain = run(make(None)[0], 0, 8)
     loop, hook, records = make("iwd", {"every": 4, "early": 0, "warmup": 1, "ess": 0.4, "saturate": 0})
-    assert hook is not None
     assert not torch.equal(run(loop, 0, 8), plain)
     state, reports = hook.state, [r for r in records if r["event"] == "influence"]
     assert [r["active"] for r in reports] == [False, True]
@@ -127,7 +123,6 @@ def test_weights_follow_after_the_warm_up() -> None:
 def test_the_time_of_scoring_is_in_scoring_seconds() -> None:
     loop, hook, records = make("iwd", {"every": 2, "early": 0})
     run(loop, 0, 4)
-    assert hook is not None
     assert hook.scoring_seconds >= sum(r["seconds"] for r in records if r["event"] == "influence")
 
 
@@ -151,7 +146,6 @@ def test_batch_scores_equal_all_scores_through_the_hook() -> None:
     """The loop's own leaf, with the whole pool as the batch: the same ranks and z-scores inside each class."""
     loop, hook, _ = make("iwd", {"mode": "batch", "warmup": 9}, batch=len(X))
     loop.augmentation = type(loop.augmentation)("")
-    assert hook is not None
     before, network = loop.synthetic.images.detach().clone(), copy.deepcopy(loop.network)
     generator = torch.Generator().manual_seed(0)
     generator.set_state(loop.generator.get_state())
@@ -172,7 +166,6 @@ def test_batch_scores_equal_all_scores_through_the_hook() -> None:
 @pytest.mark.parametrize("mode", ["all", "batch"])
 def test_a_loop_that_goes_class_by_class_has_one_refresh_for_all_of_them(mode: str) -> None:
     loop, hook, records = make("iwd", {"mode": mode, "warmup": 9, "networks": 1, "every": 1})
-    assert hook is not None
     iwd, network, s, labels = callback_of(hook), loop.network, loop.synthetic.images, loop.synthetic.labels
     kept = iwd.generator.get_state()
     for c in range(10):
@@ -204,7 +197,6 @@ def test_no_sample_is_scored_by_a_target_that_contains_it(
     method = callback_of(hook)
     kept = method.generator.get_state()
     loop.step(0)
-    assert hook is not None
     method.generator.set_state(kept)
     fold = method._folds(hook.state)[0]
     counts = hook.state["influence_count"]
@@ -217,7 +209,6 @@ def test_influence_finds_mislabelled_samples_and_the_reversed_sign_weights_them_
     for sign in (1, -1):
         loop, hook, records = make("iwd", {"networks": 8, "held_out": 0.25, "warmup": 0, "sign": sign, "ess": 0.5})
         run(loop, 0, 1)
-        assert hook is not None
         weights[sign] = hook.state["influence_weight"]
         quality = [r for r in records if r["event"] == "influence_quality"][-1]
         expected = area_under_roc(-hook.state["influence"], OBSERVED == TRUE)
@@ -228,7 +219,6 @@ def test_influence_finds_mislabelled_samples_and_the_reversed_sign_weights_them_
 
 def test_held_out_samples_that_the_user_vouches_for() -> None:
     loop, hook, _ = make("iwd", {"networks": 1, "warmup": 0})
-    assert hook is not None
     known = (OBSERVED == TRUE) & (torch.arange(len(X)) % 3 == 0)
     hook.state.register("held_out", known)
     for fold in callback_of(hook)._folds(hook.state):
@@ -241,7 +231,6 @@ def test_held_out_samples_that_the_user_vouches_for() -> None:
 def test_beside_another_method_only_its_trusted_samples_are_scored_and_weights_multiply() -> None:
     loop, hook, _ = make("oracle+iwd", {"networks": 2, "warmup": 0, "ess": 0.5})
     run(loop, 0, 1)
-    assert hook is not None
     state, right = hook.state, OBSERVED == TRUE
     assert torch.equal(state.trusted, right)
     assert bool((state["influence_count"][~right] == 0).all()) and bool((state["influence_count"][right] > 0).any())
@@ -260,7 +249,6 @@ def test_beside_another_method_only_its_trusted_samples_are_scored_and_weights_m
 def test_a_relabelled_sample_loses_its_scores() -> None:
     loop, hook, _ = make("iwd", {"every": 1, "networks": 1, "held_out": 1})
     run(loop, 0, 3)
-    assert hook is not None
     moved = hook.state.target.clone()
     moved[:20] = (moved[:20] + 1) % 10
     hook.state.update(target=moved)
@@ -275,7 +263,6 @@ def test_a_relabelled_sample_loses_its_scores() -> None:
 def test_resume_ends_with_the_same_bits(mode: str, decay: float) -> None:
     settings = {"mode": mode, "every": 2, "early": 0, "networks": 1, "decay": decay}
     loop, hook, _ = make("iwd", settings)
-    assert hook is not None
     run(loop, 0, 5)
     saved = copy.deepcopy((loop.state_dict(), hook.state_dict()))
     whole = run(loop, 5, 9)
@@ -299,7 +286,6 @@ def test_scores_of_another_size_are_refused() -> None:
 def test_scores_are_taken_up_from_a_state_file(tmp_path: Any) -> None:
     loop, hook, _ = make("iwd", {"every": 1, "networks": 1, "held_out": 1})
     run(loop, 0, 2)
-    assert hook is not None
     hook.save_state(tmp_path / "state.safetensors")
     other = SampleState.load(tmp_path / "state.safetensors", OBSERVED)
     method = IWD(IWDConfig(every=1, networks=1, held_out=1))
@@ -336,7 +322,6 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_a_loop_whose_loss_ignores_the_weights() -> None:
     loop, hook, _ = make("iwd", {"mode": "batch"})
-    assert hook is not None
     s = loop.synthetic.images
     with pytest.raises(DisconnectedGraphError, match="weights"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels)
@@ -347,7 +332,6 @@ def test_a_loop_whose_loss_ignores_the_weights() -> None:
 
 def test_no_held_out_samples() -> None:
     loop, hook, _ = make("iwd")
-    assert hook is not None
     hook.state.register("held_out", torch.zeros(len(X), dtype=torch.bool))
     with pytest.raises(NoHeldOutError):
         loop.step(0)
@@ -374,7 +358,7 @@ def test_paths_that_a_loop_does_not_have() -> None:
 def test_a_gradient_matching_loop_is_scored_on_all_samples_too(statistic: str) -> None:
     loop, hook, records = make("iwd", {"networks": 1, "every": 2, "statistic": statistic}, kind=DC)
     run(loop, 0, 3)
-    assert hook is not None and [r["refresh"] for r in records if r["event"] == "influence"] == [1, 2]
+    assert [r["refresh"] for r in records if r["event"] == "influence"] == [1, 2]
     seen = hook.state["influence_count"] > 0
     assert float(seen.float().mean()) > 0.9
     # Two random networks and a third of the digits: well above chance.
@@ -386,7 +370,6 @@ def test_class_means_score_a_gradient_matching_loop_as_they_score_one_of_means()
     found = []
     for kind, distance in (("distribution", None), ("gradient", lambda *_: torch.zeros(()))):
         loop, hook, _ = make("iwd")
-        assert hook is not None
         s = loop.synthetic.images
         labels = loop.synthetic.labels
         hook.before_update(s.square().sum(), s, loop.network, labels=labels, kind=kind, distance=distance)
@@ -396,7 +379,6 @@ def test_class_means_score_a_gradient_matching_loop_as_they_score_one_of_means()
 
 def test_a_gradient_matching_loop_that_tells_no_distance_cannot_be_scored_through_it() -> None:
     loop, hook, _ = make("iwd", {"statistic": "loop"})
-    assert hook is not None
     s = loop.synthetic.images
     with pytest.raises(ConfigError, match="statistic"):
         hook.before_update(s.square().sum(), s, loop.network, labels=loop.synthetic.labels, kind="gradient")
@@ -404,7 +386,6 @@ def test_a_gradient_matching_loop_that_tells_no_distance_cannot_be_scored_throug
 
 def test_labels_of_the_synthetic_images_are_needed() -> None:
     loop, hook, _ = make("iwd")
-    assert hook is not None
     s = loop.synthetic.images
     with pytest.raises(ConfigError, match="labels"):
         hook.before_update(s.square().sum(), s, loop.network)
