@@ -40,13 +40,14 @@ class MTTConfig(BaselineConfig):
     """Settings of MTT. The published ones, by dataset and IPC, are in ``PRESETS``.
 
     Attributes:
-        lr_img: learning rate of the images.
+        lr_img: learning rate of the images; lowered in the run if it does not fit the experts.
         syn_steps: steps of the student on the synthetic set.
         expert_epochs: length of a segment, in epochs of the expert.
         max_start_epoch: segments start before this epoch.
         batch_syn: synthetic images per step of the student; 0 takes all.
         lr_teacher: initial value of the student's learning rate (the synthetic learning rate).
-        lr_lr: learning rate of the synthetic learning rate.
+        lr_lr: learning rate of the synthetic learning rate; lowered in the run if it does not fit the
+            experts.
         momentum: momentum of the SGD on both.
         rate_limit: the run stops if the synthetic learning rate exceeds this multiple of ``lr_teacher``.
         form: "constant" (memory independent of ``syn_steps``) or "plain"; both give the same numbers.
@@ -169,6 +170,7 @@ class MTT(Baseline):
         self._state = _digest(hook)
         self._usual = max(float(data.images.std()), 1e-12)
         self._warned = False
+        self._lowered: set[str] = set()
 
     @classmethod
     def prepare(cls, config: Any, data: RealData, hook: Hook, place: Place) -> Experts:
@@ -281,13 +283,16 @@ class MTT(Baseline):
         if not all(g is not None and bool(torch.isfinite(g).all()) for g in gradients):
             got, do = f"NaN or infinite ones at iteration {iteration}", "Lower lr_img and lr_lr"
             raise NonFiniteError(explain("finite gradients of the matching loss", got, f"{do}; {_INTACT}"))
-        for optimizer in self.optimizers:
+        longest = torch.tensor(self._usual, device=self.rate.device), self.rate.detach().clone()
+        images, rate, *others = self.optimizers
+        self._take_step("lr_img", images, longest[0], iteration)
+        self._take_step("lr_lr", rate, longest[1], iteration)
+        for optimizer in others:  # of soft labels
             optimizer.step()
-        rate, limit = float(self.rate.detach()), self.config.rate_limit * self.config.lr_teacher
-        if not 0 < rate <= limit:
-            how = "A negative one unlearns" if rate <= 0 else "It runs away"
-            got = f"{rate:.3g} at iteration {iteration}. {how}"
-            do = f"Lower lr_lr (now {self.config.lr_lr:g}), or lr_img; {_INTACT}"
+        now, limit = float(self.rate.detach()), self.config.rate_limit * self.config.lr_teacher
+        if not 0 < now <= limit:
+            got = f"{now:.3g} at iteration {iteration}"
+            do = f"Lower lr_lr (now {self.config.lr_lr:g}) or lr_img, or raise lr_teacher; {_INTACT}"
             raise NonFiniteError(explain(f"a synthetic learning rate in (0, {limit:g}]", got, do))
         times = float(self.synthetic.images.detach().std()) / self._usual
         if times > _SPREAD and not self._warned:
@@ -296,6 +301,38 @@ class MTT(Baseline):
             do = f"Lower lr_img (now {self.config.lr_img:g}) and start over: such a set is rarely useful"
             expected = "synthetic images with about the standard deviation of real ones"
             warnings.warn(explain(expected, got, do), TadPluginWarning, stacklevel=2)
+
+    def _take_step(self, name: str, optimizer: torch.optim.Optimizer, most: Tensor, iteration: int) -> None:
+        """One step of an optimizer's tensor. A step longer than ``most`` is taken again with a lower rate. [ours]
+
+        Gradients are divided by the squared length of the expert's segment. Experts of a small dataset move little, so
+        one step of published length makes the synthetic learning rate negative, or takes the images out of range.
+        It is shortened to a tenth of ``most``, and the lower rate holds from then on.
+
+        Args:
+            name: setting of the learning rate, for the warning.
+            optimizer: of one tensor.
+            most: root mean square of the longest step allowed, a scalar: the standard deviation of real images, or
+                the synthetic learning rate itself.
+            iteration: 0-based.
+        """
+        group = optimizer.param_groups[0]
+        tensor = group["params"][0]
+        before = tensor.detach().clone()
+        optimizer.step()
+        if bool((tensor.detach() - before).square().mean().sqrt() < most):
+            return
+        old, slope = float(group["lr"]), float(tensor.grad.square().mean().sqrt())
+        with torch.no_grad():
+            tensor.copy_(before)
+        optimizer.state.clear()  # its momentum is made of steps of the old length
+        group["lr"] = min(old / 2, _SHORTENED * float(most) / max(slope, torch.finfo(torch.float32).tiny))
+        optimizer.step()
+        if name not in self._lowered:
+            self._lowered.add(name)
+            got = f"{name} {old:g} at iteration {iteration}, which does not fit these experts"
+            do = f"It is lowered to {group['lr']:.1e}. Set a lower {name}, or train experts that move more"
+            warnings.warn(explain(f"steps no longer than {float(most):.3g}", got, do), TadPluginWarning, stacklevel=3)
 
     # -- the second phase ----------------------------------------------------------------------------
     def _experts(self) -> Experts:
@@ -349,6 +386,8 @@ class MTT(Baseline):
 # Standard deviation relative to real images at which a set counts as diverged. In 84 runs of 40 to 200 updates, the
 # 83 that learned had 1.1 to 1.9, the one that did not had 8.8.
 _SPREAD = 5.0
+# Length of a shortened step, as a share of the longest one allowed.
+_SHORTENED = 0.1
 _INTACT = "the last checkpoint of the run is intact"
 
 

@@ -281,4 +281,11 @@ def _principal_axes(features: Tensor, dimensions: int, limit: int = _MAX_ROWS) -
         # The product dominates the cost of wide features. The precision of the features is enough for the axes.
         working = centred.to(features.dtype) if features.dtype == torch.float32 else centred
         return torch.linalg.eigh((working.T @ working).double()).eigenvectors[:, -dimensions:].flip(1)
-    return torch.linalg.svd(centred, full_matrices=dimensions > len(centred)).Vh[:dimensions].T
+    # Fewer rows than dimensions: the row space holds all variance, so a thin decomposition is enough. The full one
+    # would compute a D x D matrix of directions without any.
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh.T
+    if dimensions <= axes.shape[1]:
+        return axes[:, :dimensions]
+    # Any completion of the basis will do: along it the rows do not vary.
+    start = torch.eye(d, dimensions - axes.shape[1], dtype=axes.dtype, device=axes.device)
+    return torch.linalg.qr(torch.cat([axes, start], dim=1)).Q

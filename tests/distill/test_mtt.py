@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from tad_plugin import attach
 from tad_plugin.core.hook.hook import Hook
@@ -208,24 +209,47 @@ def test_a_method_that_decided_before_has_no_second_phase() -> None:
 # -- guards ------------------------------------------------------------------------------------------
 
 
-def test_images_that_leave_the_range_of_real_ones_are_told_once() -> None:
-    images, labels = blobs()
+def told(loop: MTT, iterations: int) -> list[str]:
+    """Warnings of the loop in so many updates."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TadPluginWarning)
-        run(loop_of(images, labels, 3, plain(images, labels), lr_img=1e6, lr_lr=0.0), 3)
-    told = [str(w.message) for w in caught if issubclass(w.category, TadPluginWarning)]
-    assert len(told) == 1 and "lr_img (now 1e+06)" in told[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TadPluginWarning)
-        run(loop_of(images, labels, 3, plain(images, labels), lr_lr=0.0), 3)
+        run(loop, iterations)
+    return [str(w.message) for w in caught if issubclass(w.category, TadPluginWarning)]
+
+
+def test_images_that_leave_the_range_of_real_ones_are_told_once() -> None:
+    images, labels = blobs()
+    loop = loop_of(images, labels, 3, plain(images, labels), lr_lr=0.0)
+    with torch.no_grad():
+        loop.synthetic.images.mul_(30)
+    (found,) = told(loop, 3)
+    assert f"lr_img (now {loop.config.lr_img:g})" in found
+    assert not told(loop_of(images, labels, 3, plain(images, labels), lr_lr=0.0), 3)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr_img", 1e6), ("lr_lr", 1e6)])
+def test_a_learning_rate_that_does_not_fit_the_experts_is_lowered(name: str, value: float) -> None:
+    images, labels = blobs()
+    settings = {"lr_img": 1.0, "lr_lr": 0.0, name: value}
+    loop = loop_of(images, labels, 3, plain(images, labels), **settings)
+    found = told(loop, 8)
+    assert len([w for w in found if f"{name} 1e+06" in w]) == 1
+    assert 0 < float(loop.rate.detach()) <= 5
+    assert float(loop.synthetic.images.detach().std()) < 5 * float(images.std())
+    lowered = [o.param_groups[0]["lr"] for o in loop.optimizers]
+    assert lowered[("lr_img", "lr_lr").index(name)] < 1e4
+    again = loop_of(images, labels, 3, plain(images, labels), **settings)
+    again.load_state_dict(loop.state_dict())
+    assert [o.param_groups[0]["lr"] for o in again.optimizers] == lowered
 
 
 def test_a_synthetic_learning_rate_out_of_range_stops_the_run() -> None:
     images, labels = blobs()
-    loop = loop_of(images, labels, 3, plain(images, labels), lr_lr=1e6)
-    with pytest.raises(NonFiniteError, match=r"\(0, 5\].*lr_lr \(now 1e\+06\)"):
-        run(loop, 8)
-    assert not 0 < float(loop.rate.detach()) <= 5
+    loop = loop_of(images, labels, 3, plain(images, labels), lr_lr=0.0)
+    with torch.no_grad():
+        loop.rate.fill_(6.0)  # 100 times lr_teacher is 5
+    with pytest.raises(NonFiniteError, match=r"\(0, 5\].* 6 "):
+        run(loop, 1)
     loop = loop_of(images, labels, 3, plain(images, labels), lr_lr=0.0)
     run(loop, 2)
     assert float(loop.rate.detach()) == pytest.approx(0.05)
@@ -238,7 +262,9 @@ def test_a_loss_or_gradient_that_is_not_a_number_stops_the_run() -> None:
         loop.synthetic.images[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         run(loop, 2)
-    loop = loop_of(images, labels, 3, plain(images, labels), lr_img=1e30)
+    loop = loop_of(images, labels, 3, plain(images, labels))
+    with torch.no_grad():
+        loop.synthetic.images.fill_(1e30)
     with pytest.raises(NonFiniteError):
         run(loop, 3)
 
@@ -406,3 +432,26 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(arm: 
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.learning_rate == b.learning_rate
     compared = ("accuracy", "best_iteration", "state")
     assert {k: whole.results()[k] for k in compared} == {k: broken.results()[k] for k in compared}
+
+
+@pytest.mark.parametrize("baseline", ["mtt", "datm"])
+def test_default_rates_run_on_a_small_folder_of_ones_own(baseline: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("test", 3)):
+        for c, name in enumerate("ab"):
+            (tmp_path / "own" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 120, (3, 8, 8), generator=generator)
+                pixels[c] += 100
+                to_pil_image(pixels.to(torch.uint8)).save(tmp_path / "own" / part / name / f"{i}.png")
+    config = RunConfig(
+        baseline=baseline, dataset=f"folder:{tmp_path / 'own'}", ipc=1, iterations=6, width=4, eval_epochs=2,
+        eval_runs=1, candidates=1, device="cpu",
+        loop={"max_start_epoch": 2, "expert_epochs": 1, "syn_steps": 2, "experts": {"experts": 2}},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TadPluginWarning)
+        results = run_experiment(config, "noisy", tmp_path / "run")
+    assert results["iterations"] == 6
+    synthetic = SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")
+    assert synthetic.learning_rate is not None and synthetic.learning_rate > 0

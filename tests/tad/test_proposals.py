@@ -87,6 +87,16 @@ def test_principal_axes_of_many_rows_use_an_even_share_of_them():
         principal_axes(x[:1], 2)
 
 
+def test_few_wide_rows_take_no_square_matrix():
+    """6 rows of 60,000 dimensions: a D x D matrix would take 27 GiB."""
+    x = torch.randn(6, 60_000, generator=torch.Generator().manual_seed(0))
+    axes = principal_axes(x, 8)
+    assert axes.shape == (60_000, 8)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(8, dtype=axes.dtype), atol=1e-9, rtol=0)
+    centred = x.double() - x.double().mean(0)
+    torch.testing.assert_close(centred @ axes[:, :5] @ axes[:, :5].T, centred, atol=1e-6, rtol=1e-6)
+
+
 def test_anchors_equal_a_loop():
     features, targets = clusters()
     trusted = torch.rand(len(targets), generator=torch.Generator().manual_seed(1)) < 0.6
