@@ -7,6 +7,7 @@ images' device or on the CPU. Images are normalised, so no value is clipped.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,7 +136,11 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(images: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=align_corners)
+        dtype = _sampling_type(images)
+        sampled = F.grid_sample(
+            images.to(dtype), grid.to(dtype), mode="bilinear", padding_mode="zeros", align_corners=align_corners
+        )
+        return sampled.to(images.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,10 +165,12 @@ class _SampleAdjoint(torch.autograd.Function):
     def forward(gradient: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
         # The images' values matter only for the grid's gradient, which is not computed. So the gradient, which has the
         # same shape, is passed in their place. 0, 0 = bilinear, zero padding.
+        dtype = _sampling_type(gradient)
+        values = gradient.to(dtype)
         result: Tensor = torch.ops.aten.grid_sampler_2d_backward(
-            gradient.contiguous(), gradient, grid, 0, 0, align_corners, [True, False]
+            values.contiguous(), values, grid.to(dtype), 0, 0, align_corners, [True, False]
         )[0]
-        return result
+        return result.to(gradient.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,3 +190,20 @@ def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
     _, grid, ctx.align_corners = inputs
     ctx.save_for_backward(grid)
     ctx.save_for_forward(grid)
+
+
+def _sampling_type(images: Tensor) -> torch.dtype:
+    """The images' type, or float32 where ``grid_sample`` does not know it: 16 bits on the CPU in older torch."""
+    if images.device.type == "cpu" and images.dtype.itemsize == 2 and not _cpu_samples(images.dtype):
+        return torch.float32
+    return images.dtype
+
+
+@cache
+def _cpu_samples(dtype: torch.dtype) -> bool:
+    one = torch.zeros(1, 1, 1, 2, dtype=dtype, device="cpu")
+    try:
+        torch.ops.aten.grid_sampler_2d(one, one, 0, 0, False)  # as it is, also under autocast
+    except RuntimeError:
+        return False
+    return True

@@ -84,10 +84,14 @@ def test_works_under_vmap_and_leaves_its_input_alone(function, values):
 
 
 @EACH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_keeps_the_type(function, values, dtype):
-    assert function(images(dtype), values).dtype == dtype
-    assert function(images(dtype), values[:1]).dtype == dtype
+    x = images(torch.float64).to(dtype)
+    for rows in (values, values[:1]):
+        result, expected = function(x, rows), function(x.double(), rows)
+        assert result.dtype == dtype
+        error = (result.double() - expected).abs().max() / expected.abs().max()
+        assert error <= 16 * torch.finfo(dtype).eps
 
 
 def test_color_by_hand():

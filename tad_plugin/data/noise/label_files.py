@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, whole_number
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
+from tad_plugin.data.noise.pickled_arrays import read_pickled_arrays
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
 
 __all__ = ["human_labels", "read_label_file"]
@@ -310,22 +311,11 @@ def _check_entries(path: Path) -> None:
 
 
 def _read_pt(path: Path) -> dict[Any, Any]:
-    # The published file pickles numpy arrays. weights_only admits tensors and plain containers. An integer array needs
-    # the names below besides, and none of them runs anything.
     do = "Check the download; or convert it once, where you trust it, with numpy.savez(path, clean=..., worse=...)"
-    serialization: Any = torch.serialization
-    if not hasattr(serialization, "safe_globals"):
-        got = f"torch {torch.__version__}"
-        do = "Upgrade torch, or convert the file once to npz with numpy.savez(path, clean=..., worse=...)"
-        raise FileFormatError(explain("torch >= 2.5 to read a .pt of numpy arrays safely", got, do))
-    multiarray: Any = np.zeros(1).__reduce__()[0]
-    allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "bhilqBHILQ"}]
-    allowed += [(multiarray, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")]
     try:
         if zipfile.is_zipfile(path):
             _check_entries(path)
-        with serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_pt(path)
     except FileFormatError:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes provoke
@@ -334,3 +324,10 @@ def _read_pt(path: Path) -> dict[Any, Any]:
     if not isinstance(content, Mapping):
         raise FileFormatError(explain("a dictionary of label arrays", f"{type(content).__name__} in {path}", do))
     return dict(content)
+
+
+def _load_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # broken bytes, or arrays as in the published file: the next reader tells
+        return read_pickled_arrays(path)
