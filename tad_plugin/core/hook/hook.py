@@ -31,6 +31,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import scorer_seed, seeded_generator
+from tad_plugin.utils.torch_modes import default_modes
 
 __all__ = ["Hook"]
 
@@ -99,7 +100,8 @@ class Hook:
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         began = perf_counter()
-        yield
+        with default_modes():
+            yield
         self.scoring_seconds += perf_counter() - began
 
     # -- starting ----------------------------------------------------------------------------------
@@ -125,7 +127,8 @@ class Hook:
                 checkpoint()
         if not (self.trains_on_real or self._decided) and any(c.needs_scorer for c in self.callbacks):
             if self.scorer is None:
-                self.scorer = self._make_scorer()
+                with self._scoring():
+                    self.scorer = self._make_scorer()
             remaining = (self.scorer_config.epochs if epochs is None else epochs) - self.scorer.epoch
             for _ in bar(range(max(0, remaining)), "scorer", progress):
                 self._scorer_epoch(self.scorer)
@@ -185,8 +188,8 @@ class Hook:
 
     # -- which label, which weight -------------------------------------------------------------------
     def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Target labels int64 [B]."""
-        return self.state.targets(torch.as_tensor(indices, device=self.state.device))
+        """Target labels int64 [B]. Raises InvalidInputError for bad indices."""
+        return self.state.targets(indices)
 
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Matching weights float32 [B], mean 1 per class; the one line in a loop. See :meth:`Batches.weights`."""
