@@ -15,7 +15,7 @@ _NARROW = torch.finfo(torch.float32)
 
 
 def check_classes(labels: Tensor, num_classes: int, do: str) -> None:
-    """Raises EmptyClassError, which names the classes, if one of ``num_classes`` is not among ``labels`` (int64 [M])."""
+    """Raises EmptyClassError, which names the classes, if ``labels`` (int64 [M]) lack one of ``num_classes``."""
     counts = torch.bincount(labels, minlength=num_classes)
     if bool((counts == 0).any()):
         missing = (counts == 0).nonzero().flatten().tolist()

@@ -5,7 +5,7 @@ One object per real dataset. Methods write it and loops read it. It is the only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class SampleState:
         version: number of writes so far.
 
     Every write keeps this true, or is refused: weights are finite and have mean 1 over each class's trusted samples,
-    and each class has a trusted sample. A callback adds tensors of its own with :meth:`register`. With the starting values every loop gives the
-    baseline's result bit for bit.
+    and each class has a trusted sample. With the starting values every loop gives the baseline's result bit for bit. A
+    callback adds tensors of its own with :meth:`register`.
 
     Args:
         labels: integers [N] in [0, num_classes).
@@ -155,7 +155,8 @@ class SampleState:
         if target is not None or trusted is not None:
             target, trusted = self.target if target is None else target, self.trusted if trusted is None else trusted
             do = "Let the method keep at least one sample of each class (TAD: min_per_class), or load more data"
-            self._check_pools(target, trusted, do)
+            if not self._allow_empty:
+                check_classes(target[trusted], self.num_classes, do)
             self.target.copy_(target)
             self.trusted.copy_(trusted)
             self.refresh_weights()
@@ -195,10 +196,6 @@ class SampleState:
     ) -> Tensor:
         return check_field(name, values, dtype, high, len(self), self.device, error)
 
-    def _check_pools(self, target: Tensor, trusted: Tensor, do: str) -> None:
-        if not self._allow_empty:
-            check_classes(target[trusted], self.num_classes, do)
-
     def register(self, name: str, values: Tensor) -> Tensor:
         """Adds a tensor with first dimension N. It is saved and loaded with the state. Returns the stored tensor.
 
@@ -227,7 +224,7 @@ class SampleState:
 
     # -- reading -----------------------------------------------------------------------------------
     def usable(self) -> Tensor:
-        """Bool [N]: trusted, and with a weight above zero."""
+        """Bool [N]: trusted, with a weight above zero."""
         return self.trusted & (self.weight > 0)
 
     def untouched(self) -> bool:
@@ -281,7 +278,7 @@ class SampleState:
         order = torch.randperm(len(pool), generator=generator)[:n]
         return pool[order.to(pool.device)]
 
-    def weights(self, indices: Tensor) -> Tensor:
+    def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Weights for a matching loss: float32 [B], mean 1 over the batch's samples of each target class.
 
         With mean 1 each class keeps its share of the loss. An untrusted sample weighs 0. If all trusted samples of a
@@ -291,7 +288,7 @@ class SampleState:
         i = check_indices(indices, len(self), self.device)
         return batch_weights(self.weight[i], self.target[i], self.trusted[i], self.num_classes)
 
-    def training_weights(self, indices: Tensor | None = None) -> Tensor:
+    def training_weights(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weights for a loss that trains a network on real data: float32 [B], ``weight``, or 0 if not trusted.
 
         They are not rescaled in the batch. None stands for all samples.
@@ -301,7 +298,7 @@ class SampleState:
         i = check_indices(indices, len(self), self.device)
         return self.weight[i] * self.trusted[i]
 
-    def targets(self, indices: Tensor) -> Tensor:
+    def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Target labels of a batch, int64 [B]. Raises InvalidInputError for bad indices."""
         return self.target[check_indices(indices, len(self), self.device)]
 
@@ -340,17 +337,18 @@ class SampleState:
         place = (len(self), self.device)
         factors = {name: check_factor(name, values, *place) for name, values in state["factors"].items()}
         extra = {name: check_rows(name, values, *place) for name, values in state["extra"].items()}
-        do = "Delete this state and let the method compute it again"
-        self._check_pools(target, trusted, do)
+        do = "Delete it and let the method compute it again"
+        if not self._allow_empty:
+            check_classes(target[trusted], k, do)
         means = class_means(weight, target, trusted, k)
-        if bool(((means - 1).abs() > 1e-3).any()):
-            c = int(((means - 1).abs() > 1e-3).nonzero()[0])
+        off = ((means - 1).abs() > 1e-3).nonzero()
+        if len(off):
+            c = int(off[0])
             got = f"{float(means[c]):.6g} in class {c} of {source}"
             raise InvalidInputError(explain("weights with mean 1 over each class's trusted samples", got, do))
         for name, values in (("target", target), ("trusted", trusted), ("trust", trust), ("weight", weight)):
             getattr(self, name).copy_(values)
-        self._extra, self._factors = extra, factors
-        self.version += 1
+        self._extra, self._factors, self.version = extra, factors, self.version + 1
 
     def save(self, path: str | Path, *, configs: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file (atomically replaced), with a JSON header.

@@ -115,7 +115,7 @@ class GivenBatches:
         return batch
 
 
-def _place(tensor: Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage().data_ptr()
     return storage, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor.device
 

@@ -92,8 +92,7 @@ class Hook:
         given = data.true_labels if corrupted else state.observed
         self.training = RealTraining(state, given, active=self.enabled or corrupted)
         self._seed = seed
-        self._started = False
-        self._decided = False
+        self._started = self._decided = False
         for callback in self.callbacks:
             check_needs(callback, data, trains_on_real)
 
@@ -127,8 +126,7 @@ class Hook:
                 checkpoint()
         if not (self.trains_on_real or self._decided) and any(c.needs_scorer for c in self.callbacks):
             if self.scorer is None:
-                with self._scoring():
-                    self.scorer = self._make_scorer()
+                self.scorer = self._make_scorer()
             remaining = (self.scorer_config.epochs if epochs is None else epochs) - self.scorer.epoch
             for _ in bar(range(max(0, remaining)), "scorer", progress):
                 self._scorer_epoch(self.scorer)
@@ -136,6 +134,7 @@ class Hook:
                     checkpoint()
         return self
 
+    @default_modes()
     def _make_scorer(self) -> Scorer:
         return Scorer(self._images(), self.scorer_config, seed=scorer_seed(self._seed))
 
@@ -398,6 +397,4 @@ class Hook:
 
 
 def _inner(network: nn.Module) -> nn.Module:
-    """The network inside nn.DataParallel."""
-    inner: nn.Module = network.module if isinstance(network, nn.DataParallel) else network
-    return inner
+    return network.module if isinstance(network, nn.DataParallel) else network
