@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, explain
 
-__all__ = ["check_indices", "check_whole"]
+__all__ = ["check_indices"]
 
 _WAY_OUT = "Pass the positions of the samples in the dataset, as integers or as a bool mask of all samples"
 
@@ -64,19 +62,3 @@ def check_indices(
         expected = f"`{name}` of at least 0" if length is None else f"`{name}` in [0, {length})"
         raise InvalidInputError(explain(expected, f"{int(given[place])} at position {place}", _WAY_OUT))
     return given.to(device)
-
-
-def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Checks a whole number in [low, high) and returns it as an int. A bool is none.
-
-    Raises:
-        InvalidInputError: another type, or out of range.
-    """
-    expected = f"{name} as a whole number of at least {low}" if high is None else f"{name} in [{low}, {high})"
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
-    if number is None or number < low or (high is not None and number >= high):
-        raise InvalidInputError(explain(expected, repr(value), "Pass a whole number in this range"))
-    return number

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tad_plugin.core.class_weights import batch_weights, class_means, product_of_factors
 from tad_plugin.core.fields import check_classes, check_factor, check_field, check_rows
-from tad_plugin.core.indices import check_indices, check_whole
+from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
 from tad_plugin.data.labels import check_labels, integers_of, label_digest
 from tad_plugin.data.real import RealData
@@ -27,6 +27,7 @@ from tad_plugin.errors import (
     unknown_name,
 )
 from tad_plugin.utils.machine import check_device
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["SampleState"]
 

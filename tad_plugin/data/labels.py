@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tad_plugin.errors import InvalidInputError, InvalidLabelsError, explain
+from tad_plugin.errors import InvalidLabelsError, explain
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["check_labels", "check_num_classes", "integers_of", "label_digest", "whole_number"]
 
@@ -91,16 +91,7 @@ def check_num_classes(num_classes: Any) -> int:
     Raises:
         InvalidInputError: no whole number in [1, 2^20].
     """
-    try:
-        number = 0 if isinstance(num_classes, bool) else operator.index(num_classes)
-    except (TypeError, ValueError, RuntimeError):
-        number = 0
-    if not 1 <= number <= _MOST_CLASSES:
-        do = "Pass the number of classes, and number them from 0"
-        raise InvalidInputError(
-            explain(f"num_classes of at least 1 and at most {_MOST_CLASSES}", repr(num_classes), do)
-        )
-    return number
+    return check_whole("num_classes", num_classes, 1, _MOST_CLASSES + 1)
 
 
 def label_digest(labels: Tensor) -> str:

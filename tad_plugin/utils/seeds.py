@@ -7,7 +7,6 @@ formulas differ for historical reasons. Changing one would change results.
 from __future__ import annotations
 
 import hashlib
-import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = [
     "check_seed",
@@ -38,13 +37,7 @@ def check_seed(seed: Any) -> int:
     Raises:
         InvalidInputError: no whole number in [-2^63, 2^64).
     """
-    try:
-        number = None if isinstance(seed, bool) else operator.index(seed)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
-    if number is None or not -_LARGEST <= number < 2 * _LARGEST:
-        raise InvalidInputError(explain("a seed as a whole number", repr(seed), "Pass an integer such as 0"))
-    return number
+    return check_whole("a seed", seed, -_LARGEST, 2 * _LARGEST)
 
 
 def seeded_generator(seed: int) -> torch.Generator:
