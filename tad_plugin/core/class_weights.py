@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["batch_weights", "class_means", "product_of_factors"]
+from tad_plugin.errors import InvalidInputError, explain
+
+__all__ = ["batch_weights", "check_means", "class_means", "product_of_factors"]
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 _LARGEST = torch.finfo(torch.float32).max
@@ -30,6 +32,16 @@ def class_means(weight: Tensor, target: Tensor, trusted: Tensor, num_classes: in
     """
     total = _sums(weight[trusted].double(), target[trusted], num_classes)
     return total / torch.bincount(target[trusted], minlength=num_classes)
+
+
+def check_means(weight: Tensor, target: Tensor, trusted: Tensor, num_classes: int, source: str) -> None:
+    """Raises InvalidInputError if a class's trusted samples do not weigh 1 on average; arguments as above."""
+    means = class_means(weight, target, trusted, num_classes)
+    off = ((means - 1).abs() > 1e-3).nonzero()
+    if len(off):
+        got = f"{float(means[off[0]]):.6g} in class {int(off[0])} of {source}"
+        do = "Delete it and let the method compute it again"
+        raise InvalidInputError(explain("weights with mean 1 over each class's trusted samples", got, do))
 
 
 def product_of_factors(factors: Iterable[Tensor], target: Tensor, trusted: Tensor, num_classes: int) -> Tensor:

@@ -80,7 +80,10 @@ def check_rows(name: str, values: Any, length: int, device: torch.device) -> Ten
 
 def _tensor(name: str, values: Any, device: torch.device, error: type[Exception]) -> Tensor:
     try:
-        return torch.as_tensor(values, device=device).detach()
+        given = torch.as_tensor(values).detach()
+        if given.layout != torch.strided or given.is_meta:
+            raise TypeError(f"{given.layout} on {given.device}")
+        return given.to(device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         got = f"{type(values).__name__}: {str(reason).partition(chr(10))[0]}"
         raise error(explain(f"numbers for `{name}`", got, "Pass a tensor with one row per sample")) from reason

@@ -41,6 +41,8 @@ def check_indices(
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         got = f"{type(indices).__name__}: {error}"
         raise InvalidInputError(explain(f"`{name}` as integers [B]", got, _WAY_OUT)) from error
+    if given.layout != torch.strided or given.is_meta:
+        raise InvalidInputError(explain(f"`{name}` as a dense tensor", f"{given.layout} on {given.device}", _WAY_OUT))
     if given.ndim != 1 or len(given) == 0:
         raise InvalidInputError(explain(f"`{name}` of shape [B], at least one", f"shape {list(given.shape)}", _WAY_OUT))
     if given.dtype == torch.bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.core.class_weights import batch_weights, class_means, product_of_factors
+from tad_plugin.core.class_weights import batch_weights, check_means, product_of_factors
 from tad_plugin.core.fields import check_classes, check_factor, check_field, check_rows
 from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
@@ -26,6 +26,7 @@ from tad_plugin.errors import (
     explain,
     unknown_name,
 )
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.machine import check_device
 from tad_plugin.utils.whole_numbers import check_whole
 
@@ -314,6 +315,7 @@ class SampleState:
             "factors": {k: v.clone() for k, v in self._factors.items()},
         }
 
+    @named_errors
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the given state") -> None:
         """Restores :meth:`state_dict`, all of it or nothing. ``source`` names it in messages.
 
@@ -324,8 +326,7 @@ class SampleState:
             EmptyClassError: a class has no trusted sample.
         """
         parts = ("digest", "num_classes", *self.FIELDS, "extra", "factors")
-        lost = [name for name in parts if name not in state] if isinstance(state, Mapping) else list(parts)
-        if lost:
+        if lost := [name for name in parts if name not in state]:
             do = "Pass what state_dict() returned"
             raise InvalidInputError(explain("a whole state", f"{source} without {', '.join(lost)}", do))
         digest, k = str(state["digest"]), int(state["num_classes"])
@@ -338,19 +339,14 @@ class SampleState:
         place = (len(self), self.device)
         factors = {name: check_factor(name, values, *place) for name, values in state["factors"].items()}
         extra = {name: check_rows(name, values, *place) for name, values in state["extra"].items()}
-        do = "Delete it and let the method compute it again"
         if not self._allow_empty:
-            check_classes(target[trusted], k, do)
-        means = class_means(weight, target, trusted, k)
-        off = ((means - 1).abs() > 1e-3).nonzero()
-        if len(off):
-            c = int(off[0])
-            got = f"{float(means[c]):.6g} in class {c} of {source}"
-            raise InvalidInputError(explain("weights with mean 1 over each class's trusted samples", got, do))
+            check_classes(target[trusted], k, f"Delete {source} and let the method compute it again")
+        check_means(weight, target, trusted, k, source)
         for name, values in (("target", target), ("trusted", trusted), ("trust", trust), ("weight", weight)):
             getattr(self, name).copy_(values)
         self._extra, self._factors, self.version = extra, factors, self.version + 1
 
+    @named_errors
     def save(self, path: str | Path, *, configs: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file (atomically replaced), with a JSON header.
 
@@ -365,6 +361,7 @@ class SampleState:
         return read_state_file(path)[0]
 
     @classmethod
+    @named_errors
     def load(
         cls, path: str | Path, labels: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> SampleState:

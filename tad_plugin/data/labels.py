@@ -72,6 +72,8 @@ def integers_of(labels: Any, name: str = "labels") -> Tensor:
         if array is not False and array.dtype.kind == "u":
             labels = array.astype(np.int64)
         given = torch.as_tensor(labels).detach()
+        if given.layout != torch.strided or given.is_meta:
+            raise TypeError(f"{given.layout} on {given.device}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         got = f"{type(labels).__name__}: {str(error).partition(chr(10))[0]}"
         do = "Number the classes from 0 and pass one integer per sample"

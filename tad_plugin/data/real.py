@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["RealData"]
@@ -41,6 +42,7 @@ class RealData:
     noise_rate: float | None = None
     ipc: int | None = None
 
+    @named_errors
     def __post_init__(self) -> None:
         images = self.images
         if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
@@ -66,12 +68,14 @@ class RealData:
     def __len__(self) -> int:
         return len(self.images)
 
+    @named_errors
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (indices int64 [B], images [B,...]) over the data in order."""
         for start in range(0, len(self), size):
             images = self.images[start : start + size]
             yield torch.arange(start, start + len(images), device=images.device), images
 
+    @named_errors
     def subset(self, indices: Tensor) -> RealData:
         """The same data restricted to ``indices`` (int64 [M])."""
         return RealData(

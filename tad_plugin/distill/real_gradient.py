@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 
-__all__ = ["mean_gradient", "weighted_gradient", "weighted_gradient_graph"]
+__all__ = ["weighted_gradient", "weighted_gradient_graph"]
 
 
 def weighted_gradient(

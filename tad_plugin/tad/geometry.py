@@ -231,6 +231,7 @@ def whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> tu
         got = f"{list(features.shape)}, {list(anchors.shape)} and {list(cholesky.shape)}"
         expected = "features [N, D], anchors [K, D] and a factor [D, D]"
         raise InvalidInputError(explain(expected, got, "Pass matching shapes"))
+    check_features(features)
     return _whitened_measures(features, anchors, cholesky)
 
 

@@ -8,6 +8,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -49,7 +50,8 @@ def named_errors(function: Callable[P, R]) -> Callable[P, R]:
         except (TadPluginError, torch.cuda.OutOfMemoryError):
             raise
         except _RAW as error:
-            shown = ", ".join(f"{name} {_shown(value)}" for name, value in bound.arguments.items() if name != "self")
+            given = {name: value for name, value in bound.arguments.items() if name not in ("self", "cls")}
+            shown = ", ".join(f"{n} {_shown(v)}" for n, v in (given or vars(bound.arguments["self"])).items())
             got = f"{shown} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             do = f"See the docstring of {function.__name__} for shapes, dtypes and ranges"
             raise InvalidInputError(explain("arguments that fit together", got, do)) from error
@@ -76,10 +78,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if hint is float:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return real or (isinstance(value, Tensor) and value.ndim == 0)
+        # NaN is no number that a caller means.
+        return (real and value == value) or (isinstance(value, Tensor) and value.ndim == 0)
     if hint is Tensor:
-        return isinstance(value, Tensor) and value.layout == torch.strided
-    if hint in (str, bool, type(None), nn.Module, torch.Generator):
+        return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if hint in (str, bool, type(None), nn.Module, torch.Generator, Path):
         return isinstance(value, hint)
     origin = typing.get_origin(hint) or hint
     if origin in (tuple, list):

@@ -23,6 +23,7 @@ from tad_plugin.data.labels import integers_of
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import read_json, read_yaml
 from tad_plugin.utils.machine import check_device
 from tad_plugin.utils.seeds import check_seed
@@ -32,6 +33,7 @@ from tad_plugin.utils.torch_modes import default_modes
 __all__ = ["add_arguments", "attach"]
 
 
+@named_errors
 @default_modes()
 def attach(
     method: str | None = None,
@@ -41,7 +43,7 @@ def attach(
     num_classes: int | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | str | Path | None = None,
-    true_labels: Tensor | None = None,
+    true_labels: Tensor | Sequence[int] | None = None,
     dataset: str = "",
     ipc: int | None = None,
     noise_rate: float | None = None,

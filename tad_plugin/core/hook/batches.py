@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["Batches"]
 
@@ -143,6 +144,7 @@ class Batches:
             w = w + self.offset[index]
         return w
 
+    @named_errors
     def reweight(self, rows: Tensor, indices: Tensor | Sequence[int] | None) -> Tensor:
         """Rows [B,...] scaled by the matching weights, so that their plain mean is the weighted mean.
 
@@ -162,6 +164,7 @@ class Batches:
         index = self.indices(len(rows), indices)
         return rows * self.weights(index).to(rows.device).view(-1, *[1] * (rows.ndim - 1))
 
+    @named_errors
     def weighted_loss(
         self, loss: Tensor, logits: Tensor, labels: Tensor, indices: Tensor | Sequence[int] | None
     ) -> Tensor:
@@ -188,6 +191,7 @@ class Batches:
             return loss
         return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
+    @named_errors
     def matched_gradient(
         self,
         gradient: Sequence[Tensor],

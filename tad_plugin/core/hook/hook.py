@@ -29,6 +29,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.core.state_file import read_state_file
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import scorer_seed, seeded_generator
 from tad_plugin.utils.torch_modes import default_modes
@@ -85,13 +86,12 @@ class Hook:
         self.scorer: Scorer | None = None
         self.scoring_seconds = 0.0
         self.state_path = state_path
-        self.iteration, self._expert = 0, -1
+        self.iteration, self._expert, self._seed = 0, -1, seed
         self.batches = Batches(state, self.enabled, self.wants_graph)
         self.segments = Segments(self.data, self.wants_graph)
         # Labels that attach() corrupted must reach a training loop with and without a method.
         given = data.true_labels if corrupted else state.observed
         self.training = RealTraining(state, given, active=self.enabled or corrupted)
-        self._seed = seed
         self._started = self._decided = False
         for callback in self.callbacks:
             check_needs(callback, data, trains_on_real)
@@ -381,6 +381,7 @@ class Hook:
             "scoring_seconds": self.scoring_seconds,
         }
 
+    @named_errors
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Raises StateMismatchError for other data, ConfigError for other methods."""
         self.state.load_state_dict(state["state"])
@@ -391,8 +392,7 @@ class Hook:
             self.scorer.load_state_dict(state["scorer"])
         self.generator.set_state(state["generator"].cpu())
         self.iteration = int(state["iteration"])
-        self._started = bool(state["started"])
-        self._decided = bool(state["decided"])
+        self._started, self._decided = bool(state["started"]), bool(state["decided"])
         self.scoring_seconds = float(state["scoring_seconds"])
 
 

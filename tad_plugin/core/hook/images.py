@@ -105,8 +105,8 @@ def _tensor(data: Any) -> Tensor:
                 raise TypeError(f"dtype {data.dtype}")
             # Old versions of PyTorch know no uint16 and no array that is read-only or runs backwards.
             data = torch.from_numpy(np.require(data, np.float32, ["C", "W"]))
-        if data.is_complex():
-            raise TypeError(f"dtype {data.dtype}")
+        if data.is_complex() or data.layout != torch.strided or data.is_meta:
+            raise TypeError(f"{data.dtype}, {data.layout} on {data.device}")
         plain: Tensor = data.detach().clone() if data.is_inference() else data.detach()
         return plain.float()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -131,4 +131,4 @@ def _check(images: Tensor) -> None:
     if (low >= 0 and high > low) or abs(mean) > _FAR_MEAN or max(-low, high) > _FAR_VALUE:
         got = f"mean {mean:.4g}, values from {low:.4g} to {high:.4g}"
         do = "Normalise them as for your networks: (images - mean) / std of each channel"
-        warnings.warn(explain("normalised images", got, do), TadPluginWarning, stacklevel=5)
+        warnings.warn(explain("normalised images", got, do), TadPluginWarning, stacklevel=6)

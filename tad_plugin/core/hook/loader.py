@@ -22,6 +22,7 @@ from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.hook.given_batches import GivenBatches
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["IndexedLoader", "RealTraining", "TrustedCriterion"]
 
@@ -188,6 +189,7 @@ class TrustedCriterion(nn.Module):
         self._events = events
         self._labels = state.observed if labels is None else labels.to(state.device)
 
+    @named_errors
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of logits [B,K] and labels int64 [B].
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels, whole_number
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["human_labels", "read_label_file"]
 
@@ -37,6 +38,7 @@ _SCHEMES = (
 )
 
 
+@named_errors
 def read_label_file(path: str | Path) -> dict[str, Tensor]:
     """All label sets of a file of arrays by short name ("clean", "worse", "random1", ...), each int64 [M] on the CPU.
 
@@ -68,6 +70,7 @@ def read_label_file(path: str | Path) -> dict[str, Tensor]:
     return labels
 
 
+@named_errors
 def human_labels(
     path: str | Path,
     key: str,

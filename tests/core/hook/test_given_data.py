@@ -318,7 +318,7 @@ def test_indices_of_other_samples_are_refused_where_the_labels_tell() -> None:
         ({"device": 3.5}, InvalidInputError),
         ({"method": 3}, InvalidInputError),
         ({"noise": 0.4}, InvalidInputError),
-        ({"config": 3}, ConfigError),
+        ({"config": 3}, InvalidInputError),
         ({"config": {3: {}}}, ConfigError),
         ({"config": {"random": 3}}, ConfigError),
         ({"config": "nowhere.yaml"}, FileFormatError),
