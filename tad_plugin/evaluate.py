@@ -204,7 +204,7 @@ def evaluate(
         UnknownNameError: no such architecture.
         NonFiniteError: the training loss is NaN or infinite.
     """
-    config = config or EvaluateConfig()
+    config = EvaluateConfig() if config is None else config
     if not bool(torch.isfinite(test[0]).all()):
         raise InvalidInputError(explain("finite test images", "a NaN or infinite value", "Leave out or repair them"))
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")

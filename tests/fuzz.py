@@ -27,7 +27,8 @@ from torch import Tensor
 
 from tad_plugin import Hook, SampleState
 from tad_plugin.errors import TadPluginError
-from tests.fuzz_calls import CALLS, Draw
+from tests.fuzz_calls import CALLS
+from tests.fuzz_values import Draw
 
 SECONDS = 5.0
 
@@ -36,6 +37,8 @@ class Late(BaseException):
     """A call took too long."""
 
 
+#: PyTorch's own arithmetic on the caller's numbers, and a callback's own tensors
+ARITHMETIC = ("forward", "reweight", "weighted_loss", "inverse", "Preprocessing", "register")
 #: results whose documentation gives NaN or infinity a meaning
 SPECIAL = {"calibrate_threshold": {"threshold", "threshold_agree", "precision", "corrected", "noise_rate", "scores"}}
 
@@ -110,8 +113,8 @@ def one_call(seed: int, only: str = "") -> tuple[str, str, str]:
         return name, "raw TypeError", f"{at}\n{_where(error)}"
     except Exception as error:
         return name, f"raw {type(error).__name__}", f"{at}\n{_where(error)}"
-    if name.endswith("forward") or name.endswith(("reweight", "weighted_loss")):
-        return name, "result", at  # PyTorch's own arithmetic on the caller's numbers
+    if name.endswith(ARITHMETIC) or any(result is value for value in arguments.values()):
+        return name, "result", at
     special = SPECIAL.get(getattr(function, "__name__", ""), set())
     place = unsound(result, special)
     return name, f"NaN in {place}" if place else "result", at

@@ -62,9 +62,10 @@ class SampleState:
 
     FIELDS = FIELDS
 
+    @named_errors
     def __init__(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[int],
         num_classes: int,
         *,
         device: torch.device | str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ __all__ = ["check_labels", "check_num_classes", "integers_of", "label_digest", "
 _MOST_CLASSES = 2**20
 
 
-def check_labels(labels: Tensor, num_classes: int, length: int | None = None, name: str = "labels") -> Tensor:
+def check_labels(
+    labels: Tensor | Sequence[int], num_classes: int, length: int | None = None, name: str = "labels"
+) -> Tensor:
     """Checks hard labels and returns them as a contiguous int64 tensor on their device.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.errors import FileFormatError, InvalidInputError, explain
+from tad_plugin.errors import FileFormatError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.tensor_file import TensorFile
 
@@ -47,6 +47,7 @@ class SyntheticSet:
         InvalidInputError: images of another shape or type, not one label for each, soft labels of another width or
             type, or not K class names.
         InvalidLabelsError: hard labels out of range or of another type.
+        NonFiniteError: an image holds a NaN or an infinite value.
     """
 
     images: Tensor
@@ -65,6 +66,9 @@ class SyntheticSet:
             raise InvalidInputError(
                 explain("float images [M,C,H,W] with one label each", got, "Pass as many labels as images")
             )
+        if not bool(torch.isfinite(self.images.detach()).all()):
+            do = "Lower the learning rate of the run that made them"
+            raise NonFiniteError(explain("finite synthetic images", "a NaN or infinite value", do))
         self.num_classes = check_num_classes(self.num_classes)
         if self.labels.ndim == 1:
             check_labels(self.labels, self.num_classes)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, pushed_forward, require_finite
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "Embed",
@@ -173,6 +173,7 @@ def influence(
 
 
 @named_errors
+@finite_result
 def embedding_directions(
     embed: Embed, synthetic: Tensor, synthetic_labels: Tensor, target_gradient: Tensor, num_classes: int
 ) -> Tensor:

@@ -35,7 +35,7 @@ class RunningScore:
     def __init__(self, num_samples: int, *, decay: float | None = None, device: torch.device | str = "cpu") -> None:
         if decay is not None and not 0.0 < decay < 1.0:
             raise ConfigError(explain("decay in (0, 1), or None for a sum", str(decay), "Pass 0.9, for instance"))
-        num_samples = check_whole("num_samples", num_samples, 1)
+        num_samples = check_whole("num_samples", num_samples, 1, 2**28)
         self.decay = decay
         self._total = torch.zeros(num_samples, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_samples, dtype=torch.int64, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "TARGETS",
@@ -38,6 +38,7 @@ _WAY_OUT = "Hold out some real samples (a few % per class, trusted ones if possi
 
 
 @named_errors
+@finite_result
 def validation_target(
     network: nn.Module,
     synthetic: Tensor,
@@ -133,6 +134,7 @@ def _validation_gradient(
 
 
 @named_errors
+@finite_result
 def class_mean_distance(
     network: nn.Module,
     synthetic: Tensor,
@@ -198,6 +200,7 @@ def _class_mean_distance(
 
 
 @named_errors
+@finite_result
 def matching_target(
     networks: nn.Module | Sequence[nn.Module],
     synthetic: Tensor,

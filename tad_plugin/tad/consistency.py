@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_num_classes
 from tad_plugin.errors import InvalidInputError, NonFiniteError, StateMismatchError, explain
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["TemporalEnsemble", "consistency_loss", "ramp_up"]
 
@@ -45,6 +47,8 @@ class TemporalEnsemble:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_whole("num_samples", num_samples, 1, 2**28)
+        check_num_classes(num_classes)
         if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
             got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
             expected = "positive sizes, beta in [0, 1), a floating-point dtype"

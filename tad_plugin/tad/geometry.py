@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NonFiniteError, NotEnoughSamplesError, explain
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "MAX_DIM",
@@ -121,6 +121,7 @@ def _class_anchors(features: Tensor, targets: Tensor, trusted: Tensor, num_class
 
 
 @named_errors
+@finite_result
 def ledoit_wolf(residuals: Tensor) -> tuple[Tensor, Tensor]:
     """Computes a covariance shrunk toward a multiple of the identity (Ledoit & Wolf, JMVA 2004).
 
@@ -179,6 +180,7 @@ def mahalanobis(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Tensor:
 
 
 @named_errors
+@finite_result
 def cosine(features: Tensor, anchors: Tensor) -> Tensor:
     """Computes the plain cosine of each row and each anchor.
 
@@ -208,6 +210,7 @@ def _cosine(features: Tensor, anchors: Tensor) -> Tensor:
 
 
 @named_errors
+@finite_result
 def whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the Mahalanobis distance and the whitened cosine of each row and each anchor [ours].
 

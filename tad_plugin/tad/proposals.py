@@ -23,7 +23,7 @@ from tad_plugin.tad.geometry import (
     _whitened_measures,
     check_samples,
 )
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "FeatureModel",
@@ -84,6 +84,7 @@ class FeatureModel:
         return self.counts >= _MIN_ANCHOR
 
     @named_errors
+    @finite_result
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the distance and the whitened cosine to each anchor.
 
@@ -205,6 +206,7 @@ def _propose(distance: Tensor, cosine: Tensor, predicted: Tensor) -> Tensor:
 
 
 @named_errors
+@finite_result
 def reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temperature: float) -> Tensor:
     """Computes r = softmax_k(-d^2 / (2 T)) at the proposal, times (1 + cosine) / 2 [ours].
 

@@ -14,10 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.errors import InvalidInputError, TadPluginError, explain
+from tad_plugin.errors import InvalidInputError, NonFiniteError, TadPluginError, explain
 from tad_plugin.utils.whole_numbers import check_whole
 
-__all__ = ["named_errors"]
+__all__ = ["finite_result", "named_errors"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +59,21 @@ def named_errors(function: Callable[P, R]) -> Callable[P, R]:
     return named
 
 
+def finite_result(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function raise NonFiniteError where its result, a tensor or a tuple of them, holds a NaN."""
+
+    @functools.wraps(function)
+    def finite(*args: P.args, **more: P.kwargs) -> R:
+        result = function(*args, **more)
+        for part in result if isinstance(result, tuple) else (result,):
+            if isinstance(part, Tensor) and bool(torch.isnan(part.detach()).any()):
+                do = "Look for NaN and very large values in the arguments"
+                raise NonFiniteError(explain(f"a finite result of {function.__name__}", "NaN", do))
+        return result
+
+    return finite
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function) or {"return": Any}
@@ -83,6 +98,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Tensor:
         return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     if hint in (str, bool, type(None), nn.Module, torch.Generator, Path):
+        return isinstance(value, hint)
+    if inspect.isclass(hint) and hint.__module__.startswith("tad_plugin.") and not getattr(hint, "_is_protocol", False):
         return isinstance(value, hint)
     origin = typing.get_origin(hint) or hint
     if origin in (tuple, list):

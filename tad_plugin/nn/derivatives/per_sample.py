@@ -24,7 +24,7 @@ from tad_plugin.nn.derivatives.vectors import (
     require_finite,
     unflatten,
 )
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -164,6 +164,7 @@ def per_sample_gradient_chunks(
 
 
 @named_errors
+@finite_result
 def per_sample_gradients(
     network: nn.Module,
     images: Tensor,
@@ -184,6 +185,7 @@ def per_sample_gradients(
 
 
 @named_errors
+@finite_result
 def per_sample_directional(
     network: nn.Module,
     images: Tensor,
