@@ -19,7 +19,10 @@ from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, ex
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import chunk_size
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.settings import Settings, setting
+from tad_plugin.utils.torch_modes import default_modes
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
 
@@ -107,6 +110,7 @@ def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
     return DECODERS[name](synthetic.images, synthetic.labels, int(factor))
 
 
+@named_errors
 def train_on_synthetic(
     network: nn.Module, synthetic: SyntheticSet, config: EvaluateConfig, generator: torch.Generator
 ) -> nn.Module:
@@ -157,6 +161,7 @@ def train_on_synthetic(
     return network.eval()
 
 
+@named_errors
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Accuracy in percent of ``network`` on images [N,C,H,W] and labels int64 [N]. Switches it to eval mode."""
@@ -169,6 +174,8 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100.0 * hits / len(labels)
 
 
+@named_errors
+@default_modes()
 def evaluate(
     synthetic: SyntheticSet,
     test: tuple[Tensor, Tensor],
@@ -197,7 +204,9 @@ def evaluate(
         UnknownNameError: no such architecture.
         NonFiniteError: the training loss is NaN or infinite.
     """
-    config = config or EvaluateConfig()
+    config = EvaluateConfig() if config is None else config
+    if not bool(torch.isfinite(test[0]).all()):
+        raise InvalidInputError(explain("finite test images", "a NaN or infinite value", "Leave out or repair them"))
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")
     if preprocessing is not None:
         synthetic.preprocessing.check_same(preprocessing)
@@ -213,7 +222,7 @@ def evaluate(
     name = network or config.network
     size = int(images.shape[-1])
     results = []
-    for _ in range(runs or config.runs):
+    for _ in range(config.runs if runs is None else check_whole("runs", runs, 1)):
         fresh = make_network(
             name,
             in_channels=int(images.shape[1]),

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tad_plugin.core.callback import Callback
-from tad_plugin.errors import ConfigError, MissingExtraError, explain, unknown_name
+from tad_plugin.errors import ConfigError, InvalidInputError, MissingExtraError, explain, unknown_name
 from tad_plugin.utils.seeds import method_seed
 
 __all__ = ["GROUP", "available_methods", "load_method", "make_callbacks", "method_names"]
@@ -56,7 +56,9 @@ def load_method(name: str) -> type[Callback]:
 
 
 def method_names(method: str) -> list[str]:
-    """ "a+b" -> ["a", "b"]; "none" or "" -> []. The names are not checked."""
+    """ "a+b" -> ["a", "b"]; "none" or "" -> []. The names are not checked. Raises InvalidInputError for no text."""
+    if not isinstance(method, str):
+        raise InvalidInputError(explain("a method's name", repr(method), 'Pass "none", "tad" or another name'))
     return [] if method in ("none", "") else [n.strip() for n in method.split("+")]
 
 
@@ -78,7 +80,7 @@ def make_callbacks(method: str, settings: Mapping[str, Any] | None = None, *, se
     if len(set(names)) != len(names):
         raise ConfigError(explain("each method once", repr(method), "Remove the repetition"))
     settings = dict(settings or {})
-    extra = sorted(set(settings) - set(names) - {"scorer"})
+    extra = sorted(map(str, set(settings) - set(names) - {"scorer"}))
     if extra:
         expected, got = f"settings for {', '.join([*names, 'scorer'])}", f"settings for {', '.join(extra)}"
         raise ConfigError(explain(expected, got, "Remove them, or add the method"))

@@ -5,15 +5,18 @@ One object per real dataset. Methods write it and loops read it. It is the only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tad_plugin.core.class_weights import batch_weights, check_means, product_of_factors
+from tad_plugin.core.fields import check_classes, check_factor, check_field, check_rows
+from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
-from tad_plugin.data.labels import check_labels, label_digest
+from tad_plugin.data.labels import check_labels, integers_of, label_digest
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import (
     EmptyClassError,
@@ -23,6 +26,9 @@ from tad_plugin.errors import (
     explain,
     unknown_name,
 )
+from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.machine import check_device
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["SampleState"]
 
@@ -37,9 +43,11 @@ class SampleState:
             :meth:`training_weights` in a training loss.
         trusted: bool [N], whether loops may draw it; starts True.
         trust: float32 [N] in [0, 1], posterior of being correctly labelled; starts at 1.
+        version: number of writes so far.
 
-    A callback adds tensors of its own with :meth:`register`. With the starting values every loop gives the
-    baseline's result bit for bit.
+    Every write keeps this true, or is refused: weights are finite and have mean 1 over each class's trusted samples,
+    and each class has a trusted sample. With the starting values every loop gives the baseline's result bit for bit. A
+    callback adds tensors of its own with :meth:`register`.
 
     Args:
         labels: integers [N] in [0, num_classes).
@@ -54,16 +62,17 @@ class SampleState:
 
     FIELDS = FIELDS
 
+    @named_errors
     def __init__(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[int],
         num_classes: int,
         *,
         device: torch.device | str | None = None,
         allow_empty: bool = False,
     ) -> None:
         observed = check_labels(labels, num_classes)
-        self._begin(observed if device is None else observed.to(device), num_classes, allow_empty)
+        self._begin(observed if device is None else observed.to(check_device(device)), num_classes, allow_empty)
 
     @classmethod
     def of(cls, data: RealData, *, allow_empty: bool = False) -> SampleState:
@@ -77,12 +86,9 @@ class SampleState:
         return state
 
     def _begin(self, observed: Tensor, num_classes: int, allow_empty: bool) -> None:
-        counts = torch.bincount(observed, minlength=num_classes)
-        if not allow_empty and bool((counts == 0).any()):
-            missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
-            expected = f"at least one sample in each of {num_classes} classes"
-            do = "Remove the class and renumber the labels, or load more data"
-            raise EmptyClassError(explain(expected, f"no sample of class {missing}", do))
+        self._allow_empty = allow_empty
+        if not allow_empty:
+            check_classes(observed, num_classes, "Remove the class and renumber the labels, or load more data")
         self.num_classes = num_classes
         self.observed = observed.clone()
         self.digest = label_digest(observed)
@@ -94,7 +100,7 @@ class SampleState:
         self._extra: dict[str, Tensor] = {}
         # Each method's factor of the weight. Factors multiply.
         self._factors: dict[str, Tensor] = {}
-        self._version = 0
+        self.version = 0
         self._pools: tuple[int, list[Tensor]] | None = None
 
     # -- description -------------------------------------------------------------------------------
@@ -136,24 +142,36 @@ class SampleState:
         trusted: Tensor | None = None,
         trust: Tensor | None = None,
     ) -> None:
-        """Replaces whole fields, each [N]. The pools are rebuilt at their next use.
+        """Replaces whole fields, each [N], all or none. Weights are scaled anew, and pools rebuilt at their next use.
 
         Raises:
-            InvalidInputError: a wrong shape, or a trust outside [0, 1].
+            InvalidInputError: a wrong shape, a ``trusted`` that is neither True nor False, or a trust outside [0, 1].
             InvalidLabelsError: a target of a wrong shape or type, or out of range.
+            EmptyClassError: a class would have no trusted sample. Nothing is changed.
         """
         if target is not None:
-            self.target.copy_(self._checked("target", target, torch.int64, self.num_classes - 1, InvalidLabelsError))
+            target = self._checked("target", target, torch.int64, self.num_classes - 1, InvalidLabelsError)
         if trusted is not None:
-            self.trusted.copy_(self._checked("trusted", trusted, torch.bool, 1))
+            trusted = self._checked("trusted", trusted, torch.bool, 1)
         if trust is not None:
-            self.trust.copy_(self._checked("trust", trust, torch.float32, 1))
-        self._version += 1
+            trust = self._checked("trust", trust, torch.float32, 1)
+        if target is not None or trusted is not None:
+            target, trusted = self.target if target is None else target, self.trusted if trusted is None else trusted
+            do = "Let the method keep at least one sample of each class (TAD: min_per_class), or load more data"
+            if not self._allow_empty:
+                check_classes(target[trusted], self.num_classes, do)
+            self.target.copy_(target)
+            self.trusted.copy_(trusted)
+            self.refresh_weights()
+        if trust is not None:
+            self.trust.copy_(trust)
+        self.version += 1
 
     def set_weights(self, factor: str, values: Tensor) -> None:
         """Sets one method's factor of the weight.
 
-        The weight is the product of all factors, scaled to mean 1 over each class's trusted samples.
+        The weight is the product of all factors, scaled to mean 1 over each class's trusted samples. The product is
+        formed in float64, so factors may have any size.
 
         Args:
             factor: the method's name; a later call with the same name replaces the factor.
@@ -162,47 +180,24 @@ class SampleState:
         Raises:
             InvalidInputError: a wrong shape, negative or non-finite values.
         """
-        largest = torch.finfo(torch.float32).max
-        self._factors[factor] = self._checked("weights", values, torch.float32, largest).clone()
+        if not isinstance(factor, str) or not factor:
+            raise InvalidInputError(explain("the method's name", repr(factor), "Pass self.name"))
+        self._factors[factor] = check_factor("weights", values, len(self), self.device)
         self.refresh_weights()
 
     def refresh_weights(self) -> None:
         """Recomputes ``weight`` from the factors, with mean 1 over each class's trusted samples.
 
-        Call it after ``trusted`` or ``target`` changed. A class whose trusted samples all weigh 0 gets weight 1.
+        Every write does this. A class whose trusted samples all weigh 0 gets weight 1.
         """
-        product = torch.ones_like(self.weight)
-        for values in self._factors.values():
-            product = product * values
-        k = self.num_classes
-        inside = self.trusted
-        count = torch.zeros(k, device=self.device).index_add_(0, self.target[inside], torch.ones_like(product[inside]))
-        total = torch.zeros(k, device=self.device).index_add_(0, self.target[inside], product[inside])
-        scale = torch.where(
-            total > 0, count / total.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(total)
-        )
-        # A class without any weight would divide by zero. It counts evenly instead.
-        product = torch.where((total > 0)[self.target], product * scale[self.target], torch.ones_like(product))
-        self.weight.copy_(product)
-        self._version += 1
+        weight = product_of_factors(self._factors.values(), self.target, self.trusted, self.num_classes)
+        self.weight.copy_(weight)
+        self.version += 1
 
     def _checked(
-        self, name: str, values: Tensor, dtype: torch.dtype, high: float, error: type[Exception] = InvalidInputError
+        self, name: str, values: Any, dtype: torch.dtype, high: float, error: type[Exception] = InvalidInputError
     ) -> Tensor:
-        """``values`` as ``dtype`` on this device, after a check of shape, kind and range [0, high]. NaN fails."""
-        values = torch.as_tensor(values, device=self.device).detach()
-        if values.shape != (len(self),):
-            expected, got = f"`{name}` of shape [{len(self)}]", f"shape {list(values.shape)}"
-            raise error(explain(expected, got, "Pass one value per sample"))
-        if dtype == torch.int64 and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
-            raise error(explain(f"integer `{name}`", f"dtype {values.dtype}", "Convert with .long()"))
-        values = values.to(dtype)
-        wrong = ~((values >= 0) & (values <= high))
-        if bool(wrong.any()):
-            place = int(wrong.nonzero()[0])
-            got = f"{values[place].item()} at position {place}"
-            raise error(explain(f"`{name}` in [0, {high}]", got, "Check the method that computed it"))
-        return values
+        return check_field(name, values, dtype, high, len(self), self.device, error)
 
     def register(self, name: str, values: Tensor) -> Tensor:
         """Adds a tensor with first dimension N. It is saved and loaded with the state. Returns the stored tensor.
@@ -212,14 +207,10 @@ class SampleState:
         Raises:
             InvalidInputError: the first dimension is not N, or the name is a built-in field.
         """
-        if name in (*self.FIELDS, "observed") or "/" in name:
+        if not isinstance(name, str) or name in ("", *self.FIELDS, "observed") or "/" in name:
             raise InvalidInputError(explain("a name of your own, without '/'", repr(name), "Choose another name"))
         if name not in self._extra:
-            values = torch.as_tensor(values, device=self.device)
-            if values.ndim == 0 or values.shape[0] != len(self):
-                expected, got = f"`{name}` with first dimension {len(self)}", f"shape {list(values.shape)}"
-                raise InvalidInputError(explain(expected, got, "Pass one row per sample"))
-            self._extra[name] = values.detach().clone()
+            self._extra[name] = check_rows(name, values, len(self), self.device)
         return self._extra[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -236,7 +227,7 @@ class SampleState:
 
     # -- reading -----------------------------------------------------------------------------------
     def usable(self) -> Tensor:
-        """Bool [N]: trusted, and with a weight above zero."""
+        """Bool [N]: trusted, with a weight above zero."""
         return self.trusted & (self.weight > 0)
 
     def untouched(self) -> bool:
@@ -244,24 +235,26 @@ class SampleState:
         return bool((self.trusted & (self.weight == 1) & (self.target == self.observed)).all())
 
     def pools(self) -> list[Tensor]:
-        """One tensor per class: int64 indices of its usable samples, ascending. Cached until the next write."""
-        if self._pools is None or self._pools[0] != self._version:
+        """One tensor per class: int64 indices of its usable samples, ascending. Copies: writing into them is safe."""
+        return [pool.clone() for pool in self._current_pools()]
+
+    def _current_pools(self) -> list[Tensor]:
+        """The pools themselves, rebuilt only after a write."""
+        if self._pools is None or self._pools[0] != self.version:
             usable = self.usable()
             self._pools = (
-                self._version,
+                self.version,
                 [(usable & (self.target == c)).nonzero().flatten() for c in range(self.num_classes)],
             )
         return self._pools[1]
 
     def pool(self, c: int) -> Tensor:
-        """Indices (int64, ascending) of usable samples with target ``c``.
+        """Indices (int64, ascending) of usable samples with target ``c``; a copy.
 
         Raises:
             InvalidInputError: c is not a class.
         """
-        if not 0 <= c < self.num_classes:
-            raise InvalidInputError(explain(f"a class in [0, {self.num_classes})", str(c), "Pass a class index"))
-        return self.pools()[c]
+        return self._current_pools()[check_whole("a class", c, 0, self.num_classes)].clone()
 
     def sample(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         """Up to n indices of class c, drawn without replacement. A smaller pool is returned whole and shuffled.
@@ -275,50 +268,42 @@ class SampleState:
 
         Raises:
             EmptyClassError: the pool is empty.
+            InvalidInputError: c is not a class, n is no whole number of at least 1, or no CPU generator.
         """
-        pool = self.pool(c)
-        if n < 1:
-            raise InvalidInputError(explain("n of at least 1", str(n), "Ask for at least one sample"))
+        pool = self._current_pools()[check_whole("a class", c, 0, self.num_classes)]
+        n = check_whole("n", n, 1)
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            do = "Pass torch.Generator().manual_seed(...)"
+            raise InvalidInputError(explain("a CPU generator", repr(generator), do))
         if len(pool) == 0:
             do = "Lower the threshold or raise min_per_class of the method"
             raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
         order = torch.randperm(len(pool), generator=generator)[:n]
         return pool[order.to(pool.device)]
 
-    def weights(self, indices: Tensor) -> Tensor:
+    def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Weights for a matching loss: float32 [B], mean 1 over the batch's samples of each target class.
 
         With mean 1 each class keeps its share of the loss. An untrusted sample weighs 0. If all trusted samples of a
         class in the batch weigh 0, they count evenly. A class without a trusted sample in the batch drops out.
-        Trusted samples of equal weight give exactly 1.
+        Trusted samples of equal weight give exactly 1. Raises InvalidInputError for bad indices.
         """
-        w, inside = self.weight[indices], self.trusted[indices]
-        if bool((inside & (w == w[:1])).all()):
-            return torch.ones_like(w)
-        y = self.target[indices]
-        k = self.num_classes
+        i = check_indices(indices, len(self), self.device)
+        return batch_weights(self.weight[i], self.target[i], self.trusted[i], self.num_classes)
 
-        def per_class(values: Tensor) -> Tensor:
-            return torch.zeros(k, device=w.device, dtype=torch.float64).index_add_(0, y, values)
-
-        even = inside.double()
-        own = w.double() * even
-        own = torch.where((per_class(own) > 0)[y], own, even)
-        scale = torch.bincount(y, minlength=k).double() / per_class(own).clamp_min(1e-300)
-        return torch.where(inside, (own * scale[y]).float(), torch.zeros_like(w))
-
-    def training_weights(self, indices: Tensor | None = None) -> Tensor:
+    def training_weights(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
         """Weights for a loss that trains a network on real data: float32 [B], ``weight``, or 0 if not trusted.
 
         They are not rescaled in the batch. None stands for all samples.
         """
         if indices is None:
             return self.weight * self.trusted
-        return self.weight[indices] * self.trusted[indices]
+        i = check_indices(indices, len(self), self.device)
+        return self.weight[i] * self.trusted[i]
 
-    def targets(self, indices: Tensor) -> Tensor:
-        """Target labels of a batch, int64 [B]."""
-        return self.target[indices]
+    def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Target labels of a batch, int64 [B]. Raises InvalidInputError for bad indices."""
+        return self.target[check_indices(indices, len(self), self.device)]
 
     # -- saving ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -331,21 +316,38 @@ class SampleState:
             "factors": {k: v.clone() for k, v in self._factors.items()},
         }
 
+    @named_errors
     def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the given state") -> None:
-        """Restores :meth:`state_dict`. ``source`` names it in messages.
+        """Restores :meth:`state_dict`, all of it or nothing. ``source`` names it in messages.
 
         Raises:
             StateMismatchError: it belongs to data with other observed labels.
+            InvalidInputError: a part is missing, or has a wrong shape or range, or weights without mean 1 per class.
+            InvalidLabelsError: a target out of range.
+            EmptyClassError: a class has no trusted sample.
         """
+        parts = ("digest", "num_classes", *self.FIELDS, "extra", "factors")
+        if lost := [name for name in parts if name not in state]:
+            do = "Pass what state_dict() returned"
+            raise InvalidInputError(explain("a whole state", f"{source} without {', '.join(lost)}", do))
         digest, k = str(state["digest"]), int(state["num_classes"])
         if digest != self.digest or k != self.num_classes:
             _mismatch(self.num_classes, self.digest, k, digest, source)
-        for name in self.FIELDS:
-            getattr(self, name).copy_(state[name])
-        self._extra = {k: v.to(self.device).clone() for k, v in state["extra"].items()}
-        self._factors = {k: v.to(self.device).clone() for k, v in state["factors"].items()}
-        self._version += 1
+        target = self._checked("target", state["target"], torch.int64, k - 1, InvalidLabelsError)
+        trusted = self._checked("trusted", state["trusted"], torch.bool, 1)
+        trust = self._checked("trust", state["trust"], torch.float32, 1)
+        weight = self._checked("weight", state["weight"], torch.float32, torch.finfo(torch.float32).max)
+        place = (len(self), self.device)
+        factors = {name: check_factor(name, values, *place) for name, values in state["factors"].items()}
+        extra = {name: check_rows(name, values, *place) for name, values in state["extra"].items()}
+        if not self._allow_empty:
+            check_classes(target[trusted], k, f"Delete {source} and let the method compute it again")
+        check_means(weight, target, trusted, k, source)
+        for name, values in (("target", target), ("trusted", trusted), ("trust", trust), ("weight", weight)):
+            getattr(self, name).copy_(values)
+        self._extra, self._factors, self.version = extra, factors, self.version + 1
 
+    @named_errors
     def save(self, path: str | Path, *, configs: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file (atomically replaced), with a JSON header.
 
@@ -360,6 +362,7 @@ class SampleState:
         return read_state_file(path)[0]
 
     @classmethod
+    @named_errors
     def load(
         cls, path: str | Path, labels: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> SampleState:
@@ -375,13 +378,14 @@ class SampleState:
             StateMismatchError: it belongs to other labels; both hashes are shown.
         """
         _, saved = read_state_file(path)
-        observed = saved["observed"] if labels is None else torch.as_tensor(labels)
+        observed = saved["observed"] if labels is None else integers_of(labels)
         k, own = int(saved["num_classes"]), label_digest(observed)
         if own != saved["digest"]:
             _mismatch(k, own, k, saved["digest"], f"the file {path}")
         # Whether a class may be empty was decided when the state was made.
         state = cls(observed, k, device=device, allow_empty=True)
         state.load_state_dict(saved)
+        state._allow_empty = bool((torch.bincount(state.target[state.trusted], minlength=k) == 0).any())
         return state
 
 

@@ -20,6 +20,7 @@ from tad_plugin.data.sources import RawSplits, read_source
 from tad_plugin.data.splits import shuffled_classes
 from tad_plugin.data.whitening import fit_zca
 from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.seeds import seeded_generator
 
 __all__ = ["DataSplits", "load_dataset", "stratified_holdout"]
@@ -141,6 +142,7 @@ class DataSplits:
         return train, NoisyLabels.of(spec, labels[n:], self.holdout_labels, self.num_classes)
 
 
+@named_errors
 def load_dataset(
     name: str,
     root: str | Path | None = None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tad_plugin.data.whitening import ZCA
 from tad_plugin.errors import FileFormatError, InvalidInputError, PreprocessingMismatchError, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["KNOWN_STATISTICS", "Preprocessing", "channel_statistics"]
 
@@ -50,6 +51,7 @@ class Preprocessing:
     std: tuple[float, ...]
     zca: ZCA | None = None
 
+    @named_errors
     def __post_init__(self) -> None:
         """Normalises the types and checks the values."""
         object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
@@ -60,6 +62,7 @@ class Preprocessing:
             do = "Give one mean and one std per channel, and std 1 for a constant channel"
             raise InvalidInputError(explain("finite means and stds above 0, one per channel", got, do))
 
+    @named_errors
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised images. ``images``: float [N, C, H, W] in [0, 1]; the result has their dtype and device.
 
@@ -70,6 +73,7 @@ class Preprocessing:
         images = (images - mean) / std
         return images if self.zca is None else self.zca.to(images.device)(images)
 
+    @named_errors
     def inverse(self, images: Tensor) -> Tensor:
         """Images in [0, 1] from normalised ones. Not clamped, so synthetic images may lie outside.
 
@@ -145,6 +149,7 @@ class Preprocessing:
             raise FileFormatError(explain(f"values with fingerprint {expected}", got, do))
         return made
 
+    @named_errors
     def check_same(self, other: Preprocessing) -> None:
         """Checks that ``other`` gives the same network input.
 

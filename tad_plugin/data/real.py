@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tad_plugin.data.labels import check_labels
+from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["RealData"]
 
@@ -28,7 +30,7 @@ class RealData:
         ipc: images per class of the synthetic set, if known. A method may keep at least that many per class.
 
     Raises:
-        InvalidInputError: images that are no float tensor.
+        InvalidInputError: images that are no float tensor, or another value of a wrong kind or range.
         InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
@@ -40,15 +42,23 @@ class RealData:
     noise_rate: float | None = None
     ipc: int | None = None
 
+    @named_errors
     def __post_init__(self) -> None:
-        if self.images.ndim < 2 or not self.images.is_floating_point():
-            raise InvalidInputError(
-                explain(
-                    "images as a float tensor [N,C,H,W]",
-                    f"{self.images.dtype} {list(self.images.shape)}",
-                    "Stack and normalise them",
-                )
-            )
+        images = self.images
+        if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
+            got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            do = "Stack and normalise them"
+            raise InvalidInputError(explain("images as a float tensor [N,C,H,W]", got, do))
+        self.num_classes = check_num_classes(self.num_classes)
+        if self.ipc is not None:
+            self.ipc = check_whole("ipc", self.ipc, 1)
+        rate = self.noise_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+            do = "Pass the share of wrong labels, or None if it is not known"
+            raise InvalidInputError(explain("noise_rate in [0, 1]", repr(rate), do))
+        if not isinstance(self.dataset, str):
+            do = 'Pass its name, or "" if it is not known'
+            raise InvalidInputError(explain("the name of the dataset", repr(self.dataset), do))
         self.labels = check_labels(self.labels, self.num_classes, len(self.images)).to(self.images.device)
         if self.true_labels is not None:
             self.true_labels = check_labels(self.true_labels, self.num_classes, len(self.images), "true_labels").to(
@@ -58,12 +68,14 @@ class RealData:
     def __len__(self) -> int:
         return len(self.images)
 
+    @named_errors
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (indices int64 [B], images [B,...]) over the data in order."""
         for start in range(0, len(self), size):
             images = self.images[start : start + size]
             yield torch.arange(start, start + len(images), device=images.device), images
 
+    @named_errors
     def subset(self, indices: Tensor) -> RealData:
         """The same data restricted to ``indices`` (int64 [M])."""
         return RealData(

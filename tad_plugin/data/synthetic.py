@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tad_plugin.data.labels import check_labels
+from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.errors import FileFormatError, InvalidInputError, explain
+from tad_plugin.errors import FileFormatError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.tensor_file import TensorFile
 
 __all__ = ["SyntheticSet"]
@@ -46,6 +47,7 @@ class SyntheticSet:
         InvalidInputError: images of another shape or type, not one label for each, soft labels of another width or
             type, or not K class names.
         InvalidLabelsError: hard labels out of range or of another type.
+        NonFiniteError: an image holds a NaN or an infinite value.
     """
 
     images: Tensor
@@ -57,12 +59,17 @@ class SyntheticSet:
     learning_rate: float | None = None
     decode: str = ""
 
+    @named_errors
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or not self.images.is_floating_point() or len(self.images) != len(self.labels):
             got = f"images {self.images.dtype} {list(self.images.shape)} and labels {list(self.labels.shape)}"
             raise InvalidInputError(
                 explain("float images [M,C,H,W] with one label each", got, "Pass as many labels as images")
             )
+        if not bool(torch.isfinite(self.images.detach()).all()):
+            do = "Lower the learning rate of the run that made them"
+            raise NonFiniteError(explain("finite synthetic images", "a NaN or infinite value", do))
+        self.num_classes = check_num_classes(self.num_classes)
         if self.labels.ndim == 1:
             check_labels(self.labels, self.num_classes)
         elif self.labels.shape[1:] != (self.num_classes,) or not self.labels.is_floating_point():
@@ -86,10 +93,12 @@ class SyntheticSet:
         """A copy with tensors of its own, without gradients."""
         return replace(self, images=self.images.detach().clone(), labels=self.labels.detach().clone())
 
+    @named_errors
     def to(self, device: torch.device | str) -> SyntheticSet:
         """The set with images and labels on ``device``."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    @named_errors
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file (atomically replaced): images, labels, and all attributes."""
         header: dict[str, Any] = {
@@ -105,6 +114,7 @@ class SyntheticSet:
         _FILE.write(path, tensors, header)
 
     @classmethod
+    @named_errors
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> SyntheticSet:
         """Reads a file of :meth:`save`.
 

@@ -10,6 +10,7 @@ from tad_plugin.iwd.explicit import dm_influence, embedding_directions, explicit
 from tad_plugin.iwd.explicit_gradients import gradient_influence
 from tad_plugin.iwd.implicit import SegmentStep, curvature_product, inverse_hessian_influence, unrolled_influence
 from tad_plugin.iwd.implicit_segment import segment_influence
+from tad_plugin.iwd.running_score import RunningScore
 from tad_plugin.iwd.scoring import Fold, cross_fit, held_out_folds, score_on_network
 from tad_plugin.iwd.targets import (
     class_mean_distance,
@@ -19,7 +20,6 @@ from tad_plugin.iwd.targets import (
     validation_target,
 )
 from tad_plugin.iwd.weighting import (
-    RunningScore,
     Temperature,
     effective_sample_size,
     fit_temperature,

@@ -21,6 +21,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, pushed_forward, require_finite
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "Embed",
@@ -36,6 +37,7 @@ Embed = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] -> features [B, D]."""
 
 
+@named_errors
 def explicit_influence(
     loss: Tensor,
     weights: Tensor,
@@ -78,6 +80,7 @@ def explicit_influence(
     return derivative
 
 
+@named_errors
 def target_direction(
     loss: Tensor,
     parameters: Tensors,
@@ -118,6 +121,7 @@ def target_direction(
     return _mixed_derivative(loss, leaves, "target parameters", parts, slopes, rates, retain_graph)
 
 
+@named_errors
 def influence(
     loss_fn: Callable[[Tensor, Any], Tensor],
     weights: Tensor,
@@ -168,6 +172,8 @@ def influence(
     return derivative
 
 
+@named_errors
+@finite_result
 def embedding_directions(
     embed: Embed, synthetic: Tensor, synthetic_labels: Tensor, target_gradient: Tensor, num_classes: int
 ) -> Tensor:
@@ -194,6 +200,7 @@ def embedding_directions(
     return _directions(embed, synthetic, labels, target_gradient, num_classes)
 
 
+@named_errors
 def dm_influence(
     embed: Embed,
     images: Tensor,

@@ -21,6 +21,7 @@ from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 from tad_plugin.nn.derivatives.vectors import require_finite
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["GradientDistance", "class_gradient_influence", "gradient_influence"]
 
@@ -28,6 +29,7 @@ GradientDistance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(synthetic gradients, real gradients), one tensor per parameter each -> scalar, differentiable in both."""
 
 
+@named_errors
 def gradient_influence(
     network: nn.Module,
     images: Tensor,

@@ -36,6 +36,7 @@ from tad_plugin.nn.derivatives.per_sample import (
     per_sample_directional,
 )
 from tad_plugin.nn.derivatives.vectors import LossFunction, cross_entropy, flatten, require_finite
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["SegmentStep", "curvature_product", "inverse_hessian_influence", "unrolled_influence"]
 
@@ -59,6 +60,7 @@ class SegmentStep:
     divisor: float | None = None
 
 
+@named_errors
 def unrolled_influence(
     network: nn.Module,
     steps: Sequence[SegmentStep],
@@ -143,6 +145,7 @@ def unrolled_influence(
     return require_finite(total, "influences", "Lower the learning rate, or check the direction")
 
 
+@named_errors
 def inverse_hessian_influence(
     network: nn.Module,
     images: Tensor,
@@ -217,6 +220,7 @@ def inverse_hessian_influence(
     return -along / len(images)
 
 
+@named_errors
 def curvature_product(
     network: nn.Module,
     images: Tensor,

@@ -16,10 +16,12 @@ from tad_plugin.iwd.explicit import target_direction
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
 from tad_plugin.iwd.targets import validation_gradient
 from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["add_term", "segment_influence", "synthetic_gradient"]
 
 
+@named_errors
 def segment_influence(
     segment: Segment,
     images: Tensor,

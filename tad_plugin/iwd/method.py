@@ -18,8 +18,9 @@ from tad_plugin.errors import ConfigError, DisconnectedGraphError, explain
 from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_segment import add_term, segment_influence, synthetic_gradient
+from tad_plugin.iwd.running_score import RunningScore
 from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
-from tad_plugin.iwd.weighting import Classes, RunningScore
+from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.nn.passes import chunk_size
 

@@ -23,6 +23,7 @@ from tad_plugin.iwd.explicit_gradients import GradientDistance, class_gradient_i
 from tad_plugin.iwd.implicit_networks import learned_influence
 from tad_plugin.iwd.targets import TARGETS, Expand, hard_labels, mean_target_gradient
 from tad_plugin.iwd.weighting import Classes
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = [
     "Fold",
@@ -58,6 +59,7 @@ def valid_size(held_out: float) -> bool:
     return 0 < held_out <= 0.5 or (held_out >= 1 and float(held_out).is_integer())
 
 
+@named_errors
 def held_out_folds(
     targets: Tensor,
     num_classes: int,
@@ -117,6 +119,7 @@ def draw_folds(
     return [Fold(fold.held_out, fold.scored[usable[fold.scored]]) for fold in dealt]
 
 
+@named_errors
 def cross_fit(
     labels: Tensor,
     num_classes: int,
@@ -272,6 +275,7 @@ class Refresh:
         return NetworkScores(fold.scored, found, Classes(own, k, every).z_scores(found), value)
 
 
+@named_errors
 def score_on_network(
     network: nn.Module,
     images: Tensor,

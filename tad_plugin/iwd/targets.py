@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NoHeldOutError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "TARGETS",
@@ -36,6 +37,8 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _WAY_OUT = "Hold out some real samples (a few % per class, trusted ones if possible) with cross_fit(...)"
 
 
+@named_errors
+@finite_result
 def validation_target(
     network: nn.Module,
     synthetic: Tensor,
@@ -73,6 +76,7 @@ def validation_target(
     return F.cross_entropy(torch.func.functional_call(network, {**trained, **buffers}, (images,)), labels)
 
 
+@named_errors
 def validation_gradient(
     network: nn.Module,
     synthetic: Tensor,
@@ -129,6 +133,8 @@ def _validation_gradient(
     )
 
 
+@named_errors
+@finite_result
 def class_mean_distance(
     network: nn.Module,
     synthetic: Tensor,
@@ -193,6 +199,8 @@ def _class_mean_distance(
     return gap[both].square().sum()
 
 
+@named_errors
+@finite_result
 def matching_target(
     networks: nn.Module | Sequence[nn.Module],
     synthetic: Tensor,
@@ -230,6 +238,7 @@ def matching_target(
     return torch.stack(losses).mean()
 
 
+@named_errors
 def target_gradient(
     target: str,
     networks: list[nn.Module],

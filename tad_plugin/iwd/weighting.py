@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
-from tad_plugin.errors import ConfigError, ConvergenceWarning, InvalidInputError, StateMismatchError, explain
+from tad_plugin.errors import ConvergenceWarning, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = [
     "Classes",
-    "RunningScore",
     "Temperature",
     "effective_sample_size",
     "fit_temperature",
@@ -150,6 +148,7 @@ class Classes:
         return torch.where(inside, torch.exp(-inverse[labels] * gap), 0.0)
 
 
+@named_errors
 def standardise(scores: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Computes z-scores inside each class: mean 0, population standard deviation 1.
 
@@ -170,6 +169,7 @@ def standardise(scores: Tensor, labels: Tensor, num_classes: int, mask: Tensor |
     return classes.z_scores(classes.finite(scores))
 
 
+@named_errors
 def saturate(scores: Tensor, labels: Tensor, num_classes: int, share: float, mask: Tensor | None = None) -> Tensor:
     """Raises the best scores of each class to one common value, so that these samples get the same weight.
 
@@ -194,6 +194,7 @@ def saturate(scores: Tensor, labels: Tensor, num_classes: int, share: float, mas
     return Classes.checked(scores, labels, num_classes, mask).saturated(scores, share)
 
 
+@named_errors
 def fit_temperature(
     scores: Tensor, labels: Tensor, num_classes: int, ess: float | Tensor = 0.5, mask: Tensor | None = None
 ) -> Temperature:
@@ -217,6 +218,7 @@ def fit_temperature(
     return classes.fit(classes.z_scores(classes.finite(scores)), _wanted(ess, classes))
 
 
+@named_errors
 def softmax_weights(
     scores: Tensor, labels: Tensor, num_classes: int, temperature: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -244,6 +246,7 @@ def softmax_weights(
     return classes.softmax(z, temperature).to(torch.promote_types(scores.dtype, torch.float32))
 
 
+@named_errors
 def weights_from_scores(
     scores: Tensor, labels: Tensor, num_classes: int, ess: float = 0.5, mask: Tensor | None = None
 ) -> Tensor:
@@ -279,6 +282,7 @@ def weights_from_scores(
     return classes.softmax(z, fitted.temperature).to(torch.promote_types(scores.dtype, torch.float32))
 
 
+@named_errors
 def effective_sample_size(weights: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Computes (sum w)^2 / (n_c sum w^2) of each class: 1 for even weights, 1/n_c if one sample has all the weight.
 
@@ -302,99 +306,3 @@ def _wanted(ess: float | Tensor, classes: Classes) -> Tensor:
             explain("ess in (0, 1]", str(ess), "Pass the share of a class that is to keep its weight")
         )
     return wanted.expand(classes.num_classes)
-
-
-class RunningScore:
-    """Sum, or exponential moving average, of each sample's scores over batches, networks and refreshes.
-
-    Add *standardised* influences (:func:`standardise`), so that networks with large gradients do not dominate.
-
-    Attributes:
-        counts: int64 [N], number of scores of each sample.
-
-    Args:
-        num_samples: N.
-        decay: share of the old value that is kept at each score, in (0, 1); None for a plain sum.
-        device: device of the tensors.
-    """
-
-    def __init__(self, num_samples: int, *, decay: float | None = None, device: torch.device | str = "cpu") -> None:
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise ConfigError(explain("decay in (0, 1), or None for a sum", str(decay), "Pass 0.9, for instance"))
-        self.decay = decay
-        self._total = torch.zeros(num_samples, dtype=torch.float32, device=device)
-        self.counts = torch.zeros(num_samples, dtype=torch.int64, device=device)
-
-    @property
-    def seen(self) -> Tensor:
-        """Bool [N]: scored at least once."""
-        return self.counts > 0
-
-    @property
-    def value(self) -> Tensor:
-        """float32 [N]: the sum, or the bias-corrected average; 0 for a sample that was never scored."""
-        if self.decay is None:
-            return self._total.clone()
-        return torch.where(self.seen, self._total / (1.0 - self.decay ** self.counts.double()).float(), 0.0)
-
-    @property
-    def estimate(self) -> Tensor:
-        """float32 [N]: the mean score, shrunk by one pseudo-score of 0.
-
-        The plain mean of few scores is more extreme. Shrinking makes samples with different counts comparable.
-        """
-        mean = self.value if self.decay is not None else self._total / self.counts.clamp_min(1)
-        return mean * (self.counts / (self.counts + 1.0))
-
-    def forget(self, mask: Tensor) -> None:
-        """Drops the scores of the samples in ``mask`` (bool [N])."""
-        self._total[mask] = 0
-        self.counts[mask] = 0
-
-    def restore(self, estimate: Tensor, counts: Tensor) -> None:
-        """Restores the scores from :attr:`estimate` (float [N]) and counts (int64 [N])."""
-        self.counts.copy_(counts)
-        mean = estimate.double() * (counts + 1.0) / counts.clamp_min(1)
-        factor = counts.double() if self.decay is None else 1.0 - self.decay ** counts.double()
-        self._total.copy_(mean * factor)
-
-    def add(self, indices: Tensor | None, scores: Tensor) -> None:
-        """Adds one score [B] for each of ``indices`` (int64 [B], each at most once; None for all N).
-
-        Raises:
-            NonFiniteError: a score is NaN or infinite; nothing is added then.
-            InvalidInputError: lengths differ or an index comes twice.
-        """
-        where = torch.arange(len(self.counts), device=self.counts.device) if indices is None else indices
-        if scores.shape != where.shape or where.ndim != 1:
-            got = f"{list(where.shape)} indices and {list(scores.shape)} scores"
-            raise InvalidInputError(explain("one score per index", got, "Pass tensors of one length"))
-        if indices is not None and len(indices.unique()) != len(indices):
-            raise InvalidInputError(
-                explain("each index at most once", "a repeated one", "Add the scores in several calls")
-            )
-        scores = require_finite(scores.detach().to(self._total), "scores", "Check the influences that were computed")
-        old = self._total[where]
-        self._total[where] = old + scores if self.decay is None else self.decay * old + (1.0 - self.decay) * scores
-        self.counts[where] += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that restores this object bit for bit: tensors and plain values."""
-        return {"decay": self.decay, "total": self._total.clone(), "counts": self.counts.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`.
-
-        Raises:
-            StateMismatchError: the saved scores have another number of samples or another decay.
-        """
-        if state["total"].shape != self._total.shape or state["decay"] != self.decay:
-            raise StateMismatchError(
-                explain(
-                    f"scores of {len(self.counts)} samples with decay {self.decay}",
-                    f"{len(state['total'])} samples with decay {state['decay']}",
-                    "Resume with the same data and settings, or start without the saved scores",
-                )
-            )
-        self._total.copy_(state["total"])
-        self.counts.copy_(state["counts"])

@@ -48,6 +48,7 @@ from tad_plugin.tad.proposals import (
     check_projection,
     predicted_labels,
 )
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["RECALL_PRECISION", "Calibration", "calibrate_threshold"]
 
@@ -91,6 +92,7 @@ class Calibration:
     candidates: Tensor
 
 
+@named_errors
 def calibrate_threshold(
     features: Tensor,
     targets: Tensor,

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.data.labels import check_num_classes
 from tad_plugin.errors import InvalidInputError, NonFiniteError, StateMismatchError, explain
+from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["TemporalEnsemble", "consistency_loss", "ramp_up"]
 
@@ -34,6 +37,7 @@ class TemporalEnsemble:
         InvalidInputError: an argument out of range.
     """
 
+    @named_errors
     def __init__(
         self,
         num_samples: int,
@@ -43,6 +47,8 @@ class TemporalEnsemble:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_whole("num_samples", num_samples, 1, 2**28)
+        check_num_classes(num_classes)
         if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
             got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
             expected = "positive sizes, beta in [0, 1), a floating-point dtype"
@@ -51,6 +57,7 @@ class TemporalEnsemble:
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
         self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)
 
+    @named_errors
     def update(self, indices: Tensor, probabilities: Tensor) -> None:
         """Adds one visit of each sample. A sample twice in the batch counts once, with its mean prediction.
 
@@ -90,6 +97,7 @@ class TemporalEnsemble:
         self.mean[indices] = torch.lerp(old, total / copies.unsqueeze(1), rate).to(self.mean.dtype)
         self.count[indices] = count
 
+    @named_errors
     def ensemble(self, indices: Tensor) -> Tensor:
         """Returns the mean probabilities, float32 [B, K] on the device of ``indices``.
 
@@ -104,6 +112,7 @@ class TemporalEnsemble:
         """Returns everything that restores this ensemble bit for bit."""
         return {"beta": self.beta, "mean": self.mean.clone(), "count": self.count.clone()}
 
+    @named_errors
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the result of :meth:`state_dict`.
 
@@ -129,6 +138,7 @@ class TemporalEnsemble:
         return indices
 
 
+@named_errors
 def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
     """Computes mean_i ||softmax(logits_i) - p_i||^2, a scalar [ours].
 
@@ -152,6 +162,7 @@ def consistency_loss(logits: Tensor, targets_probs: Tensor) -> Tensor:
     return torch.where(seen, distance, 0.0).mean()
 
 
+@named_errors
 def ramp_up(epoch: float, length: float, maximum: float) -> float:
     """Computes the weight of the consistency term: maximum * exp(-5 (1 - t)^2), t = epoch / length within [0, 1].
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NonFiniteError, NotEnoughSamplesError, explain
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "MAX_DIM",
@@ -89,6 +90,7 @@ def check_samples(
     return features, targets, trusted.to(features.device)
 
 
+@named_errors
 def class_anchors(features: Tensor, targets: Tensor, trusted: Tensor, num_classes: int) -> Anchors:
     """Computes the mean feature of the trusted samples of each class [ours].
 
@@ -118,6 +120,8 @@ def _class_anchors(features: Tensor, targets: Tensor, trusted: Tensor, num_class
     return Anchors(sums / counts.clamp_min(1).unsqueeze(1), counts)
 
 
+@named_errors
+@finite_result
 def ledoit_wolf(residuals: Tensor) -> tuple[Tensor, Tensor]:
     """Computes a covariance shrunk toward a multiple of the identity (Ledoit & Wolf, JMVA 2004).
 
@@ -155,6 +159,7 @@ def _ledoit_wolf(residuals: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - shrinkage) * empirical + shrinkage * target, shrinkage
 
 
+@named_errors
 def mahalanobis(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Tensor:
     """Computes the Mahalanobis distance, **not** squared, of each row to each anchor.
 
@@ -174,6 +179,8 @@ def mahalanobis(features: Tensor, anchors: Tensor, cholesky: Tensor) -> Tensor:
     return whitened_measures(features, anchors, cholesky)[0]
 
 
+@named_errors
+@finite_result
 def cosine(features: Tensor, anchors: Tensor) -> Tensor:
     """Computes the plain cosine of each row and each anchor.
 
@@ -202,6 +209,8 @@ def _cosine(features: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@named_errors
+@finite_result
 def whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> tuple[Tensor, Tensor]:
     """Computes the Mahalanobis distance and the whitened cosine of each row and each anchor [ours].
 
@@ -225,6 +234,7 @@ def whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> tu
         got = f"{list(features.shape)}, {list(anchors.shape)} and {list(cholesky.shape)}"
         expected = "features [N, D], anchors [K, D] and a factor [D, D]"
         raise InvalidInputError(explain(expected, got, "Pass matching shapes"))
+    check_features(features)
     return _whitened_measures(features, anchors, cholesky)
 
 
@@ -246,6 +256,7 @@ def _whiten(features: Tensor, centre: Tensor, cholesky: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(cholesky.double(), (features.double() - centre.double()).T, upper=False).T
 
 
+@named_errors
 def principal_axes(features: Tensor, dimensions: int, *, limit: int = _MAX_ROWS) -> Tensor:
     """Computes the leading principal axes of the rows, by falling variance.
 

@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["ClassMixture", "MixtureInit", "check_losses", "fit_class_mixture"]
 
@@ -77,6 +78,7 @@ class ClassMixture:
     converged: Tensor
     iterations: Tensor
 
+    @named_errors
     def density(self, index: int, grid: Tensor) -> Tensor:
         """Computes the densities of the two components of one class, weighted by their proportions.
 
@@ -99,6 +101,7 @@ class ClassMixture:
         bell = torch.exp(-(x - mean).square() / (2 * variance)) / (2 * math.pi * variance).sqrt()
         return self.proportions[index] * bell / self.scale[index]
 
+    @named_errors
     def posterior(self, losses: Tensor, labels: Tensor, *, monotone: bool = False) -> Tensor:
         """Computes the posterior of the low-mean component for any losses.
 
@@ -157,6 +160,7 @@ def check_losses(losses: Tensor) -> Tensor:
     return losses.detach().double()
 
 
+@named_errors
 def fit_class_mixture(
     losses: Tensor,
     labels: Tensor,

@@ -23,6 +23,7 @@ from tad_plugin.tad.geometry import (
     _whitened_measures,
     check_samples,
 )
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "FeatureModel",
@@ -82,6 +83,8 @@ class FeatureModel:
         """Bool [K]: classes with an anchor, that is with at least 2 trusted samples."""
         return self.counts >= _MIN_ANCHOR
 
+    @named_errors
+    @finite_result
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the distance and the whitened cosine to each anchor.
 
@@ -115,6 +118,7 @@ def check_projection(max_dim: int, axes: Tensor | None, dimensions: int) -> None
         raise InvalidInputError(explain(expected, f"shape {list(axes.shape)}", "Compute them from the same features"))
 
 
+@named_errors
 def fit_features(
     features: Tensor,
     targets: Tensor,
@@ -168,6 +172,7 @@ def _fit_features(
     return FeatureModel(anchors, counts, axes, torch.linalg.cholesky(covariance + jitter))
 
 
+@named_errors
 def propose(distance: Tensor, cosine: Tensor, predictions: Tensor) -> Tensor:
     """Proposes the label on which three judges agree [ours].
 
@@ -200,6 +205,8 @@ def _propose(distance: Tensor, cosine: Tensor, predicted: Tensor) -> Tensor:
     return torch.where(agreed, nearest, -1)
 
 
+@named_errors
+@finite_result
 def reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temperature: float) -> Tensor:
     """Computes r = softmax_k(-d^2 / (2 T)) at the proposal, times (1 + cosine) / 2 [ours].
 
@@ -233,6 +240,7 @@ def _reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, tempe
     return torch.where(proposal >= 0, score, 0.0).float().clamp(0, 1)
 
 
+@named_errors
 def fit_temperature(distance: Tensor, targets: Tensor) -> float:
     """Finds the T >= 1 that gives the targets the greatest likelihood under softmax(-d^2 / (2 T)) [ours].
 
@@ -284,6 +292,7 @@ def _fit_temperature(distance: Tensor, targets: Tensor) -> float:
     return 1 / (low * high) ** 0.5
 
 
+@named_errors
 def reliability(
     features: Tensor,
     targets: Tensor,

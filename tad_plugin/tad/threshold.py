@@ -15,6 +15,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning, explain
 from tad_plugin.tad.mixture import ClassMixture, _posterior, check_losses
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["THRESHOLD", "Division", "divide"]
 
@@ -39,6 +40,7 @@ class Division:
     replaced: Tensor
 
 
+@named_errors
 def divide(
     losses: Tensor,
     labels: Tensor,

@@ -10,7 +10,27 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["command_line", "peak_memory_bytes", "reset_peak_memory", "versions"]
+from tad_plugin.errors import InvalidInputError, explain
+
+__all__ = ["check_device", "command_line", "peak_memory_bytes", "reset_peak_memory", "versions"]
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InvalidInputError: no such device, or one without memory ("meta").
+    """
+    expected, do = "a device of this machine", "Pass 'cpu', or 'cuda' where torch.cuda.is_available()"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidInputError(explain(expected, f"{device!r} ({reason})", do)) from error
+    if found.type == "meta":
+        raise InvalidInputError(explain(expected, repr(str(found)), do))
+    return found
 
 
 def versions(device: str | torch.device = "cpu") -> dict[str, str]:

@@ -7,18 +7,54 @@ formulas differ for historical reasons. Changing one would change results.
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["derived_seed", "expert_generator", "generator_of", "method_seed", "scorer_seed", "seeded_generator"]
+from tad_plugin.utils.whole_numbers import check_whole
+
+__all__ = [
+    "check_seed",
+    "derived_seed",
+    "expert_generator",
+    "generator_of",
+    "global_generators_kept",
+    "method_seed",
+    "scorer_seed",
+    "seeded_generator",
+]
 
 _LARGEST = 2**63
 
 
+def check_seed(seed: Any) -> int:
+    """Checks a seed and returns it as an int.
+
+    Raises:
+        InvalidInputError: no whole number in [-2^63, 2^64).
+    """
+    return check_whole("a seed", seed, -_LARGEST, 2 * _LARGEST)
+
+
 def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator with this seed."""
-    return torch.Generator().manual_seed(seed)
+    """A CPU generator with this seed. Raises InvalidInputError for a seed that is no whole number."""
+    return torch.Generator().manual_seed(check_seed(seed))
+
+
+@contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """Gives the global CPU generators of torch, NumPy and random back as they were."""
+    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        random.setstate(kept[2])
 
 
 def derived_seed(*parts: Any) -> int:

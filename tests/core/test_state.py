@@ -32,7 +32,7 @@ def state() -> SampleState:
 
 def full_state() -> SampleState:
     made = state()
-    made.update(target=LABELS.flip(0), trusted=LABELS != 1, trust=torch.linspace(0, 1, 9))
+    made.update(target=LABELS.flip(0), trusted=torch.arange(9) % 4 > 0, trust=torch.linspace(0, 1, 9))
     made.set_weights("tad", torch.linspace(0.1, 2, 9))
     made.set_weights("iwd", torch.linspace(2, 0.3, 9))
     made.register("influence", torch.randn(9, 2, generator=torch.Generator().manual_seed(0)))
@@ -118,8 +118,9 @@ def test_a_class_of_one_sample_can_be_drawn_and_weighted() -> None:
 
 def test_update_replaces_and_checks() -> None:
     made = state()
-    made.update(target=LABELS.flip(0), trusted=LABELS == 0)
-    assert torch.equal(made.pool(0), ((LABELS.flip(0) == 0) & (LABELS == 0)).nonzero().flatten())
+    trusted = torch.arange(9) < 5
+    made.update(target=LABELS.flip(0), trusted=trusted)
+    assert torch.equal(made.pool(0), ((LABELS.flip(0) == 0) & trusted).nonzero().flatten())
     assert torch.equal(made.observed, LABELS)
     for target, value in ((LABELS + 1, " 3 "), (LABELS - 1, "-1"), (LABELS[:2], "2"), (LABELS.float(), "float32")):
         with pytest.raises(InvalidLabelsError, match=f"target.*{value}"):
@@ -137,7 +138,7 @@ def test_writing_and_states_of_checked_data_do_not_check_labels_again(monkeypatc
     monkeypatch.setattr("tad_plugin.core.state.check_labels", None)  # a call would fail
     made = SampleState.of(data)
     assert torch.equal(made.observed, LABELS) and made.digest == label_digest(LABELS) and made.untouched()
-    made.update(target=LABELS.flip(0).int(), trusted=LABELS != 1, trust=torch.linspace(0, 1, 9))
+    made.update(target=LABELS.flip(0).int(), trusted=LABELS.flip(0) != 3, trust=torch.linspace(0, 1, 9))
     made.set_weights("tad", torch.linspace(0.1, 2, 9))
     assert torch.equal(made.target, LABELS.flip(0)) and made.target.dtype == torch.int64
     with pytest.raises(EmptyClassError, match="class 1"):
@@ -218,10 +219,10 @@ def test_untrusted_samples_weigh_nothing() -> None:
 
 def test_training_weights_are_the_weights_of_trusted_samples_and_not_rescaled() -> None:
     made = full_state()
-    batch = torch.tensor([8, 1, 0, 4])
+    batch = torch.tensor([7, 8, 1, 4])
     found = made.training_weights(batch)
     assert found.dtype == torch.float32 and torch.equal(found, made.training_weights()[batch])
-    assert found.tolist() == [float(made.weight[8]), 0.0, float(made.weight[0]), 0.0]
+    assert found.tolist() == [float(made.weight[7]), 0.0, float(made.weight[1]), 0.0]
 
 
 def test_equal_weights_are_exactly_one_and_vanished_classes_count_evenly() -> None:
@@ -234,7 +235,6 @@ def test_equal_weights_are_exactly_one_and_vanished_classes_count_evenly() -> No
     made.set_weights("m", torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1, 1]))
     assert torch.equal(made.weights(torch.tensor([0, 3, 1])), torch.ones(3))
     assert made.weights(torch.tensor([0, 6])).tolist() == [0.0, 2.0]
-    assert made.weights(torch.tensor([], dtype=torch.int64)).shape == (0,)
 
 
 def test_samples_without_weight_leave_the_pool() -> None:
@@ -269,9 +269,18 @@ def test_bad_draws_are_named() -> None:
         made.sample(3, 1, torch.Generator())
     with pytest.raises(InvalidInputError, match="0"):
         made.sample(0, 0, torch.Generator())
-    made.update(trusted=LABELS != 2)
+    for n in (1.0, "1", True):
+        with pytest.raises(InvalidInputError):
+            made.sample(0, n, torch.Generator())  # type: ignore[arg-type]
+    for c in (-1, 0.0, "0", None):
+        with pytest.raises(InvalidInputError):
+            made.pool(c)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError):
+        made.sample(0, 1, None)  # type: ignore[arg-type]
+    folds = SampleState(LABELS, 3, allow_empty=True)
+    folds.update(trusted=LABELS != 2)
     with pytest.raises(EmptyClassError, match="class 2"):
-        made.sample(2, 1, torch.Generator())
+        folds.sample(2, 1, torch.Generator())
 
 
 # files

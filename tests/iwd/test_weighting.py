@@ -20,8 +20,8 @@ from tad_plugin.errors import (
     NonFiniteError,
     StateMismatchError,
 )
+from tad_plugin.iwd.running_score import RunningScore
 from tad_plugin.iwd.weighting import (
-    RunningScore,
     effective_sample_size,
     fit_temperature,
     saturate,

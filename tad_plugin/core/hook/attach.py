@@ -7,34 +7,43 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tad_plugin.core.diagnostics import InfluenceDiagnostics, SplitDiagnostics
 from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.hook.images import as_images
 from tad_plugin.core.observer import Observer
-from tad_plugin.core.registry import make_callbacks
+from tad_plugin.core.registry import make_callbacks, method_names
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
+from tad_plugin.data.labels import integers_of
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import read_json, read_yaml
+from tad_plugin.utils.machine import check_device
+from tad_plugin.utils.seeds import check_seed
 from tad_plugin.utils.settings import build_config
+from tad_plugin.utils.torch_modes import default_modes
 
 __all__ = ["add_arguments", "attach"]
 
 
+@named_errors
+@default_modes()
 def attach(
     method: str | None = None,
     *,
     labels: Tensor | Sequence[int] | None = None,
-    data: Tensor | Dataset[Any] | None = None,
+    data: Tensor | np.ndarray | Sequence[Any] | Dataset[Any] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | str | Path | None = None,
-    true_labels: Tensor | None = None,
+    true_labels: Tensor | Sequence[int] | None = None,
     dataset: str = "",
     ipc: int | None = None,
     noise_rate: float | None = None,
@@ -53,7 +62,8 @@ def attach(
     Args:
         method: "none", a registered method, or several joined by "+" in the order they act ("tad+iwd").
         labels: observed labels of all real samples, integers [N].
-        data: normalised images float32 [N,C,H,W], or a map-style dataset of (image, label) that is stacked once.
+        data: normalised images [N,C,H,W] or [N,H,W] (a tensor, array or list; other real dtypes become float32), or a
+            map-style dataset of (image, label), which is read once. "none" reads no dataset.
         num_classes: K; by default the largest label + 1.
         seed: seeds the generators of the hook, the scorer and each method. The global generators are never touched.
         config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
@@ -78,10 +88,13 @@ def attach(
         The Hook; with "none" every handle is an identity.
 
     Raises:
-        InvalidLabelsError, EmptyClassError, InvalidInputError: bad labels or data.
+        InvalidLabelsError, EmptyClassError, InvalidInputError: bad labels, data, seed, number of classes or device.
         UnknownNameError, ConfigError: unknown method, unknown or missing settings.
         FileFormatError: ``config`` cannot be read, or ``state`` is not a whole state file.
         StateMismatchError: ``state`` belongs to other data, other methods or other settings.
+
+    Warns:
+        TadPluginWarning: images that are not normalised.
     """
     if args is not None:
         method = method if method is not None else getattr(args, "tad_method", None)
@@ -91,12 +104,17 @@ def attach(
     method = "none" if method is None else method
     if labels is None:
         raise InvalidInputError(explain("`labels` of all real samples", "none", "Pass labels=labels_all"))
-    observed = torch.as_tensor(labels)
+    seed = check_seed(seed)
+    # Copies: writing into the caller's labels later changes nothing here.
+    observed = integers_of(labels).clone()
+    true_labels = None if true_labels is None else integers_of(true_labels, "true_labels").clone()
     if num_classes is None:
         num_classes = int(observed.max()) + 1 if observed.numel() else 1
-    images = _stack(data)
-    spec = NoiseSpec.parse(noise) if isinstance(noise, str) else noise
+    spec = _spec(noise)
     corrupted = spec is not None and spec.kind != "none"
+    names = method_names(method)
+    # "none" looks at no image of a dataset, unless the noise depends on them.
+    images = as_images(data, len(observed), read=bool(names) or (spec is not None and spec.kind == "instance"))
     # Images [N,0] stand for "labels only". All else that is known still reaches the methods.
     shown = images if images is not None else torch.zeros(observed.numel(), 0, device=observed.device)
     # RealData checks images and labels, and nothing after it checks them again.
@@ -105,8 +123,9 @@ def attach(
         _corrupt(real, spec, images)
     settings = _read_config(config)
     callbacks = make_callbacks(method, settings, seed=seed)
-    if device is not None and images is not None and callbacks:
-        _move(real, device)
+    where = None if device is None else check_device(device)
+    if where is not None and images is not None and callbacks:
+        _move(real, where)
     watchers = list(observers)
     if callbacks and real.true_labels is not None:
         watchers += [SplitDiagnostics(), InfluenceDiagnostics()]
@@ -130,16 +149,13 @@ def attach(
     return hook
 
 
-def _stack(data: Tensor | Dataset[Any] | None) -> Tensor | None:
-    if data is None or isinstance(data, Tensor):
-        return data
-    try:
-        rows = [torch.as_tensor(data[i][0]) for i in range(len(data))]  # type: ignore[arg-type]
-        return torch.stack(rows).float()
-    except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        expected = "`data` as a tensor [N,C,H,W] or a map-style dataset of (image, label)"
-        got = f"{type(data).__name__}: {error}"
-        raise InvalidInputError(explain(expected, got, "Stack the images first")) from error
+def _spec(noise: NoiseSpec | str | None) -> NoiseSpec | None:
+    if noise is None or isinstance(noise, NoiseSpec):
+        return noise
+    if not isinstance(noise, str):
+        do = 'Pass a NoiseSpec or text such as "symmetric:0.4"'
+        raise InvalidInputError(explain("`noise` as text or a NoiseSpec", repr(noise), do))
+    return NoiseSpec.parse(noise)
 
 
 def _corrupt(real: RealData, spec: NoiseSpec, images: Tensor | None) -> None:
@@ -150,7 +166,7 @@ def _corrupt(real: RealData, spec: NoiseSpec, images: Tensor | None) -> None:
         real.noise_rate = spec.rate
 
 
-def _move(real: RealData, device: torch.device | str) -> None:
+def _move(real: RealData, device: torch.device) -> None:
     real.images, real.labels = real.images.to(device), real.labels.to(device)
     if real.true_labels is not None:
         real.true_labels = real.true_labels.to(device)
@@ -159,6 +175,9 @@ def _move(real: RealData, device: torch.device | str) -> None:
 def _read_config(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
     if config is None or isinstance(config, Mapping):
         return config or {}
+    if not isinstance(config, str | Path):
+        got = type(config).__name__
+        raise ConfigError(explain("`config` as a mapping or a YAML or JSON file", got, "Pass method -> settings"))
     # YAML 1.1 reads the JSON number 1e-3 as text.
     values = (read_json if Path(config).suffix == ".json" else read_yaml)(config)
     if values is None:

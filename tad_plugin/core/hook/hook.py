@@ -29,8 +29,10 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.core.state_file import read_state_file
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import scorer_seed, seeded_generator
+from tad_plugin.utils.torch_modes import default_modes
 
 __all__ = ["Hook"]
 
@@ -84,22 +86,21 @@ class Hook:
         self.scorer: Scorer | None = None
         self.scoring_seconds = 0.0
         self.state_path = state_path
-        self.iteration, self._expert = 0, -1
+        self.iteration, self._expert, self._seed = 0, -1, seed
         self.batches = Batches(state, self.enabled, self.wants_graph)
         self.segments = Segments(self.data, self.wants_graph)
         # Labels that attach() corrupted must reach a training loop with and without a method.
         given = data.true_labels if corrupted else state.observed
         self.training = RealTraining(state, given, active=self.enabled or corrupted)
-        self._seed = seed
-        self._started = False
-        self._decided = False
+        self._started = self._decided = False
         for callback in self.callbacks:
             check_needs(callback, data, trains_on_real)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         began = perf_counter()
-        yield
+        with default_modes():
+            yield
         self.scoring_seconds += perf_counter() - began
 
     # -- starting ----------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class Hook:
                     checkpoint()
         return self
 
+    @default_modes()
     def _make_scorer(self) -> Scorer:
         return Scorer(self._images(), self.scorer_config, seed=scorer_seed(self._seed))
 
@@ -185,8 +187,8 @@ class Hook:
 
     # -- which label, which weight -------------------------------------------------------------------
     def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """Target labels int64 [B]."""
-        return self.state.targets(torch.as_tensor(indices, device=self.state.device))
+        """Target labels int64 [B]. Raises InvalidInputError for bad indices."""
+        return self.state.targets(indices)
 
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Matching weights float32 [B], mean 1 per class; the one line in a loop. See :meth:`Batches.weights`."""
@@ -379,6 +381,7 @@ class Hook:
             "scoring_seconds": self.scoring_seconds,
         }
 
+    @named_errors
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Raises StateMismatchError for other data, ConfigError for other methods."""
         self.state.load_state_dict(state["state"])
@@ -389,12 +392,9 @@ class Hook:
             self.scorer.load_state_dict(state["scorer"])
         self.generator.set_state(state["generator"].cpu())
         self.iteration = int(state["iteration"])
-        self._started = bool(state["started"])
-        self._decided = bool(state["decided"])
+        self._started, self._decided = bool(state["started"]), bool(state["decided"])
         self.scoring_seconds = float(state["scoring_seconds"])
 
 
 def _inner(network: nn.Module) -> nn.Module:
-    """The network inside nn.DataParallel."""
-    inner: nn.Module = network.module if isinstance(network, nn.DataParallel) else network
-    return inner
+    return network.module if isinstance(network, nn.DataParallel) else network

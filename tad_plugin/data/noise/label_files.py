@@ -24,6 +24,7 @@ from tad_plugin.data.labels import check_labels, whole_number
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
 from tad_plugin.data.noise.pickled_arrays import read_pickled_arrays
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["human_labels", "read_label_file"]
 
@@ -38,6 +39,7 @@ _SCHEMES = (
 )
 
 
+@named_errors
 def read_label_file(path: str | Path) -> dict[str, Tensor]:
     """All label sets of a file of arrays by short name ("clean", "worse", "random1", ...), each int64 [M] on the CPU.
 
@@ -69,6 +71,7 @@ def read_label_file(path: str | Path) -> dict[str, Tensor]:
     return labels
 
 
+@named_errors
 def human_labels(
     path: str | Path,
     key: str,

@@ -24,6 +24,7 @@ from tad_plugin.data.noise.class_maps import asymmetric_map
 from tad_plugin.data.noise.label_files import human_labels
 from tad_plugin.data.noise.text import ACCEPTED, parse_fields, read_matrix
 from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain
+from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import atomic_write, read_json
 
 __all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
@@ -145,6 +146,7 @@ class NoiseSpec:
     spread: float = 0.1
     version: int = VERSION
 
+    @named_errors
     def __post_init__(self) -> None:
         self._require(self.kind in KINDS, f"a kind of noise out of {', '.join(KINDS)}", self.kind)
         try:
@@ -191,6 +193,7 @@ class NoiseSpec:
 
     # -- text and files ----------------------------------------------------------------------------
     @classmethod
+    @named_errors
     def parse(cls, text: str, *, seed: int | None = None, path: str | Path | None = None) -> NoiseSpec:
         """Reads the short form: ``none``, ``symmetric:0.4``, ``asymmetric:0.4@seed=3``, ``human:worse@path=FILE``.
 
@@ -240,6 +243,7 @@ class NoiseSpec:
         return {k: v for k, v in values.items() if k in always or v != default[k]}
 
     @classmethod
+    @named_errors
     def from_dict(cls, values: Mapping[str, Any]) -> NoiseSpec:
         """The inverse of :meth:`to_dict`.
 
@@ -267,6 +271,7 @@ class NoiseSpec:
         return cls.from_dict(_read_description(path)["spec"])
 
     # -- noise -------------------------------------------------------------------------------------
+    @named_errors
     def apply(
         self,
         labels: Tensor,

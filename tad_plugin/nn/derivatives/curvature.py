@@ -24,6 +24,7 @@ from tad_plugin.errors import (
     explain,
 )
 from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, flatten, pushed_forward, require_finite, unflatten
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["CGResult", "MatVec", "conjugate_gradient", "gauss_newton_vector_product", "hessian_vector_product"]
 
@@ -31,6 +32,7 @@ MatVec = Callable[[Tensor], Tensor]
 """A symmetric linear map of flat vectors, [P] -> [P]."""
 
 
+@named_errors
 def hessian_vector_product(f: Callable[[Any], Tensor], parameters: Tensors) -> MatVec:
     """Makes the map v -> H v, where H is the Hessian of ``f`` at ``parameters``.
 
@@ -63,6 +65,7 @@ def hessian_vector_product(f: Callable[[Any], Tensor], parameters: Tensors) -> M
     return product
 
 
+@named_errors
 def gauss_newton_vector_product(
     model: Callable[[Any], Tensor], loss: Callable[[Tensor], Tensor], parameters: Tensors
 ) -> MatVec:
@@ -118,6 +121,7 @@ class CGResult:
     converged: bool
 
 
+@named_errors
 def conjugate_gradient(
     matvec: MatVec,
     b: Tensor,

@@ -24,6 +24,7 @@ from tad_plugin.nn.derivatives.vectors import (
     require_finite,
     unflatten,
 )
+from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -121,6 +122,7 @@ def activation_bytes(network: nn.Module, image: Tensor, parameters: Parameters |
     return sum(sizes.values())
 
 
+@named_errors
 def per_sample_gradient_chunks(
     network: nn.Module,
     images: Tensor,
@@ -161,6 +163,8 @@ def per_sample_gradient_chunks(
         yield part, torch.cat([found[name].reshape(part.stop - part.start, -1) for name in values], dim=1)
 
 
+@named_errors
+@finite_result
 def per_sample_gradients(
     network: nn.Module,
     images: Tensor,
@@ -180,6 +184,8 @@ def per_sample_gradients(
     return torch.cat([gradients for _, gradients in chunks])
 
 
+@named_errors
+@finite_result
 def per_sample_directional(
     network: nn.Module,
     images: Tensor,

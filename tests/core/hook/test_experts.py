@@ -25,7 +25,7 @@ K = 3
 
 def made(**more: Any) -> tuple[Hook, Tensor, Tensor]:
     images, true = blobs(spread=0.8)
-    images, labels = images.flatten(1), flip(true, K, 0.3)
+    labels = flip(true, K, 0.3)
     settings = {"tad": {"warmup": 1, "consistency_rounds": 2}}
     hook = attach("tad", labels=labels, data=images, num_classes=K, trains_on_real=True, config=settings, **more)
     return hook, images, labels
@@ -34,7 +34,7 @@ def made(**more: Any) -> tuple[Hook, Tensor, Tensor]:
 def network(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, K))
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, K))
 
 
 def train(hook: Hook, images: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> nn.Module:

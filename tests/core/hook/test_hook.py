@@ -81,9 +81,11 @@ def test_none_returns_the_same_objects_and_draws_nothing(global_rng_untouched: N
     assert hook.loader(loader) is loader and hook.criterion(criterion) is criterion
     assert hook.reweight(rows, indices) is rows and not hook.enabled and hook.wants_graph() is False
     weights = hook.weights(indices)
-    # a view of one number: nothing was computed
-    assert torch.equal(weights, torch.ones(4)) and weights.stride() == (0,)
-    assert weights.data_ptr() == hook.weights(indices[:2]).data_ptr()
+    weights[0] = 5  # and pools: writing into what was returned changes nothing
+    hook.pools()[0].clear()
+    hook.pool(0).zero_()
+    assert torch.equal(hook.weights(indices), torch.ones(4))
+    assert len(hook.pools()[0]) == 20 and hook.pool(0).tolist() == hook.pools()[0]
     assert hook.data is not None and hook.data.images.data_ptr() == images.data_ptr()
     hook.epoch_end(nn.Identity())
     hook.before_update(rows.sum(), rows, nn.Identity())
@@ -165,14 +167,14 @@ def test_a_loop_that_trains_on_real_data_scores_with_its_own_network() -> None:
     images, true = blobs(spread=0.8)
     records: list[dict[str, Any]] = []
     hook = attach(
-        "tad", labels=flip(true, 3, 0.3), data=images.flatten(1), num_classes=3, true_labels=true, trains_on_real=True,
+        "tad", labels=flip(true, 3, 0.3), data=images, num_classes=3, true_labels=true, trains_on_real=True,
         config={"tad": {"warmup": 1}}, log=records.append,
     )  # fmt: skip
     assert hook.scorer is None and hook.state.summary()["trusted"] == 60
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
-    loader = hook.loader(DataLoader(TensorDataset(images.flatten(1), hook.state.observed), batch_size=20))
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    loader = hook.loader(DataLoader(TensorDataset(images, hook.state.observed), batch_size=20))
     criterion: Any = hook.criterion(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     for _ in range(4):

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from tad_plugin import attach
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.hook.given_batches import GivenBatches
 from tad_plugin.core.hook.hook import Hook
-from tad_plugin.core.hook.loader import BatchIndex, IndexedLoader, TrustedCriterion
+from tad_plugin.core.hook.loader import IndexedLoader, TrustedCriterion
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError
 
@@ -83,6 +84,15 @@ def test_identity_weights_train_as_the_plain_loop_bit_for_bit(
             assert torch.equal(a, b)
 
 
+def in_flight(indices: Tensor) -> tuple[GivenBatches, Any]:
+    """Batches of which the one of these samples was just given, and the pass that gave it."""
+    given = GivenBatches()
+    given.loaders = 1
+    passing = given.passed(None, iter([(indices, (IMAGES[indices], LABELS[indices]))]))
+    next(passing)
+    return given, passing
+
+
 def criteria() -> list[Any]:
     weight = torch.tensor([1.0, 2.0, 0.5])
     return [
@@ -100,9 +110,8 @@ def criteria() -> list[Any]:
 def test_identity_weights_keep_what_the_criterion_says(number: int) -> None:
     criterion = criteria()[number]
     logits = torch.randn(N, K, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    index = BatchIndex()
-    wrapped = TrustedCriterion(criterion, SampleState(LABELS, K), index, CallbackList())
-    index.current = torch.arange(N)
+    given, _passing = in_flight(torch.arange(N))
+    wrapped = TrustedCriterion(criterion, SampleState(LABELS, K), given, CallbackList())
     torch.testing.assert_close(wrapped(logits, LABELS), criterion(logits, LABELS))
 
 
@@ -111,10 +120,9 @@ def test_relabelled_and_weighted_loss_is_that_of_a_for_loop() -> None:
     generator = torch.Generator().manual_seed(3)
     state.update(target=LABELS.flip(0), trusted=torch.rand(N, generator=generator) < 0.7)
     state.set_weights("m", torch.rand(N, generator=generator))
-    index = BatchIndex()
     logits = torch.randn(10, K, generator=generator).requires_grad_()
     batch = torch.randperm(N, generator=generator)[:10]
-    index.current = batch
+    given, _passing = in_flight(batch)
     weight = torch.tensor([1.0, 2.0, 0.5])
     for criterion, cw in ((nn.CrossEntropyLoss(), torch.ones(K)), (nn.CrossEntropyLoss(weight=weight), weight)):
         top, bottom = 0.0, 0.0
@@ -123,7 +131,7 @@ def test_relabelled_and_weighted_loss_is_that_of_a_for_loop() -> None:
             target = int(LABELS.flip(0)[i])
             top += w * float(cw[target]) * -float(logits[row].log_softmax(0)[target].detach())
             bottom += w * float(cw[target])
-        got = TrustedCriterion(criterion, state, index, CallbackList())(logits, LABELS[batch])
+        got = TrustedCriterion(criterion, state, given, CallbackList())(logits, LABELS[batch])
         assert float(got.detach()) == pytest.approx(top / bottom, rel=1e-5)
     got.backward()
     untrusted = ~state.trusted[batch]
@@ -132,11 +140,10 @@ def test_relabelled_and_weighted_loss_is_that_of_a_for_loop() -> None:
 
 def test_a_batch_without_weight_gives_zero_with_a_graph() -> None:
     state = SampleState(LABELS, K)
-    state.update(trusted=torch.zeros(N, dtype=torch.bool))
-    index = BatchIndex()
-    index.current = torch.arange(4)
+    state.update(trusted=torch.arange(N) > 3)
+    given, _passing = in_flight(torch.arange(4))
     logits = torch.randn(4, K, requires_grad=True)
-    loss = TrustedCriterion(nn.CrossEntropyLoss(), state, index, CallbackList())(logits, LABELS[:4])
+    loss = TrustedCriterion(nn.CrossEntropyLoss(), state, given, CallbackList())(logits, LABELS[:4])
     loss.backward()
     assert float(loss.detach()) == 0 and logits.grad is not None and not bool(logits.grad.any())
 
@@ -171,14 +178,15 @@ def test_testing_gets_the_plain_criterion_inside_and_after_an_epoch() -> None:
 def test_batches_are_those_of_the_wrapped_loader_whatever_they_hold() -> None:
     rows = [{"x": IMAGES[i], "y": int(LABELS[i])} for i in range(N)]
     plain = DataLoader(rows, batch_size=7, drop_last=True)  # type: ignore[arg-type]
-    index = BatchIndex()
-    wrapped = IndexedLoader(plain, index, N)
+    given = GivenBatches()
+    wrapped = IndexedLoader(plain, given, N)
     seen = []
     for a, b in zip(plain, wrapped, strict=True):
         assert torch.equal(a["x"], b["x"]) and torch.equal(a["y"], b["y"])
-        assert index.current is not None
-        seen += index.current.tolist()
-    assert seen == list(range(35)) and index.current is None and wrapped.dataset is rows
+        batch = given.find(b["y"], 7, LABELS)
+        assert batch is not None
+        seen += batch.indices.tolist()
+    assert seen == list(range(35)) and wrapped.dataset is rows
 
 
 class Endless(IterableDataset):  # type: ignore[type-arg]
