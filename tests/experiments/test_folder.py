@@ -115,8 +115,12 @@ def test_without_yaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_in_the_place_of_the_folder_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="--out"):
-        RunFolder(tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(InvalidInputError), RunFolder(path).claimed():
+            pass
+    for path in ("", " ", "a\0b", Path()):
+        with pytest.raises(InvalidInputError, match="--out"):
+            RunFolder(path)
 
 
 # log
