@@ -278,13 +278,14 @@ def initial_images(
     for c in range(k):
         indices = draw_class(hook, data, c, config.ipc, generator)
         if len(indices) < config.ipc:
-            raise NotEnoughSamplesError(
-                explain(
-                    f"at least IPC = {config.ipc} usable samples of class {c}",
-                    str(len(indices)),
-                    "Lower --ipc, use init=noise, or raise min_per_class of the method",
-                )
-            )
+            ways = ["Lower the IPC (--ipc)"]
+            if "noise" in config.inits:
+                ways.append('start from noise (init "noise"; --loop.init noise)')
+            if hook is not None and hook.enabled:
+                ways.append("let the method trust more of the class")
+            do = ", or ".join(ways)
+            expected = f"at least IPC = {config.ipc} usable samples of class {c}"
+            raise NotEnoughSamplesError(explain(expected, str(len(indices)), do))
         rows.append(data.images[indices])
     return torch.cat(rows).clone(), labels
 

@@ -20,6 +20,7 @@ from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.evaluate import evaluate
 from tad_plugin.experiments.arm_hook import arm_hook, nominal_rate
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
+from tad_plugin.experiments.doubts import doubts
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
@@ -279,6 +280,7 @@ class Run:
             "influence": _influence(hook),
             "state": hook.state.summary(),
             "versions": versions(plan.device),
+            "doubts": doubts(loop.result().images, splits, accuracy, plan),
             "command": command_line(),
             "config_sha256": self.folder.config_digest(plan.record, ignore=MAY_DIFFER),
         }

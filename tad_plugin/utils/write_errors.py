@@ -34,7 +34,7 @@ def check_path(path: str | Path, name: str) -> Path:
         InvalidInputError: it is empty, or holds a NUL character.
     """
     text = str(path)
-    if not text or text.isspace() or path == Path():  # Path("") is the working directory
+    if not text or text.isspace():
         raise InvalidInputError(explain(f"a path in {name}", repr(text), "Name a folder or file, as in runs/first"))
     if "\0" in text:
         raise InvalidInputError(explain(f"a path in {name}", repr(text), "Remove the NUL character"))
