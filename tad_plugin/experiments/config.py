@@ -1,6 +1,6 @@
 """Settings of a run as the user gives them: command-line flags, lines of a YAML file, or keyword arguments."""
 
-from __future__ import annotations
+# no postponed annotations: jsonargparse reads the types of the settings below
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -101,7 +101,7 @@ class RunConfig(Settings):
             self.require(isinstance(own, Mapping), f"a mapping of settings of {name!r}", repr(own), do)
 
     @classmethod
-    def from_flags(cls, given: Mapping[str, Any]) -> RunConfig:
+    def from_flags(cls, given: Mapping[str, Any]) -> "RunConfig":
         """Settings from the command line, where 0 in a field without a default means "not given"."""
         preset = {f.name for f in fields(cls) if f.default is None}
         values: dict[str, Any] = dict(given)

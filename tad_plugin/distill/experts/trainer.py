@@ -3,7 +3,7 @@
 The data stay on their device, and whole batches are processed at once. Targets, weights and trust come from the hook.
 """
 
-from __future__ import annotations
+# no postponed annotations: jsonargparse reads the types of the settings below
 
 import dataclasses
 from collections.abc import Callable, Mapping
