@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError, RuntimeError) as error:
-        named = named_write_error(error, getattr(error, "filename", None) or "a file")
+        named = named_write_error(error, getattr(error, "filename", None) or "a file", "use")
         if named is None:
             raise
         print(f"tad-plugin: {named}", file=sys.stderr)

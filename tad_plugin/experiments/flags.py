@@ -46,7 +46,8 @@ _PILOTS = ("pilots", "pilot_epochs", "rounds")
 
 def _require(effect: bool, flag: str, where: str) -> None:
     if not effect:
-        raise ConfigError(explain(f"{flag} only where it has an effect ({where})", "it elsewhere", f"Leave {flag} out"))
+        got, do = "a command on which it has none", "Leave it out, or correct the command"
+        raise ConfigError(explain(f"{flag} where it has an effect: {where}", got, do))
 
 
 def check_distill_flags(config: RunConfig, arms: Sequence[str], shared: str = "") -> None:

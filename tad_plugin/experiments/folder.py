@@ -70,18 +70,27 @@ class RunFolder:
             try:
                 yield self
             except BaseException:
-                if self.config_path not in before and not self._resumable(before):
-                    self.clear()
+                self._undo(before)
                 raise
 
     def _files(self) -> set[Path]:
         return {p for p in self.path.rglob("*") if p.is_file()}
 
-    def _resumable(self, before: set[Path]) -> bool:
-        """Whether files were added from which a run goes on: anything but configuration, log and half of a slot."""
-        own = {self.config_path, self.log_path, *(self.path / name for name in LOCK_FILES)}
-        added = {p for p in self._files() - before - own if not p.name.startswith(".tmp-")}
-        return any(p.parent != self.checkpoints.path or p.suffix == ".json" for p in added)
+    def _undo(self, before: set[Path]) -> None:
+        """Removes the files of an attempt that added nothing from which a run goes on, and no other files.
+
+        Configuration, log and half of a checkpoint are nothing without more.
+        """
+        locks = {self.path / name for name in LOCK_FILES}
+        added = self._files() - before - locks
+        half = {p for p in added if p.parent == self.checkpoints.path and not p.with_suffix(".json").exists()}
+        useless = half | {p for p in added if p in (self.config_path, self.log_path) or p.name.startswith(".tmp-")}
+        if added != useless or before & {self.config_path, self.results_path}:
+            return
+        for path in useless:
+            path.unlink(missing_ok=True)
+        if self.checkpoints.path.is_dir() and not any(self.checkpoints.path.iterdir()):
+            self.checkpoints.path.rmdir()
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"

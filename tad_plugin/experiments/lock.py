@@ -49,7 +49,7 @@ def claimed_folder(folder: Path) -> Iterator[None]:
             yield
         finally:
             holder.unlink(missing_ok=True)
-            if made and {p.name for p in folder.iterdir()} <= set(LOCK_FILES):
+            if made and folder.is_dir() and {p.name for p in folder.iterdir()} <= set(LOCK_FILES):
                 (folder / LOCK_FILES[0]).unlink(missing_ok=True)
             lock.release()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import typing
 from collections.abc import Iterable, Sequence
@@ -108,4 +109,6 @@ def check_given(parser: Any, given: Sequence[str]) -> None:
         if not re.match(r"--[A-Za-z]", flag) or flag in known or flag.startswith(_OPEN):
             continue
         do = suggestion(flag, known) or f"See: tad-plugin {verb} --help"
+        if flag in flags_of(parser) and not difflib.get_close_matches(flag, known, n=1, cutoff=0.85):
+            do = f"Leave it out: it would have no effect on {verb}"
         raise ConfigError(explain(f"a flag of {verb}", flag, do))

@@ -41,14 +41,19 @@ def check_path(path: str | Path, name: str) -> Path:
     return Path(path)
 
 
-def named_write_error(error: BaseException, path: str | Path) -> TadPluginError | None:
+def named_write_error(error: BaseException, path: str | Path, do: str = "write") -> TadPluginError | None:
     """The named error for one that was raised while ``path`` was written; None if it is about something else.
+
+    Args:
+        error: what was raised.
+        path: what was written.
+        do: what was done to it, for the message.
 
     Returns:
         A DiskSpaceError (full disk, no inodes left, quota, file size limit), an InvalidInputError (a path that cannot
         exist) or a FileWriteError (no permission, a read-only disk, a fault of the disk).
     """
-    if isinstance(error, TadPluginError):
+    if isinstance(error, (TadPluginError, TimeoutError)):
         return None
     if isinstance(error, ValueError) and "null" in str(error):
         return InvalidInputError(explain("a path without a NUL character", repr(str(path)), "Correct the path"))
@@ -60,7 +65,7 @@ def named_write_error(error: BaseException, path: str | Path) -> TadPluginError 
         reason = os.strerror(number) if number else str(error).split("\n", 1)[0][:200]
     else:
         return None
-    expected = f"to write {path}"
+    expected = f"to {do} {path}"
     if number in _NO_ROOM:
         do = "Free space or inodes on that disk, or raise the limit (ulimit -f, quota); the same command goes on"
         return DiskSpaceError(explain(expected, reason, do))

@@ -304,7 +304,7 @@ class NoiseSpec:
         true = check_labels(labels, num_classes)
         if self.kind == "human":
             if self.path is None:
-                do = "Add the file, as in 'human:worse@path=FILE'"
+                do = "Add the file, as in 'human:worse@path=FILE' (on the command line: --labels FILE)"
                 raise ConfigError(explain("a path of a label file for human noise", "none", do))
             noisy = human_labels(
                 self.path,
