@@ -11,9 +11,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")
 out=${2:-runs/baselines_cifar10}
+arms=${ARMS:-clean,noisy,oracle,clean-then-distil,tad,iwd,tad+iwd}
 common=(--dataset "folder:$images" --per_class 1000 --ipc 10 --noise symmetric:0.4 --loop.batch_real 64 --eval_runs 2 --candidates 1
-  --methods '{"iwd": {"ess": 0.5}}' --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
-  --arms "${ARMS:-clean,noisy,oracle,clean-then-distil,tad,iwd,tad+iwd}")
+  --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
+  --arms "$arms")
+if [[ $arms == *iwd* ]]; then common+=(--methods '{"iwd": {"ess": 0.5}}'); fi
 gradients=(--width 16 --loop.outer 10 --loop.inner 2 --loop.init real --lr_img 1.0 --eval_epochs 200)
 for baseline in ${BASELINES:-dc dsa idm}; do
   case $baseline in

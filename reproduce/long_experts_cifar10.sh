@@ -11,11 +11,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")
 out=${2:-runs/long_experts_cifar10}
+arms=${ARMS:-clean,noisy,oracle,clean-then-distil,tad}
 common=(--dataset "folder:$images" --per_class 1000 --noise symmetric:0.4 --ipc 10 --width 32 --iterations 40 --lr_img 3000 --eval_epochs 300 --eval_runs 2
-  --candidates 1 --methods '{"iwd": {"ess": 0.5}}' --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
-  --arms "${ARMS:-clean,noisy,oracle,clean-then-distil,tad}"
+  --candidates 1 --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
+  --arms "$arms"
   --loop.syn_steps 30 --loop.batch_syn 20 --loop.lr_teacher 0.05 --loop.lr_lr 1e-6 --loop.expert_epochs 1 --loop.max_start_epoch 19
   --loop.experts '{"experts": 5, "epochs": 20, "batch_train": 32, "lr": 0.02, "momentum": 0.9, "augment": "none", "rho": 0.0, "pilot_epochs": 9}')
+if [[ $arms == *iwd* ]]; then common+=(--methods '{"iwd": {"ess": 0.5}}'); fi
 for baseline in ${BASELINES:-datm mtt}; do
   own=()
   if [ "$baseline" = datm ]; then

@@ -12,11 +12,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 images=$(realpath "${1:?an image folder or zip of CIFAR-10}")
 out=${2:-runs/trajectories_cifar10}
+arms=${ARMS:-clean,noisy,oracle,clean-then-distil,tad,iwd,tad+iwd}
 common=(--dataset "folder:$images" --per_class 1000 --noise "${NOISE:-symmetric:0.4}" --width 16 --eval_epochs 300 --eval_runs 2 --candidates 1
-  --methods '{"iwd": {"ess": 0.5}}' --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
-  --arms "${ARMS:-clean,noisy,oracle,clean-then-distil,tad,iwd,tad+iwd}"
+  --shared "$out/shared" --seeds "${SEEDS:-3}" --jobs "${JOBS:-2}"
+  --arms "$arms"
   --loop.lr_teacher 0.05 --loop.lr_lr 1e-6 --loop.expert_epochs 1
   --loop.experts '{"experts": 5, "epochs": 13, "batch_train": 64, "lr": 0.1, "rho": 0.0}')
+# TAD leaves 10 samples of each class at both IPC, so that they share its experts.
+methods=()
+if [[ $arms == *tad* ]]; then methods+=('"tad": {"min_per_class": 10}'); fi
+if [[ $arms == *iwd* ]]; then methods+=('"iwd": {"ess": 0.5}'); fi
+if ((${#methods[@]})); then common+=(--methods "{$(IFS=,; echo "${methods[*]}")}"); fi
 for baseline in ${BASELINES:-mtt datm}; do
   for ipc in ${IPC:-10 1}; do
     case $ipc in

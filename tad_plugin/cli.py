@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin import __version__
-from tad_plugin.errors import InvalidInputError, TadPluginError, explain, missing_extra
+from tad_plugin.errors import TadPluginError
 from tad_plugin.upstream import cli as checkouts
+from tad_plugin.utils.write_errors import named_write_error
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
 
-Every verb except patch and run takes --config FILE.yaml; flags after it override the file.
+Every verb except methods, patch and run takes --config FILE.yaml; flags after it override the file.
 The same command resumes a run that was interrupted."""
 
 
@@ -34,13 +35,12 @@ SEVERAL = {"ipc", "seed"}
 
 
 def _parser() -> Any:
-    try:
-        from jsonargparse import ActionConfigFile, ArgumentParser
-    except ImportError as error:
-        raise missing_extra("jsonargparse", "reproduce", "the command line") from error
+    from tad_plugin.experiments.parser import parser_class
+
+    ArgumentParser = parser_class()
     from argparse import RawDescriptionHelpFormatter
 
-    from jsonargparse import DefaultHelpFormatter
+    from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 
     from tad_plugin.experiments.arms import ARMS
     from tad_plugin.experiments.config import RunConfig
@@ -56,7 +56,8 @@ def _parser() -> Any:
     def verb(name: str, arguments: str, about: str, skip: set[str] | None = None, run: bool = True) -> Any:
         usage = f"tad-plugin {name} {arguments}".rstrip()
         sub = ArgumentParser(usage=usage, description=about, formatter_class=Formatter)
-        sub.add_argument("--config", action=ActionConfigFile, help="YAML file of any of these settings")
+        if arguments not in ("", "..."):
+            sub.add_argument("--config", action=ActionConfigFile, help="YAML file of any of these settings")
         if run:
             sub.add_class_arguments(RunConfig, as_group=False, skip=skip or set())
         verbs.add_subcommand(name, sub, help=about.splitlines()[0])
@@ -76,6 +77,7 @@ def _parser() -> Any:
 
     from tad_plugin.distill.experts.trainer import ExpertConfig
     from tad_plugin.experiments.expert_run import NOT_FOR_EXPERTS
+    from tad_plugin.experiments.flags import NOT_FOR_EVALUATION
 
     teach = verb(
         "experts",
@@ -93,6 +95,7 @@ def _parser() -> Any:
         "evaluate",
         "FILE --dataset NAME [options]",
         "Train fresh networks on a synthetic set and test them on the real test images.",
+        NOT_FOR_EVALUATION,
     )
     check.add_argument("synthetic", type=str, help="synthetic.safetensors of a run")
     check.add_argument("--out", type=str, default="", help="JSON file for the result")
@@ -143,12 +146,16 @@ def _run_config(values: Any, skip: Collection[str] = ()) -> Any:
 
 
 def _distill(values: Any) -> None:
+    from tad_plugin.experiments.doubts import doubt_lines
+    from tad_plugin.experiments.flags import check_distill_flags
     from tad_plugin.experiments.report.tables import summarise, text_table
     from tad_plugin.experiments.run import run
 
     options = {"overwrite": values.overwrite, "shared": values.shared or None}
-    results = run(_run_config(values), values.arm, values.out, progress=True, **options)
-    print(text_table(summarise([results])))
+    config = _run_config(values)
+    check_distill_flags(config, [values.arm], values.shared)
+    results = run(config, values.arm, values.out, progress=True, **options)
+    print("\n".join([text_table(summarise([results])), *doubt_lines([results])]))
     print(f"\nsynthetic set: {Path(values.out) / 'synthetic.safetensors'}")
 
 
@@ -157,10 +164,12 @@ def _experts(values: Any) -> None:
 
     from tad_plugin.distill.experts.trainer import ExpertConfig
     from tad_plugin.experiments.expert_run import run_experts
+    from tad_plugin.experiments.flags import check_expert_flags
 
     given, names = values.as_dict(), {f.name for f in dataclasses.fields(ExpertConfig)} - {"width"}
     config = ExpertConfig(**{k: v for k, v in given.items() if k in names})
     options = {"overwrite": values.overwrite, "jobs": values.jobs}
+    check_expert_flags(_run_config(values), config, values.arm)
     found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, **options)
     shown = ", ".join(f"{accuracy:.1f}" for accuracy in found["accuracy"]["experts"])
     print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; test accuracy, %: {shown}")
@@ -170,15 +179,19 @@ def _experts(values: Any) -> None:
 def _evaluate(values: Any) -> None:
     from tad_plugin.data.synthetic import SyntheticSet
     from tad_plugin.evaluate import evaluate
-    from tad_plugin.experiments.loading import load_splits
+    from tad_plugin.experiments.doubts import at_chance
+    from tad_plugin.experiments.flags import check_evaluate_flags
+    from tad_plugin.experiments.folder import strict
+    from tad_plugin.experiments.loading import load_test
     from tad_plugin.experiments.plan import resolve
     from tad_plugin.utils.files import atomic_write
     from tad_plugin.utils.seeds import seeded_generator
 
-    plan = resolve(_run_config(values), "noisy")  # evaluation is the same for all arms
+    config = _run_config(values)
+    plan = resolve(config, "noisy")  # evaluation is the same for all arms
     synthetic = SyntheticSet.load(values.synthetic, device=plan.device)
-    _check_dataset(plan.dataset, synthetic.dataset, values.synthetic)
-    splits = load_splits(plan, synthetic.preprocessing)
+    check_evaluate_flags(config, synthetic.learning_rate)
+    splits = load_test(plan, synthetic, values.synthetic)
     found = {}
     for network in plan.evaluation.networks:
         result = evaluate(
@@ -191,32 +204,32 @@ def _evaluate(values: Any) -> None:
         )
         found[network] = {"mean": result.mean, "std": result.std, "accuracies": list(result.accuracies)}
         print(f"{network:12} {result.mean:6.2f} +- {result.std:.2f} %  ({len(result.accuracies)} networks)")
+        if doubt := at_chance(network, result.accuracies, splits.test_labels):
+            print(f"doubtful: {doubt}")
     if values.out:
-        atomic_write(values.out, json.dumps(found, indent=1) + "\n")
-
-
-def _check_dataset(wanted: str, distilled: str, path: str) -> None:
-    """Compares dataset names: test images get the preprocessing of the set, so nothing else can tell them apart."""
-    if wanted.startswith("folder:"):
-        wanted = "folder:" + Path(wanted.removeprefix("folder:")).resolve().stem
-    if distilled and wanted != distilled:
-        hint = "folder:PATH with the folder that was distilled" if distilled.startswith("folder:") else distilled
-        raise InvalidInputError(
-            explain(
-                f"the dataset {distilled!r}, which {path} was distilled from", repr(wanted), f"Pass --dataset {hint}"
-            )
-        )
+        atomic_write(values.out, json.dumps(strict(found), indent=1, allow_nan=False) + "\n")
 
 
 def _compare(values: Any) -> int:
+    import dataclasses
+
     from tad_plugin.experiments import compare as c
+    from tad_plugin.experiments.doubts import doubt_lines
+    from tad_plugin.experiments.flags import check_distill_flags, check_launcher, check_picture_packages
     from tad_plugin.experiments.report.page import html_page
     from tad_plugin.experiments.report.tables import markdown_table, summarise, text_table
     from tad_plugin.utils.files import atomic_write
+    from tad_plugin.utils.write_errors import check_path
 
     config = _run_config(values, skip=SEVERAL)
     arms = [a.strip() for a in values.arms.split(",") if a.strip()]
     seeds, ipcs, out = c.parse_seeds(values.seeds), c.parse_numbers(values.ipc, "ipc"), Path(values.out)
+    check_path(values.out, "--out")
+    c.tasks_of(config, arms, seeds, ipcs, out)  # mistakes in arms and settings come first
+    check_distill_flags(dataclasses.replace(config, ipc=ipcs[0]), arms, values.shared)
+    check_launcher(values.launcher, values.jobs)
+    if values.pictures:
+        check_picture_packages()
     failures: list[c.Failure] = []
     results = c.compare(
         config,
@@ -232,9 +245,10 @@ def _compare(values: Any) -> int:
     )
     if results:
         rows = summarise(results)
-        table = text_table(rows)
+        odd = doubt_lines(results)
+        table = "\n".join([text_table(rows), *odd])
         atomic_write(out / "table.txt", table + "\n")
-        atomic_write(out / "table.md", markdown_table(rows) + "\n")
+        atomic_write(out / "table.md", "\n\n".join([markdown_table(rows), *odd]) + "\n")
         print(table)
         written = "results.json, table.txt, table.md"
         if values.pictures:
@@ -255,8 +269,10 @@ def _compare(values: Any) -> int:
 
 
 def _influence(values: Any) -> None:
+    from tad_plugin.experiments.flags import check_picture_packages
     from tad_plugin.experiments.report.influence import report_influence
 
+    check_picture_packages(page=False)
     for path in report_influence(values.folder, values.out, top=values.top):
         print(path)
 
@@ -299,11 +315,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] in checkouts.VERBS:
             return checkouts.VERBS[given[0]](given[1:])
+        from tad_plugin.experiments.parser import check_given, with_switches
+
         parser = _parser()
+        given = with_switches(given)
+        check_given(parser, given)
         values = parser.parse_args(given)
         return VERBS[values.verb](values[values.verb]) or 0
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        named = named_write_error(error, getattr(error, "filename", None) or "a file", "use")
+        if named is None:
+            raise
+        print(f"tad-plugin: {named}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tad-plugin: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

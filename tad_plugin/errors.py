@@ -7,6 +7,9 @@ Exceptions also inherit the built-in class that a caller would expect (``ValueEr
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ConfigError",
     "ConvergenceError",
@@ -15,6 +18,8 @@ __all__ = [
     "DiskSpaceError",
     "EmptyClassError",
     "FileFormatError",
+    "FileWriteError",
+    "FolderInUseError",
     "InvalidInputError",
     "InvalidLabelsError",
     "MemoryBudgetError",
@@ -32,6 +37,7 @@ __all__ = [
     "UnknownNameError",
     "explain",
     "missing_extra",
+    "suggestion",
     "unknown_name",
 ]
 
@@ -120,6 +126,14 @@ class DiskSpaceError(TadPluginError, OSError):
     """The disk has no room for a file."""
 
 
+class FileWriteError(TadPluginError, OSError):
+    """A file or folder cannot be written: no permission, a read-only disk, a name that is too long."""
+
+
+class FolderInUseError(TadPluginError, RuntimeError):
+    """Another process is working in a folder; the message names it."""
+
+
 class TadPluginWarning(UserWarning):
     """Base of every warning of this package."""
 
@@ -132,19 +146,26 @@ class ConvergenceWarning(TadPluginWarning):
     """An iterative solver stopped early; its result is usable but less exact."""
 
 
-def unknown_name(kind: str, name: str, known: list[str]) -> UnknownNameError:
-    """The error for an unknown ``kind`` called ``name``, with the closest known names.
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ "Did you mean 'x'" for the known name that is closest to ``name``; "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]!r}" if close else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for an unknown ``kind`` called ``name``, with the closest known name.
 
     Args:
-        kind: the kind of thing, in one word ("method", "dataset", "network").
+        kind: the kind of thing ("method", "dataset", "arm or method").
         name: the name that was not found.
-        known: all names that exist.
+        known: all names that exist; a name may occur twice.
     """
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {close[0]!r}" if close else "Check the spelling, or install the package that provides it"
-    return UnknownNameError(explain(f"a {kind} out of {', '.join(sorted(known))}", repr(name), hint))
+    names = sorted(set(known))
+    # Only methods come from other packages.
+    do = "Check the spelling, or install the package that provides it" if "method" in kind else "Take one of these"
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
+    expected = f"{article} {kind} out of {', '.join(names)}"
+    return UnknownNameError(explain(expected, repr(name), suggestion(name, names) or do))
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

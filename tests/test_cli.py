@@ -20,13 +20,14 @@ from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.expert_run import NOT_FOR_EXPERTS
+from tad_plugin.experiments.flags import NOT_FOR_EVALUATION
 from tad_plugin.experiments.folder import RunFolder
 
 TINY = [
     "--noise", "symmetric:0.4", "--per_class", "16", "--iterations", "2", "--eval_epochs", "2", "--eval_runs", "1",
     "--width", "4", "--loop.batch_real", "8",
-    "--methods", '{"tad": {"warmup": 1}, "scorer": {"epochs": 4, "width": 4, "batch_size": 32}}',
 ]  # fmt: skip
+METHODS = ["--methods", '{"tad": {"warmup": 1}, "scorer": {"epochs": 4, "width": 4, "batch_size": 32}}']
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
 
 
@@ -67,7 +68,7 @@ def test_help_of_every_verb_names_and_explains_its_flags(
     verb: str, own: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = helped(capsys, verb)
-    skipped = {"compare": {"ipc", "seed"}, "experts": NOT_FOR_EXPERTS}.get(verb, set())
+    skipped = {"compare": {"ipc", "seed"}, "experts": NOT_FOR_EXPERTS, "evaluate": NOT_FOR_EVALUATION}.get(verb, set())
     flags = [f"--{f.name}" for f in dataclasses.fields(RunConfig) if f.name not in skipped]
     for word in (*flags, *own, "--config", f"usage: tad-plugin {verb}"):
         assert word in text
@@ -102,7 +103,7 @@ def test_compare_writes_everything_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["compare", *TINY, "--arms", "noisy,tad", "--seeds", "1", "--ipc", "1", "--out", str(out)]
+    command = ["compare", *TINY, *METHODS, "--arms", "noisy,tad", "--seeds", "1", "--ipc", "1", "--out", str(out)]
     assert main(command) == 0
     text = capsys.readouterr().out
     for name in ("results.json", "table.txt", "table.md", "index.html"):
@@ -126,7 +127,7 @@ def test_a_failed_run_is_printed_and_the_status_tells(tmp_path: Path, capsys: py
     blocked = out / "tad" / "ipc1" / "seed0"
     blocked.mkdir(parents=True)
     (blocked / "config.yaml").write_text("arm: other\n")
-    command = ["compare", *TINY, "--arms", "random,tad", "--seeds", "1", "--ipc", "1", "--out", str(out)]
+    command = ["compare", *TINY, *METHODS, "--arms", "random,tad", "--seeds", "1", "--ipc", "1", "--out", str(out)]
     assert main([*command, "--pictures", "false"]) == 1
     captured = capsys.readouterr()
     assert "arm tad, IPC 1, seed 0: " in captured.err and "there 'other'" in captured.err
@@ -183,13 +184,13 @@ def test_the_same_folder_with_other_flags_is_refused(distilled: Path, capsys: py
 def test_settings_come_from_yaml_and_flags_after_it_win(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "noise": "pair:0.3", "per_class": 16, "iterations": 1, "eval_epochs": 1, "eval_runs": 1, "width": 4, "ipc": 1,
-        "arm": "random", "loop": {"momentum": 0.1}, "methods": {"tad": {"warmup": 2}}, "seed": 3,
+        "arm": "tad", "loop": {"momentum": 0.1}, "methods": {"tad": {"warmup": 2}}, "seed": 3,
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     out = tmp_path / "run"
     assert main(["distill", "--config", str(tmp_path / "c.yaml"), "--seed", "7", "--out", str(out)]) == 0
     found = RunFolder(out).config()
-    assert found["seed"] == 7 and found["noise"] == "pair:0.3" and found["arm"] == "random"
+    assert found["seed"] == 7 and found["noise"] == "pair:0.3" and found["arm"] == "tad"
     assert found["loop"]["momentum"] == 0.1 and found["methods"]["tad"]["warmup"] == 2
     assert NoiseSpec.parse(found["noise"]).kind == "pair"
 
@@ -227,14 +228,14 @@ def test_zero_takes_the_preset_and_a_loop_setting_reaches_the_loop(tmp_path: Pat
 def test_a_mistake_is_one_line_and_status_2(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", *TINY, "--arms", "tad", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert main(["compare", *TINY, *METHODS, "--arms", "tad", "--out", str(tmp_path / "out"), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("tad-plugin: ") and message in captured.err
     assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv", [["distil"], ["compare"], ["compare", "--out", "x", "--iterations", "few"], []])
+@pytest.mark.parametrize("argv", [["compare"], ["compare", "--out", "x", "--iterations", "few"], []])
 def test_what_the_parser_refuses_is_status_2_too(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)

@@ -66,11 +66,19 @@ def digest_of(folder: Path) -> dict[str, str]:
     return found
 
 
+def methods_of(loop: str, arm: str) -> dict[str, object]:
+    """The settings that have an effect on this arm of this loop; others are refused."""
+    names = set(arm.split("+"))
+    if "tad" in names and loop not in ("mtt", "datm"):
+        names.add("scorer")
+    return {name: own for name, own in METHODS.items() if name in names}
+
+
 def run_one(loop: str, arm: str, folder: Path) -> dict[str, str]:
     """Runs one arm of one loop and gives its digests."""
     command = [sys.executable, "-m", "tad_plugin.cli", "distill", *COMMON.split(), "--baseline", loop]
     command += ["--arm", arm, "--loop", json.dumps(LOOP_SETTINGS[loop])]
-    command += ["--methods", json.dumps(METHODS), "--out", str(folder)]
+    command += ["--methods", json.dumps(methods_of(loop, arm)), "--out", str(folder)]
     if loop in ("mtt", "datm"):
         command += ["--lr_img", "10.0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -93,7 +93,9 @@ class Callback:
         needs_images: needs the real images; labels alone are not enough.
         needs_graph: may need ``match.weights`` (or ``segment.target``) as a leaf; see :meth:`wants_graph`.
         needs_true_labels: cannot run without the true labels (an oracle).
+        packages: import names of packages beyond those of tad_plugin that it needs; checked before anything runs.
         decides_late: True if the method changes nothing before the first update, so that experts can be shared.
+        uses_ipc: False if the method's decisions are the same for every IPC, so that runs of all IPC can share them.
         rival: True if the method is only there to compare with; pictures draw it in another colour.
     """
 
@@ -103,7 +105,9 @@ class Callback:
     needs_images: ClassVar[bool] = False
     needs_graph: ClassVar[bool] = False
     needs_true_labels: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     decides_late: ClassVar[bool] = False
+    uses_ipc: ClassVar[bool] = True
     rival: ClassVar[bool] = False
 
     def __init__(self, config: Any = None, *, seed: int = 0) -> None:

@@ -25,7 +25,7 @@ from tad_plugin.errors import (
     unknown_name,
 )
 
-__all__ = ["DATASETS", "RawSplits", "read_source"]
+__all__ = ["DATASETS", "RawSplits", "dataset_name", "read_source"]
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tinyimagenet")
 _FOLDER = "folder:"
@@ -76,6 +76,14 @@ def read_source(
     if name == "tinyimagenet":
         return _tinyimagenet(root, per_class, image_size)
     raise unknown_name("dataset", name, [*DATASETS, _FOLDER + "PATH"])
+
+
+def dataset_name(name: str) -> str:
+    """The name that the data of a ``--dataset`` get: for a folder "folder:" and its last component, without ".zip"."""
+    if not name.startswith(_FOLDER):
+        return name
+    last = Path(os.path.expanduser(name[len(_FOLDER) :])).resolve().name
+    return _FOLDER + (last[:-4] if last.lower().endswith(".zip") else last)
 
 
 def _digits() -> RawSplits:
@@ -134,7 +142,7 @@ def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSpl
         skipped = _outside(tree, ("train", held)) + Counter(train.skipped) + Counter(test.skipped)
     n = len(train.paths)
     index = torch.arange(n)
-    name = _FOLDER + path.resolve().stem
+    name = dataset_name(f"{_FOLDER}{path}")
     parts = (pixels[:n], train.labels, index, train.ranks, pixels[n:], test.labels)
     return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped)
 

@@ -280,8 +280,11 @@ def initial_images(
     for c in range(k):
         indices = hook.sample(c, config.ipc, generator)
         if len(indices) < config.ipc:
+            ways = ["Lower the IPC (--ipc)", 'start from noise (init "noise"; --loop.init noise)']
+            if hook.enabled:
+                ways.append("let the method trust more of the class")
+            do = ", or ".join(ways)
             expected = f"at least IPC = {config.ipc} usable samples of class {c}"
-            do = "Lower --ipc, use init=noise, or raise min_per_class of the method"
             raise NotEnoughSamplesError(explain(expected, str(len(indices)), do))
         rows.append(data.images[indices])
     return torch.cat(rows).clone(), labels

@@ -15,6 +15,7 @@ from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise.spec import NoisyLabels
 from tad_plugin.distill.experts.buffer import BufferInfo
 from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.experiments.loading import truth_known
 from tad_plugin.experiments.plan import Plan, settings_of
 from tad_plugin.utils.seeds import derived_seed
 
@@ -99,7 +100,7 @@ def arm_hook(
         num_classes=splits.num_classes,
         seed=derived_seed(plan.seed, "hook") % 2**31,
         config=settings_of(methods, method),
-        true_labels=splits.train_labels,
+        true_labels=splits.train_labels if truth_known(plan) else None,
         dataset=splits.name,
         ipc=plan.loop.ipc if ipc is None else ipc,
         noise_rate=nominal_rate(noisy),

@@ -16,6 +16,8 @@ import torch
 
 from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra
 from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.folder import strict
+from tad_plugin.experiments.lock import claimed_folder
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
 from tad_plugin.utils.files import atomic_write
@@ -111,9 +113,11 @@ def tasks_of(
     Raises:
         UnknownNameError, ConfigError: wrong settings of any arm, no arm, or an arm named twice.
     """
-    arms, ipcs = list(arms), list(ipcs)
-    if not arms or len(set(arms)) != len(arms):
-        raise ConfigError(explain("arms, each named once", repr(",".join(arms)), "Correct --arms"))
+    arms, ipcs, seeds = list(arms), list(ipcs), list(seeds)
+    for flag, values in (("--arms", arms), ("--seeds", seeds), ("--ipc", ipcs)):
+        if not values or len(set(values)) != len(values):
+            got = ",".join(map(str, values)) or "nothing"
+            raise ConfigError(explain(f"{flag} with at least one value, each once", got, f"Correct {flag}"))
     for arm in arms:
         for ipc in ipcs:
             resolve(dataclasses.replace(config, ipc=ipc), arm)
@@ -179,12 +183,27 @@ def compare(
 
     Raises:
         UnknownNameError, ConfigError: wrong settings, before anything runs.
+        FolderInUseError: another comparison is writing to ``out``.
         TadPluginError: runs failed and ``failures`` is None.
     """
     out = Path(out)
     tasks = tasks_of(config, arms, seeds, ipcs, out, shared)
     if jobs < 1:
         raise ConfigError(explain("--jobs of at least 1", str(jobs), "Correct the flag"))
+    with claimed_folder(out):
+        return _compare(tasks, out, jobs, launcher, overwrite, progress, failures, shared)
+
+
+def _compare(
+    tasks: list[Task],
+    out: Path,
+    jobs: int,
+    launcher: str,
+    overwrite: bool,
+    progress: bool,
+    failures: list[Failure] | None,
+    shared: str | Path | None,
+) -> list[dict[str, Any]]:
     if overwrite and not shared:
         shutil.rmtree(out / SHARED, ignore_errors=True)
     if launcher == "ray":
@@ -198,7 +217,7 @@ def compare(
         found = _in_processes(tasks, jobs, progress, overwrite)
     results = [f for f in found if not isinstance(f, Failure)]
     failed = [f for f in found if isinstance(f, Failure)]
-    atomic_write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    atomic_write(out / "results.json", json.dumps(strict(results), indent=1, allow_nan=False) + "\n")
     report = out / "failures.txt"
     report.unlink(missing_ok=True)
     if failed:

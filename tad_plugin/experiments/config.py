@@ -46,6 +46,7 @@ class RunConfig(Settings):
         noise: label noise, e.g. symmetric:0.4, asymmetric:0.4, pair:0.4, instance:0.4, human:worse, none.
         labels: label file for human noise (npz, or the published .pt).
         zca: whiten the images (ZCA) instead of only normalising them.
+        image_size: bring the images to this height and width in pixels; by default (or 0 on the command line) theirs.
         ipc: synthetic images per class.
         iterations: updates of the synthetic set; by default (or 0 on the command line) from the preset.
         lr_img: learning rate of the images; by default (or 0 on the command line) from the preset.
@@ -76,6 +77,7 @@ class RunConfig(Settings):
     noise: str = "none"
     labels: str = ""
     zca: bool | None = None
+    image_size: int | None = setting(None, at_least=1)
     ipc: int = 10
     iterations: int | None = None
     lr_img: float | None = None

@@ -7,6 +7,7 @@ The run folder is the buffer: ``replay_buffer_*.pt``, ``buffer.json`` and ``stat
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from torch import nn
 from tad_plugin.core.diagnostics import split_quality
 from tad_plugin.core.scorer import score_all
 from tad_plugin.data.real import RealData
-from tad_plugin.distill.experts.buffer import clear_buffer
+from tad_plugin.distill.experts.buffer import SIDE_FILE, BufferInfo, buffer_path, clear_buffer
 from tad_plugin.distill.experts.train import STATE_FILE, train_experts
 from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.errors import FileFormatError, explain
 from tad_plugin.experiments.arm_hook import arm_hook, pilot_settings
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
-from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
 from tad_plugin.utils.seeds import derived_seed
@@ -96,21 +98,36 @@ def train_planned(
         jobs: experts trained side by side; see :func:`tad_plugin.distill.experts.train.train_experts`.
     """
     written, experts = experts_record(plan, experts), _experts_of(plan, experts)
-    place = RunFolder(folder, overwrite=overwrite)
-    if overwrite:
-        clear_buffer(place.path)
-        (place.path / STATE_FILE).unlink(missing_ok=True)
+    place = RunFolder(folder)
+    with place.claimed():
+        if overwrite:
+            place.clear()
+            clear_buffer(place.path)
+            (place.path / STATE_FILE).unlink(missing_ok=True)
+        identity = {"arm": plan.name, "seed": plan.seed, "experts": experts.experts, "epochs": experts.epochs}
+        found = place.check_config(written, identity, ignore=MAY_DIFFER, repair=False)
+        if found is not None:
+            _check_buffer(place.path)
+            return found
+        return _train(plan, experts, place, written, progress, jobs)
 
-    def write_config() -> None:
-        place.write_config(written, ignore=MAY_DIFFER)
 
-    if place.config_path.exists():
-        write_config()
-    if place.is_done():
-        return place.results()
+def _check_buffer(folder: Path) -> None:
+    """Whether all files of a finished buffer are there. Raises FileFormatError."""
+    info = BufferInfo.read(folder)
+    count = 1 if info is None else math.ceil(info.experts / info.experts_per_file)
+    lost = [path.name for path in (buffer_path(folder, n) for n in range(count)) if not path.is_file()]
+    if info is None or lost:
+        do = "Put them back, or train again with --overwrite, or in another folder"
+        raise FileFormatError(explain(f"a whole replay buffer in {folder}", f"no {lost[0] if lost else SIDE_FILE}", do))
+
+
+def _train(
+    plan: Plan, experts: ExpertConfig, place: RunFolder, written: Mapping[str, Any], progress: bool, jobs: int
+) -> dict[str, Any]:
     reset_peak_memory(plan.device)
     splits, noisy, _ = load_noisy(plan)
-    write_config()
+    place.write_config(written, ignore=MAY_DIFFER)
     hook = arm_hook(plan, splits, noisy, experts=experts, log=place.log)
     assert hook.data is not None  # arm_hook attaches with data
     test = RealData(splits.test_images, splits.test_labels, splits.num_classes)
@@ -134,13 +151,13 @@ def train_planned(
         jobs=jobs,
     )
     records = [r for r in place.records() if r.get("event") == "expert" and r["expert"] >= 0]
-    s = hook.state
+    s, known = hook.state, truth_known(plan)
     place.write_results(
         {
             "arm": plan.name,
             "dataset": splits.name,
             "per_class": plan.per_class,
-            "noise": {"text": plan.record["noise"], "realised_rate": noisy.realised_rate},
+            "noise": {"text": plan.record["noise"], "realised_rate": noisy.realised_rate if known else None},
             "seed": plan.seed,
             "accuracy": {"experts": [r["accuracy"] for r in records]},
             "experts": info.experts,
@@ -149,11 +166,13 @@ def train_planned(
             "scoring_seconds": hook.scoring_seconds,
             "peak_memory_bytes": peak_memory_bytes(plan.device),
             "split": split_quality(s.observed, s.target, s.trusted, s.trust, splits.train_labels)
-            if hook.enabled
+            if hook.enabled and known
             else None,
             "state": s.summary(),
             "versions": versions(plan.device),
             "command": command_line(),
-        }
+            "config_sha256": place.config_digest(written, ignore=MAY_DIFFER),
+        },
+        [name for name in (STATE_FILE, SIDE_FILE) if (place.path / name).exists()],
     )
     return place.results()

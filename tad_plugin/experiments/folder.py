@@ -4,7 +4,8 @@
     log.jsonl        one JSON object per line
     experts/         replay buffer, if the run trains its own experts
     checkpoint/      two slots, A and B, written in turn, so that one complete checkpoint always exists
-    results.json     written last: a folder that has it is done
+    results.json     written last: a folder that has it is done. It names the sha256 of the files that belong to it
+    .lock, .lock.pid who is working in the folder
 
 After a kill, the same command continues the run from its newest checkpoint, and the log from the line at which that
 checkpoint was taken.
@@ -12,48 +13,84 @@ checkpoint was taken.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tad_plugin.errors import FileFormatError, InvalidInputError, ResumeError, TadPluginWarning, explain
+from tad_plugin.errors import FileFormatError, ResumeError, TadPluginWarning, explain
+from tad_plugin.experiments.lock import LOCK_FILES, claimed_folder
 from tad_plugin.utils.checkpoints import CheckpointSlots
-from tad_plugin.utils.files import atomic_write, plain, read_json, read_yaml, remove_temporaries, yaml_text
+from tad_plugin.utils.files import atomic_write, file_digest, plain, read_json, read_yaml, remove_temporaries, yaml_text
+from tad_plugin.utils.write_errors import check_path, writing_to
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "strict"]
 
 _ABSENT = "(not set)"
 
 
 class RunFolder:
-    """The folder of one run, created if it does not exist. One process at a time may write to it.
+    """The folder of one run. It is made by the first write, or by :meth:`claimed`.
 
     Args:
         path: the folder.
         overwrite: remove configuration, log, checkpoints and results of an earlier run. Other files, such as pictures,
-            stay until they are written again.
+            stay until they are written again. A run that others may be working on is cleared inside :meth:`claimed`.
 
     Raises:
-        InvalidInputError: the folder cannot be created.
+        InvalidInputError: a path that cannot exist.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidInputError(
-                explain(f"a run folder at {self.path}", str(error.strerror or error), "Choose another --out")
-            ) from error
+        self.path = check_path(path, "--out")
         self.checkpoints = CheckpointSlots(self.path / "checkpoint")
         if overwrite:
             self.clear()
+
+    @contextmanager
+    def claimed(self) -> Iterator[RunFolder]:
+        """Makes the folder and keeps other processes out of it, for the length of a with block.
+
+        If the block fails before anything was kept that a later run could resume from, the files of this attempt are
+        removed, so that a corrected command can follow in the same folder.
+
+        Raises:
+            FolderInUseError: another process is working in it; the message has its number.
+            InvalidInputError, FileWriteError, DiskSpaceError: it cannot be made.
+        """
+        with claimed_folder(self.path):
+            before = self._files()
+            try:
+                yield self
+            except BaseException:
+                self._undo(before)
+                raise
+
+    def _files(self) -> set[Path]:
+        return {p for p in self.path.rglob("*") if p.is_file()}
+
+    def _undo(self, before: set[Path]) -> None:
+        """Removes the files of an attempt that added nothing from which a run goes on, and no other files.
+
+        Configuration, log and half of a checkpoint are nothing without more.
+        """
+        locks = {self.path / name for name in LOCK_FILES}
+        added = self._files() - before - locks
+        half = {p for p in added if p.parent == self.checkpoints.path and not p.with_suffix(".json").exists()}
+        useless = half | {p for p in added if p in (self.config_path, self.log_path) or p.name.startswith(".tmp-")}
+        if added != useless or before & {self.config_path, self.results_path}:
+            return
+        for path in useless:
+            path.unlink(missing_ok=True)
+        if self.checkpoints.path.is_dir() and not any(self.checkpoints.path.iterdir()):
+            self.checkpoints.path.rmdir()
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -75,11 +112,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes configuration, log, checkpoints and results. Results go first: a half-cleared run is not done."""
+        if not self.path.exists():
+            return
         self.results_path.unlink(missing_ok=True)
         self.checkpoints.clear()
         self.log_path.unlink(missing_ok=True)
         self.config_path.unlink(missing_ok=True)
         remove_temporaries(self.path)
+        if self.checkpoints.path.is_dir() and not any(self.checkpoints.path.iterdir()):
+            self.checkpoints.path.rmdir()
 
     # configuration
 
@@ -132,13 +173,71 @@ class RunFolder:
             raise _unreadable(self.config_path, "a YAML mapping", f"a {type(config).__name__}")
         return config
 
+    def config_digest(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> str:
+        """Sha256 (hex) of a configuration without the keys of ``ignore``, as results hold it."""
+        return _digest({key: value for key, value in strict(config).items() if key not in ignore})
+
+    def check_config(
+        self,
+        config: Mapping[str, Any],
+        expected: Mapping[str, Any],
+        files: Collection[str] = (),
+        *,
+        ignore: Collection[str] = (),
+        repair: bool = True,
+    ) -> dict[str, Any] | None:
+        """Compares an existing folder with a configuration before anything runs.
+
+        A finished run whose configuration, results or files were lost or exchanged is not done: its results are
+        removed with a TadPluginWarning, and the run goes on from its last checkpoint.
+
+        Args:
+            config: the resolved configuration.
+            expected: values that the results must have, such as arm and seed.
+            files: see :meth:`finished`.
+            ignore: see :meth:`write_config`.
+            repair: run again what was lost or exchanged; False makes it an error.
+
+        Returns:
+            The results if the run is finished; else None.
+
+        Raises:
+            ResumeError: another configuration; or checkpoints whose configuration is lost.
+            FileFormatError: a finished run is not whole and ``repair`` is False.
+        """
+        there = self.config_path.exists()
+        if there:
+            self.write_config(config, ignore=ignore)
+        digest = self.config_digest(config, ignore=ignore)
+        results, reason = self.finished({**expected, "config_sha256": digest}, files)
+        if results is not None and not there and results.get("config_sha256") == digest:
+            self.write_config(config)
+        elif not there and (self.is_done() or any(self.checkpoints.path.glob("*.json"))):
+            do = "Put it back, choose another --out, or start over there with --overwrite"
+            raise ResumeError(explain(f"config.yaml beside what a run left in {self.path}", "none", do))
+        if results is None and reason:
+            if not repair:
+                do = f"Put it back, start over there with --overwrite, or remove {self.path}"
+                raise FileFormatError(explain(f"a finished run in {self.path}", reason, do))
+            do = "What is missing is run again"
+            warnings.warn(explain(f"a finished run in {self.path}", reason, do), TadPluginWarning, stacklevel=3)
+            self.results_path.unlink()
+        return results
+
     # log
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one record (see :func:`plain`) to log.jsonl as one line, without buffering."""
-        line = json.dumps(plain(record)) + "\n"
-        with open(self.log_path, "ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))
+        """Appends one record (see :func:`strict`) to log.jsonl as one line, without buffering.
+
+        Raises:
+            DiskSpaceError, FileWriteError: it cannot be written.
+        """
+        rest = (json.dumps(strict(record), allow_nan=False) + "\n").encode("utf-8")
+        with writing_to(self.log_path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.log_path, "ab", buffering=0) as file:
+                while rest:  # a full disk can take a part of a line; the next call then fails
+                    rest = rest[file.write(rest) :]
 
     def records(self) -> list[dict[str, Any]]:
         """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped.
@@ -198,20 +297,58 @@ class RunFolder:
 
     # results
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes results.json (see :func:`plain`), which makes the run done."""
-        atomic_write(self.results_path, json.dumps(plain(results), indent=1) + "\n")
+    def write_results(self, results: Mapping[str, Any], files: Collection[str] = ()) -> None:
+        """Writes results.json (see :func:`strict`), which makes the run done.
+
+        Args:
+            results: the results.
+            files: names of files in the folder that belong to them. Their sha256 are written under "files".
+        """
+        found = strict(results)
+        if files:
+            found["files"] = {name: file_digest(self.path / name) for name in files}
+        found["sha256"] = _digest(found)
+        atomic_write(self.results_path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
     def results(self) -> dict[str, Any]:
         """The contents of results.json.
 
         Raises:
-            FileFormatError: there is none, or it is not a JSON object.
+            FileFormatError: there is none, it is not a JSON object, or it was changed after it was written.
         """
         results = read_json(self.results_path)
         if not isinstance(results, dict):
             raise _unreadable(self.results_path, "a JSON object", f"a {type(results).__name__}")
+        if "sha256" in results and results["sha256"] != _digest(results):
+            raise _unreadable(self.results_path, "contents that match their sha256", "other contents")
         return results
+
+    def finished(self, expected: Mapping[str, Any], files: Collection[str] = ()) -> tuple[dict[str, Any] | None, str]:
+        """The results of a finished run, if they and their files are whole.
+
+        Args:
+            expected: values that the results must have, such as arm and seed.
+            files: files that must exist, for results of versions that did not name any.
+
+        Returns:
+            The results, or None with the reason in words; ("", None) where the run is not done.
+        """
+        if not self.is_done():
+            return None, ""
+        try:
+            results = self.results()
+        except FileFormatError as error:
+            return None, str(error)
+        for key, value in expected.items():
+            if results.get(key, value) != value:  # earlier versions wrote fewer keys
+                return None, f"results.json is of {key} {results.get(key)!r}, not {value!r}"
+        for name, digest in results.get("files", dict.fromkeys(files)).items():
+            path = self.path / name
+            if not path.is_file():
+                return None, f"{name} is missing"
+            if digest is not None and file_digest(path) != digest:
+                return None, f"{name} is not the file that the results were written with"
+        return results, ""
 
     def is_done(self) -> bool:
         """True if the run has written its results."""
@@ -241,6 +378,24 @@ class RunFolder:
                 TadPluginWarning,
                 stacklevel=3,
             )
+
+
+def strict(value: Any) -> Any:
+    """:func:`tad_plugin.utils.files.plain` for strict JSON: NaN and infinite numbers become None."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(part) for key, part in item.items()}
+        if isinstance(item, list):
+            return [finite(part) for part in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return finite(plain(value))
+
+
+def _digest(results: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in results.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _unreadable(path: Path, expected: str, got: str) -> FileFormatError:

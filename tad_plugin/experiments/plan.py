@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from tad_plugin.core.registry import available_methods, load_method, make_callbacks
+from tad_plugin.core.registry import available_methods, load_method, make_callbacks, method_names
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, baseline_class
-from tad_plugin.errors import ConfigError, explain, unknown_name
+from tad_plugin.errors import ConfigError, explain, missing_extra, unknown_name
 from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, RunConfig
@@ -40,6 +41,7 @@ class Plan:
         per_class: training images per class; 0 for all.
         holdout: share of the real training data that is held out, in [0, 1).
         zca: whether images are whitened.
+        image_size: height and width of the images in pixels; None keeps theirs.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
         candidates: number of iterates from which held-out data choose the best.
@@ -59,6 +61,7 @@ class Plan:
     per_class: int
     holdout: float
     zca: bool
+    image_size: int | None
     seed: int
     device: str
     candidates: int
@@ -94,12 +97,15 @@ def resolve(config: RunConfig, arm: str) -> Plan:
     }
     record = {
         "arm": arm,
-        **{k: preset[k] if v is None else v for k, v in said.items()},
+        # Without image_size where it is not given: folders of versions that did not have it can be resumed.
+        **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) != ("image_size", None)},
         "loop": preset["loop"] | {k: v for k, v in said["loop"].items() if k != "preset"},
         "methods": methods,
         "device": device,
     }
     make_callbacks(chosen.method, settings_of(methods, chosen.method))
+    noise = _noise(config)
+    _check_needs(config, chosen, noise)
     values = {k: record[k] for k in ("ipc", "iterations", "lr_img", "width")} | record["loop"]
     values |= {} if chosen.distil else {"iterations": 0, "init": "real"}
     return Plan(
@@ -109,12 +115,13 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         loop=build_config(baseline.Config, values, f"the baseline {config.baseline!r}"),
         evaluation=_evaluation(record, baseline),
         methods=methods,
-        noise=_noise(config),
+        noise=noise,
         dataset=config.dataset,
         root=config.root,
         per_class=config.per_class,
         holdout=config.holdout,
         zca=record["zca"],
+        image_size=config.image_size,
         seed=config.seed,
         device=device,
         candidates=config.candidates,
@@ -191,8 +198,29 @@ def _evaluation(record: Mapping[str, Any], baseline: type[Baseline]) -> Evaluate
 
 def _noise(config: RunConfig) -> NoiseSpec:
     """Seeded with the run's seed unless the text names one; human labels come from ``labels``."""
-    path = config.labels if config.labels and config.noise.startswith("human") else None
-    return NoiseSpec.parse(config.noise, seed=None if "seed=" in config.noise else config.seed, path=path)
+    spec = NoiseSpec.parse(config.noise, seed=None if "seed=" in config.noise else config.seed)
+    if not config.labels:
+        return spec
+    if spec.kind != "human":
+        do = "Add --noise human:KEY with a label set of the file, or leave --labels out"
+        raise ConfigError(explain("human noise, because a label file is given", f"noise {config.noise!r}", do))
+    if spec.path is not None:
+        do = "Leave --labels out, or the path in --noise"
+        raise ConfigError(explain("one label file", f"labels {config.labels!r} and noise {config.noise!r}", do))
+    return dataclasses.replace(spec, path=config.labels)
+
+
+def _check_needs(config: RunConfig, arm: Arm, noise: NoiseSpec) -> None:
+    """Whether the methods of an arm get what they need: packages, and true labels."""
+    for name in method_names(arm.method):
+        method = load_method(name)
+        for package in method.packages:
+            if find_spec(package) is None:
+                raise missing_extra(package, "reproduce", f"the method {name!r}")
+        if method.needs_true_labels and config.dataset.startswith("folder:") and noise.kind == "none":
+            do = "Put noise on labels that are right (--noise symmetric:0.4), or leave this arm out"
+            expected = f"known true labels, which the method {name!r} needs"
+            raise ConfigError(explain(expected, "a folder, whose own labels may be wrong", do))
 
 
 def _device(name: str) -> str:

@@ -20,16 +20,20 @@ from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.evaluate import evaluate
 from tad_plugin.experiments.arm_hook import arm_hook, nominal_rate
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
+from tad_plugin.experiments.doubts import doubts
 from tad_plugin.experiments.folder import RunFolder
-from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.experiments.run_state import RunState
-from tad_plugin.experiments.sharing import shared_decisions, shared_experts
+from tad_plugin.experiments.sharing import shared_decisions, shared_experts, shared_state
 from tad_plugin.utils.machine import command_line, reset_peak_memory, versions
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import derived_seed, generator_of
 
-__all__ = ["Run", "run"]
+__all__ = ["FILES", "Run", "run"]
+
+FILES = ("synthetic.safetensors", STATE_FILE)
+"""Files of a finished run, whose sha256 its results hold."""
 
 
 class Run:
@@ -57,27 +61,34 @@ class Run:
         shared: str | Path | None = None,
     ) -> None:
         self.plan = plan
-        self.folder = RunFolder(folder, overwrite=overwrite)
-        if overwrite:
-            plan.baseline.discard(self.folder.path)
+        self.folder = RunFolder(folder)
+        self.overwrite = overwrite
         self.progress = progress
         self.shared = None if plan.buffer else shared
-        if self.folder.config_path.exists():
-            self._write_config()
-
-    def _write_config(self) -> None:
-        self.folder.write_config(self.plan.record, ignore=MAY_DIFFER)
 
     def execute(self) -> dict[str, Any]:
         """Runs, or resumes, to the end. A finished folder returns its results at once."""
-        if self.folder.is_done():
-            return self.folder.results()
+        with self.folder.claimed():
+            if self.overwrite:
+                self.folder.clear()
+                self.plan.baseline.discard(self.folder.path)
+            found = self.folder.check_config(self.plan.record, self._identity(), FILES, ignore=MAY_DIFFER)
+            return found if found is not None else self._run()
+
+    def _identity(self) -> dict[str, Any]:
+        """What tells the results of this run from those of another one."""
+        plan = self.plan
+        found = {"arm": plan.name, "baseline": plan.record["baseline"], "ipc": plan.loop.ipc, "seed": plan.seed}
+        # The name of a folder's data is known only after it is read; its path stands in the configuration.
+        return found if plan.dataset.startswith("folder:") else {**found, "dataset": plan.dataset}
+
+    def _run(self) -> dict[str, Any]:
         plan = self.plan
         reset_peak_memory(plan.device)
         splits, noisy, noisy_holdout = load_noisy(plan)
         plan.baseline.check_images(plan.loop, splits.train_images)
         # Only now, so that data that cannot be loaded leave no folder that a corrected command would not fit.
-        self._write_config()
+        self.folder.write_config(plan.record, ignore=MAY_DIFFER)
         holdout = (splits.holdout_images, noisy_holdout.labels if noisy_holdout else splits.holdout_labels)
         if plan.arm.true_labels:
             holdout = (splits.holdout_images, splits.holdout_labels)
@@ -86,7 +97,8 @@ class Run:
         loop = self._distil(splits, noisy, hook, state)
         accuracy, chosen = self._evaluate(splits, loop, holdout, state)
         self._keep(hook, loop)
-        self.folder.write_results(self._results(splits, noisy, hook, loop, state, accuracy, chosen))
+        results = self._results(splits, noisy, hook, loop, state, accuracy, chosen)
+        self.folder.write_results(results, FILES)
         return self.folder.results()
 
     # -- stages --------------------------------------------------------------------------------------
@@ -149,9 +161,10 @@ class Run:
             folder: Path | None = shared_experts(self.plan, own, root, progress=self.progress)
         else:
             folder = shared_decisions(self.plan, splits, noisy, root, progress=self.progress)
-        if folder is not None and hook.enabled and not hook.decided and (folder / STATE_FILE).exists():
+        state = None if folder is None else shared_state(self.plan, folder)
+        if folder is not None and state is not None and not hook.decided:
             found = RunFolder(folder)
-            hook.adopt(folder / STATE_FILE)
+            hook.adopt(state)
             hook.scoring_seconds += found.results()["scoring_seconds"]
             for record in found.records():
                 self.folder.log(record)
@@ -226,8 +239,8 @@ class Run:
         return table, chosen
 
     def _keep(self, hook: Hook, loop: Baseline) -> None:
-        loop.result().save(self.folder.path / "synthetic.safetensors")
-        hook.save_state(self.folder.path / "state.safetensors")
+        loop.result().save(self.folder.path / FILES[0])
+        hook.save_state(self.folder.path / STATE_FILE)
 
     def _results(
         self,
@@ -253,7 +266,7 @@ class Run:
                 "text": plan.record["noise"],
                 "rate": nominal_rate(noisy),
                 "seed": noisy.spec.seed,
-                "realised_rate": noisy.realised_rate,
+                "realised_rate": noisy.realised_rate if truth_known(plan) else None,
             },
             "seed": plan.seed,
             "accuracy": accuracy,
@@ -267,7 +280,9 @@ class Run:
             "influence": _influence(hook),
             "state": hook.state.summary(),
             "versions": versions(plan.device),
+            "doubts": doubts(loop.result().images, splits, accuracy, plan),
             "command": command_line(),
+            "config_sha256": self.folder.config_digest(plan.record, ignore=MAY_DIFFER),
         }
 
 

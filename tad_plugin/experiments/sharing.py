@@ -23,17 +23,19 @@ from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise.spec import NoisyLabels
 from tad_plugin.distill.experts.train import STATE_FILE
 from tad_plugin.distill.experts.trainer import ExpertConfig
+from tad_plugin.errors import FileFormatError, explain
 from tad_plugin.experiments.arm_hook import arm_hook
 from tad_plugin.experiments.arms import parse_arm
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.expert_run import NOT_FOR_EXPERTS, experts_record, plan_experts, train_planned
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.plan import Plan, settings_of
+from tad_plugin.utils.write_errors import writing_to
 
-__all__ = ["LEAST_IPC", "deciding_arm", "shared_decisions", "shared_experts"]
+__all__ = ["ANY_IPC", "deciding_arm", "shared_decisions", "shared_experts", "shared_state"]
 
-LEAST_IPC = 10
-"""Usable samples per class that shared decisions leave at least, so that runs of any smaller IPC can share them."""
+ANY_IPC = 10
+"""Stands for the images per class in the settings of what does not depend on them."""
 
 
 def deciding_arm(arm: str) -> str:
@@ -102,10 +104,13 @@ def shared_decisions(
     path = _place(root, "state", record)
     with FileLock(f"{path}.lock"):
         folder = RunFolder(path)
-        folder.write_config(record, ignore=MAY_DIFFER)
-        if not folder.is_done():
-            deciding = dataclasses.replace(plan, name=arm, arm=parse_arm(arm), methods=own["methods"])
-            _decide(deciding, own["ipc"], splits, noisy, folder, progress)
+        with folder.claimed():
+            folder.write_config(record, ignore=MAY_DIFFER)
+            if folder.is_done():
+                _check_shared(folder, {"arm": arm})
+            else:
+                deciding = dataclasses.replace(plan, name=arm, arm=parse_arm(arm), methods=own["methods"])
+                _decide(deciding, own["ipc"], splits, noisy, folder, progress)
     return path
 
 
@@ -124,20 +129,54 @@ def _decide(plan: Plan, ipc: int, splits: DataSplits, noisy: NoisyLabels, folder
 
     hook.start(progress=progress, checkpoint=checkpoint)
     hook.save_state(folder.path / STATE_FILE)
-    folder.write_results({"arm": plan.name, "scoring_seconds": hook.scoring_seconds, "state": hook.state.summary()})
+    results = {"arm": plan.name, "scoring_seconds": hook.scoring_seconds, "state": hook.state.summary()}
+    folder.write_results(results, [STATE_FILE])
+
+
+def _check_shared(folder: RunFolder, expected: Mapping[str, Any]) -> None:
+    found, reason = folder.finished(expected)
+    if found is None:
+        do = f"Put the file back, or remove the folder {folder.path}: the next run makes it again"
+        raise FileFormatError(explain(f"whole shared decisions in {folder.path}", reason, do))
 
 
 def _common(plan: Plan) -> tuple[str, dict[str, Any]]:
-    """The deciding arm, and the settings "ipc" and "methods" without what only other arms, sizes and loops use."""
+    """The deciding arm, and the settings "ipc" and "methods" without what only other arms, sizes and loops use.
+
+    "ipc" is the fewest samples per class that the methods leave in this run, as they do where nothing is shared.
+    """
     arm = deciding_arm(plan.name)
     method = parse_arm(arm).method
     if method == "none":
-        return arm, {"ipc": LEAST_IPC, "methods": {}}
-    return arm, {"ipc": max(plan.loop.ipc, LEAST_IPC), "methods": settings_of(plan.methods, method)}
+        return arm, {"ipc": ANY_IPC, "methods": {}}
+    methods = settings_of(plan.methods, method)
+    names = [name for name in method_names(method) if load_method(name).uses_ipc]
+    if not names:
+        return arm, {"ipc": ANY_IPC, "methods": methods}
+    # A method with a minimum of its own takes the larger of the two. Only where all do, is the larger one the same.
+    own = [methods.get(name, {}).get("min_per_class", 1) for name in names]
+    return arm, {"ipc": max(plan.loop.ipc, min(own)), "methods": methods}
+
+
+def shared_state(plan: Plan, folder: Path) -> Path | None:
+    """The state file in a folder of :func:`shared_decisions` or :func:`shared_experts`.
+
+    None if no method decides before the first update.
+
+    Raises:
+        FileFormatError: the file is gone.
+    """
+    if parse_arm(deciding_arm(plan.name)).method == "none":
+        return None
+    if not (folder / STATE_FILE).is_file():
+        do = f"Put it back, or remove the folder {folder}: the next run makes it again"
+        raise FileFormatError(explain(f"the shared decisions in {folder / STATE_FILE}", "no file", do))
+    return folder / STATE_FILE
 
 
 def _place(root: str | Path, kind: str, settings: Mapping[str, Any]) -> Path:
     text = json.dumps({k: v for k, v in settings.items() if k not in MAY_DIFFER})
     name = f"{kind}-{settings['arm']}-seed{settings['seed']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    Path(root).mkdir(parents=True, exist_ok=True)
+    with writing_to(root):
+        Path(root).mkdir(parents=True, exist_ok=True)
     return Path(root) / name

@@ -44,6 +44,7 @@ class CleanThenDistil(Rival):
     name: ClassVar[str] = "clean-then-distil"
     Config: ClassVar[type] = CleanThenDistilConfig
     needs_images: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("cleanlab",)
     config: CleanThenDistilConfig
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:

@@ -27,6 +27,7 @@ class Oracle(Rival):
 
     name: ClassVar[str] = "oracle"
     needs_true_labels: ClassVar[bool] = True
+    uses_ipc: ClassVar[bool] = False
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Compares the observed labels with the true ones."""

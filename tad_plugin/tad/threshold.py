@@ -139,6 +139,8 @@ def _warn(replaced: Tensor, separation: Tensor, share: float, *, everything: boo
         do = "No class shows two groups, so all samples are trusted; train the scorer longer if you expect noise"
     else:
         do = f"These classes keep {share:.0%} of their samples, the median of the other classes, by lowest loss"
-    message = explain("two groups of losses in every class (D of at least 2)", f"one group in {named}{more}", do)
+    got = f"one group in {named}{more}"
+    expected = "two groups of losses in every class (D of at least 2, and a better fit than one group by BIC)"
+    message = explain(expected, got, do)
     # Shown at the line that called `divide`.
     warnings.warn(message, UnimodalClassWarning, stacklevel=4)

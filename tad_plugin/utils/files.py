@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import FileFormatError, explain, missing_extra
+from tad_plugin.utils.write_errors import names_write_errors
 
 __all__ = [
     "atomic_save",
@@ -32,6 +33,7 @@ __all__ = [
 _TEMPORARY = ".tmp-"
 
 
+@names_write_errors
 def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Calls ``write`` with a temporary path, then renames that file to ``path``.
 
@@ -45,6 +47,10 @@ def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     Returns:
         ``path``.
+
+    Raises:
+        DiskSpaceError, FileWriteError, InvalidInputError: the file cannot be written; see
+            :func:`tad_plugin.utils.write_errors.named_write_error`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

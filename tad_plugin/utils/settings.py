@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tad_plugin.errors import ConfigError, explain
+from tad_plugin.errors import ConfigError, explain, suggestion
 
 __all__ = ["Settings", "build_config", "setting"]
 
@@ -189,7 +189,8 @@ def build_config(cls: type, values: Mapping[str, Any] | None, owner: str) -> Any
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         expected = f"settings of {owner} out of {', '.join(sorted(known))}"
-        raise ConfigError(explain(expected, ", ".join(unknown), "Remove or rename the unknown ones"))
+        do = suggestion(unknown[0], known) or "Remove or rename the unknown ones"
+        raise ConfigError(explain(expected, ", ".join(unknown), do))
     try:
         return cls(**values)
     except TypeError as error:  # a required field is missing, or a foreign dataclass fails on a value of another type

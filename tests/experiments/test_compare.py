@@ -57,7 +57,7 @@ def test_seeds_come_first_and_each_run_has_a_folder(tmp_path: Path) -> None:
     [
         ({"arms": ["clean", "nosy"]}, UnknownNameError, "'nosy'.*'noisy'"),
         ({"arms": []}, ConfigError, "--arms"),
-        ({"arms": ["tad", "tad"]}, ConfigError, "'tad,tad'"),
+        ({"arms": ["tad", "tad"]}, ConfigError, "tad,tad"),
         ({"jobs": 0}, ConfigError, "--jobs"),
         ({"launcher": "slurm"}, ConfigError, "--launcher.*'slurm'"),
         ({"ipcs": [0]}, ConfigError, "ipc"),

@@ -115,8 +115,12 @@ def test_without_yaml_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_in_the_place_of_the_folder_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInputError, match="--out"):
-        RunFolder(tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(InvalidInputError), RunFolder(path).claimed():
+            pass
+    for path in ("", " ", "a\0b"):
+        with pytest.raises(InvalidInputError, match="--out"):
+            RunFolder(path)
 
 
 # log
@@ -148,7 +152,9 @@ def test_results_make_a_run_done(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"results\.json"):
         run.results()
     run.write_results({"accuracy": {"last": [np.float32(50.0)]}, "split": None})
-    assert run.is_done() and RunFolder(tmp_path).results() == {"accuracy": {"last": [50.0]}, "split": None}
+    found = RunFolder(tmp_path).results()
+    assert run.is_done() and len(found.pop("sha256")) == 64
+    assert found == {"accuracy": {"last": [50.0]}, "split": None}
     run.results_path.write_text("[1]")
     with pytest.raises(FileFormatError, match="list"):
         run.results()

@@ -12,8 +12,7 @@ import pytest
 from tad_plugin.core.scorer import Scorer
 from tad_plugin.distill.experts.trainer import ExpertTrainer
 from tad_plugin.distill.mtt import MTT
-from tad_plugin.errors import UnknownNameError
-from tad_plugin.experiments import sharing as shared
+from tad_plugin.errors import FileFormatError, UnknownNameError
 from tad_plugin.experiments.compare import compare
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.run import run
@@ -56,7 +55,9 @@ def synthetic(folder: Path) -> bytes:
 
 def test_a_comparison_trains_what_its_runs_have_in_common_once(tmp_path: Path) -> None:
     arms = ["noisy", "iwd", "tad", "tad+iwd", "oracle"]
-    results = compare(SMALL, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "mtt", jobs=2, progress=False)
+    # Both IPC leave TAD the same minimum, so they share its experts.
+    both = dataclasses.replace(SMALL, methods={**SMALL.methods, "tad": {**SMALL.methods["tad"], "min_per_class": 2}})
+    results = compare(both, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "mtt", jobs=2, progress=False)
     assert len(results) == 10
     assert buffers(tmp_path / "mtt" / "shared") == ["experts-noisy-seed0", "experts-oracle-seed0", "experts-tad-seed0"]
     assert not list((tmp_path / "mtt").glob("*/ipc*/seed*/experts"))
@@ -84,8 +85,7 @@ def test_a_comparison_trains_what_its_runs_have_in_common_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arm", ["clean", "noisy", "tad", "iwd", "oracle"])
-def test_shared_experts_give_the_bits_of_a_runs_own(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "LEAST_IPC", SMALL.ipc)  # 10 of 12 samples a class leave TAD no choice
+def test_shared_experts_give_the_bits_of_a_runs_own(arm: str, tmp_path: Path) -> None:
     run(SMALL, arm, tmp_path / "own")
     run(SMALL, arm, tmp_path / "shared", shared=tmp_path / "experts")
     assert (tmp_path / "own" / "experts" / "buffer.json").exists()
@@ -157,9 +157,11 @@ def states(folder: Path) -> list[str]:
 
 def test_loops_without_experts_share_the_division(tmp_path: Path) -> None:
     arms = ["clean", "noisy", "iwd", "tad", "tad+iwd", "loss-prune", "oracle"]
-    results = compare(PLAIN, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "dm", progress=False)
+    both = dataclasses.replace(PLAIN, methods={**PLAIN.methods, "tad": {"warmup": 1, "min_per_class": 2}})
+    results = compare(both, arms=arms, seeds=[0], ipcs=[1, 2], out=tmp_path / "dm", progress=False)
     common = tmp_path / "dm" / "shared"
-    assert states(common) == ["state-loss-prune-seed0", "state-oracle-seed0", "state-tad-seed0"]
+    # loss-prune keeps at least IPC samples of a class, so each IPC has its own division; the oracle looks at none
+    assert states(common) == [*["state-loss-prune-seed0"] * 2, "state-oracle-seed0", "state-tad-seed0"]
     found = {(r["arm"], r["ipc"]): r for r in results}
     assert found["tad", 1]["scoring_seconds"] == pytest.approx(found["tad", 2]["scoring_seconds"], abs=0.01)
     assert found["tad+iwd", 1]["scoring_seconds"] > found["tad", 1]["scoring_seconds"]
@@ -167,22 +169,55 @@ def test_loops_without_experts_share_the_division(tmp_path: Path) -> None:
     assert found["tad", 1]["total_seconds"] == pytest.approx(spent + found["tad", 1]["scoring_seconds"], abs=0.01)
     # The folder's name has a hash of the settings; another name would orphan the folders of earlier versions.
     noisy = {"noise": "symmetric:0.4", "per_class": 16, "methods": {"tad": {"warmup": 1}, "scorer": {"epochs": 2}}}
-    old = dataclasses.replace(PLAIN, **noisy, ipc=1, iterations=1, eval_runs=1)
+    old = dataclasses.replace(PLAIN, **noisy, ipc=10, iterations=1, eval_runs=1)
     run(old, "tad+iwd", tmp_path / "old", shared=tmp_path / "named")
     assert (tmp_path / "named" / "state-tad-seed0-0bafacca").is_dir()
     # Another loop finds it as well, and each run's log tells how the division came about.
-    other = dataclasses.replace(PLAIN, baseline="dc", loop={"outer": 2, "inner": 1})
+    other = dataclasses.replace(both, baseline="dc", loop={"outer": 2, "inner": 1})
     compare(other, arms=["tad"], seeds=[0], ipcs=[1], out=tmp_path / "dc", progress=False, shared=common)
     assert len(list(common.glob("state-tad-*/state.safetensors"))) == 1
     logs = [(tmp_path / p / "log.jsonl").read_text() for p in ("dm/tad/ipc1/seed0", "dc/tad/ipc1/seed0")]
     assert all('"event": "division"' in log or '"event": "split"' in log for log in logs), logs[0][:2000]
 
 
+@pytest.mark.parametrize("ipc", [1, 3])
+def test_sharing_keeps_as_few_samples_as_a_run_alone(ipc: int, tmp_path: Path) -> None:
+    """On digits, 20 a class: shared decisions once kept at least 10 of a class, and runs alone as many as the IPC."""
+    config = dataclasses.replace(PLAIN, per_class=20, ipc=ipc, methods={"scorer": PLAIN.methods["scorer"]})
+    alone = run(config, "tad", tmp_path / "alone")
+    beside = run(config, "tad", tmp_path / "beside", shared=tmp_path / "common")
+    assert synthetic(tmp_path / "alone") == synthetic(tmp_path / "beside")
+    assert alone["state"] == beside["state"] and alone["split"] == beside["split"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "results.json"])
+def test_a_lost_or_changed_shared_file_is_an_error_or_made_again(name: str, tmp_path: Path) -> None:
+    run(PLAIN, "tad", tmp_path / "whole", shared=tmp_path / "common")
+    (folder,) = (tmp_path / "common").glob("state-*-[0-9a-f]*[0-9a-f]")
+    (folder / name).unlink()
+    if name == "results.json":  # not finished: it goes on, with the same decisions
+        run(PLAIN, "tad", tmp_path / "again", shared=tmp_path / "common")
+        assert synthetic(tmp_path / "whole") == synthetic(tmp_path / "again")
+        return
+    with pytest.raises(FileFormatError, match="state.safetensors"):
+        run(PLAIN, "tad", tmp_path / "again", shared=tmp_path / "common")
+    assert not (tmp_path / "again").exists()
+    (folder / name).write_bytes((tmp_path / "whole" / name).read_bytes()[:-1])
+    with pytest.raises(FileFormatError, match="state.safetensors"):
+        run(PLAIN, "tad", tmp_path / "again", shared=tmp_path / "common")
+
+
+def test_a_lost_state_of_shared_experts_is_an_error(tmp_path: Path) -> None:
+    run(SMALL, "tad", tmp_path / "whole", shared=tmp_path / "common")
+    (folder,) = (p.parent for p in (tmp_path / "common").glob("*/buffer.json"))
+    (folder / "state.safetensors").unlink()
+    with pytest.raises(FileFormatError, match="state.safetensors is missing"):
+        run(SMALL, "tad", tmp_path / "again", shared=tmp_path / "common")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("arm", ["tad", "tad+iwd", "iwd", "oracle", "clean-then-distil", "random"])
-def test_a_shared_division_gives_the_bits_of_a_runs_own(
-    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shared, "LEAST_IPC", PLAIN.ipc)
+def test_a_shared_division_gives_the_bits_of_a_runs_own(arm: str, tmp_path: Path) -> None:
     run(PLAIN, arm, tmp_path / "own")
     run(PLAIN, arm, tmp_path / "one", shared=tmp_path / "common")
     run(PLAIN, arm, tmp_path / "two", shared=tmp_path / "common")

@@ -23,7 +23,7 @@ from tad_plugin.data.noise import flips
 from tad_plugin.data.noise.class_maps import asymmetric_map
 from tad_plugin.data.noise.label_files import human_labels
 from tad_plugin.data.noise.text import ACCEPTED, parse_fields, read_matrix
-from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain
+from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain, suggestion
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import atomic_write, read_json
 
@@ -148,7 +148,9 @@ class NoiseSpec:
 
     @named_errors
     def __post_init__(self) -> None:
-        self._require(self.kind in KINDS, f"a kind of noise out of {', '.join(KINDS)}", self.kind)
+        if self.kind not in KINDS:
+            do = suggestion(str(self.kind), KINDS) or ACCEPTED
+            raise ConfigError(explain(f"a kind of noise out of {', '.join(KINDS)}", repr(self.kind), do))
         try:
             self._normalise()
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -307,7 +309,7 @@ class NoiseSpec:
         true = check_labels(labels, num_classes)
         if self.kind == "human":
             if self.path is None:
-                do = "Add the file, as in 'human:worse@path=FILE'"
+                do = "Add the file, as in 'human:worse@path=FILE' (on the command line: --labels FILE)"
                 raise ConfigError(explain("a path of a label file for human noise", "none", do))
             noisy = human_labels(
                 self.path,

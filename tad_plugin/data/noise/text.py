@@ -44,7 +44,7 @@ def parse_fields(text: str, rated: Collection[str]) -> dict[str, Any]:
             raise bad(f"a rate after '{kind}:'", argument) from None
     elif kind == "human":
         fields["key"] = argument or None
-    elif colon:
+    elif colon and kind in ("none", "matrix"):  # an unknown kind is named by NoiseSpec
         raise bad(f"nothing after {kind!r}", argument)
     # A path may hold commas and equals signs, so it comes last.
     before, has_path, path = tail.partition("path=") if tail.startswith("path=") else _split_path(tail)

@@ -19,7 +19,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.folder import RunFolder
-from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.style import VERMILLION, picture
 from tad_plugin.utils.files import atomic_save
@@ -209,9 +209,9 @@ def report_influence(folder: str | Path, out: str | Path = "", *, top: int = 10)
     plan = resolve(RunConfig(**{k: v for k, v in stored.items() if k in known}), stored["arm"])
     splits, noisy, _ = load_noisy(plan)
     state = SampleState.load(folder / "state.safetensors", noisy.labels.cpu())
-    true = splits.train_labels.cpu()
-    names, shown = tuple(splits.class_names), true if bool((true != state.observed).any()) else None
-    target.mkdir(parents=True, exist_ok=True)
+    true = splits.train_labels.cpu() if truth_known(plan) else None
+    shown = true if true is not None and bool((true != state.observed).any()) else None
+    names = tuple(splits.class_names)
     rows = influence_table(state, top=top, class_names=names, true_labels=true)
     written = write_table(rows, target / "influence.csv")
     pixels = splits.preprocessing.inverse(splits.train_images).cpu()

@@ -9,13 +9,14 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.experiments.compare import Task
 from tad_plugin.experiments.folder import RunFolder
-from tad_plugin.experiments.loading import load_noisy
+from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.comparison import plot_comparison
 from tad_plugin.experiments.report.roles import methods_of
 from tad_plugin.experiments.report.synthetic import plot_synthetic
 from tad_plugin.experiments.report.tables import summarise
 from tad_plugin.experiments.report.trust import plot_loss_histogram, plot_trusted_space
+from tad_plugin.utils.write_errors import writing_to
 
 __all__ = ["draw_comparison"]
 
@@ -36,7 +37,8 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
         Title -> file, in the order of the page.
     """
     folder = out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     found = {"Accuracy by arm": folder / "accuracy.png"}
     plot_comparison(summarise(results), found["Accuracy by arm"])
     tasks = [t for t in tasks if RunFolder(t.folder).is_done()]
@@ -78,8 +80,9 @@ def _draw_division(task: Task, folder: Path) -> dict[str, Path]:
     if division is None:
         return {}
     losses, mixture = division
-    labels = load_noisy(resolve(task.config, task.arm))[0].train_labels.cpu()
-    wrong = state.observed != labels if len(labels) == len(state) else None
+    plan = resolve(task.config, task.arm)
+    labels = load_noisy(plan)[0].train_labels.cpu()
+    wrong = state.observed != labels if len(labels) == len(state) and truth_known(plan) else None
     space, histogram = (folder / f"{name}-{_stem(task.arm)}.png" for name in ("trusted", "losses"))
     plot_trusted_space(RunFolder(task.folder).records(), space)
     plot_loss_histogram(losses, state.observed, mixture, histogram, true_wrong=wrong)
