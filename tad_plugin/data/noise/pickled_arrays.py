@@ -67,7 +67,7 @@ def _unpickle(file: io.BytesIO) -> Any:
     start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
         # An honest pickle numbers its parts in turn. Python would make room for all numbers up to the largest.
-        if opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"} and argument > file.getbuffer().nbytes:
+        if opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"} and int(argument or 0) > file.getbuffer().nbytes:
             raise pickle.UnpicklingError(f"a part with the number {argument}")
     file.seek(start)
     return _ArrayUnpickler(file).load()
