@@ -118,9 +118,22 @@ def script_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argpar
     """Runs the patched script."""
     state_file(args, arm, seed).unlink(missing_ok=True)
     file = run_main_dm(checkout, arm, seed, args.out / "script" / arm / f"seed{seed}", args)
-    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]):
+    values = script_accuracies(file)
+    return {**result_of(raw, SCRIPT, arm, seed, args), "accuracy": {"last": [100 * v for v in values]}}
+
+
+def script_accuracies(file: Path) -> list[float]:
+    """The accuracies in the script's res_*.pt, in [0, 1]; it saves them as NumPy numbers."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(float))]):
         (values,) = torch.load(file, weights_only=True)["accs_all_exps"].values()
-    return {**result_of(raw, SCRIPT, arm, seed, args), "accuracy": {"last": [100 * float(v) for v in values]}}
+    return [float(v) for v in values]
+
+
+def check_torch() -> None:
+    """Refuses a torch before 2.5: it cannot read the script's res_*.pt without running code from it."""
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise InvalidInputError(explain("torch >= 2.5", f"torch {torch.__version__}", "Upgrade torch for this study"))
 
 
 def same_start_run(checkout: Path, raw: RawSplits, arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -226,6 +239,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    check_torch()
     args.out = args.out.resolve()
     torch.set_num_threads(args.threads)
     raw = read_source(

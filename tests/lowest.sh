@@ -4,10 +4,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python="${PYTHON310:-}"
-for candidate in python3.10 "$(command -v pyenv >/dev/null 2>&1 && pyenv prefix 3.10 2>/dev/null)/bin/python" \
-    "$HOME"/.pyenv/versions/3.10.*/bin/python; do
-    [ -n "$python" ] || { "$candidate" --version >/dev/null 2>&1 && python="$candidate"; }
+is_310() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' >/dev/null 2>&1
+}
+
+candidates=(python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python)
+[ -z "${PYTHON310:-}" ] || candidates=("$PYTHON310")
+python=""
+for candidate in "${candidates[@]}"; do
+    if is_310 "$candidate"; then
+        python="$candidate"
+        break
+    fi
 done
 [ -n "$python" ] || {
     echo "error: Expected Python 3.10, but got none. Install it, or name it with PYTHON310=/path/to/python3.10." >&2
@@ -17,6 +25,11 @@ done
 environment="${LOWEST_ENVIRONMENT:-.venv-lowest}"
 digest="$(sha256sum setup.cfg | cut -d' ' -f1)"
 if [ "$(cat "$environment/.digest" 2>/dev/null)" != "$digest" ]; then
+    if [ -e "$environment" ] && [ ! -e "$environment/pyvenv.cfg" ]; then
+        echo "error: Expected a virtual environment or nothing in $environment, but got other files." \
+            "Name another place with LOWEST_ENVIRONMENT." >&2
+        exit 1
+    fi
     "$python" -m venv --clear "$environment"
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check uv
     "$environment/bin/python" -m uv pip install --python "$environment/bin/python" --resolution lowest-direct \

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
 from tad_plugin.data.sources import RawSplits
+from tad_plugin.errors import InvalidInputError
 from tad_plugin.upstream.stand_ins import any_checksum
 from tests import ROOT
 
@@ -54,3 +56,14 @@ def test_the_summary_compares_arms_and_sides_seed_by_seed(study: ModuleType) -> 
     assert "bundled loop: TAD +12.5 points (seed by seed 25.0 -> 37.0, 26.0 -> 39.0)" in text
     assert "- noisy: script minus bundled loop +0.5 points (+0.0, +1.0)" in text
     assert "TAD" in study.summary(results[:4]) and "minus" not in study.summary(results[:4])
+
+
+def test_the_accuracies_of_the_script_are_read_or_the_study_does_not_start(study: ModuleType, tmp_path: Path) -> None:
+    content = {"data": [[torch.zeros(2)]], "accs_all_exps": {"ConvNet": [np.float64(0.25), np.float64(0.5)]}}
+    torch.save(content, tmp_path / "res.pt")
+    if hasattr(torch.serialization, "safe_globals"):
+        study.check_torch()
+        assert study.script_accuracies(tmp_path / "res.pt") == [0.25, 0.5]
+    else:
+        with pytest.raises(InvalidInputError):
+            study.check_torch()
