@@ -141,4 +141,4 @@ def _warn(replaced: Tensor, separation: Tensor, share: float, *, everything: boo
         do = f"These classes keep {share:.0%} of their samples, the median of the other classes, by lowest loss"
     message = explain("two groups of losses in every class (D of at least 2)", f"one group in {named}{more}", do)
     # Shown at the line that called `divide`.
-    warnings.warn(message, UnimodalClassWarning, stacklevel=4)
+    warnings.warn(message, UnimodalClassWarning, stacklevel=5)
