@@ -277,7 +277,7 @@ def weights_from_scores(
         more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
         do = "The nearest is used. Raise ess, or score more samples, so that fewer are tied at the best score"
         warnings.warn(
-            explain(f"an effective sample size of {ess:.3g}", shown + more, do), ConvergenceWarning, stacklevel=2
+            explain(f"an effective sample size of {ess:.3g}", shown + more, do), ConvergenceWarning, stacklevel=3
         )
     return classes.softmax(z, fitted.temperature).to(torch.promote_types(scores.dtype, torch.float32))
 

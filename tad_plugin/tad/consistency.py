@@ -47,12 +47,12 @@ class TemporalEnsemble:
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_whole("num_samples", num_samples, 1, 2**28)
-        check_num_classes(num_classes)
         if num_samples < 1 or num_classes < 1 or not 0 <= beta < 1 or not dtype.is_floating_point:
             got = f"num_samples={num_samples}, num_classes={num_classes}, beta={beta}, dtype={dtype}"
             expected = "positive sizes, beta in [0, 1), a floating-point dtype"
             raise InvalidInputError(explain(expected, got, "Pass the sizes of the data, and leave beta at its default"))
+        check_whole("num_samples", num_samples, 1, 2**28)
+        check_num_classes(num_classes)
         self.beta = beta
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
         self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)

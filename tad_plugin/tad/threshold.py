@@ -143,4 +143,4 @@ def _warn(replaced: Tensor, separation: Tensor, share: float, *, everything: boo
     expected = "two groups of losses in every class (D of at least 2, and a better fit than one group by BIC)"
     message = explain(expected, got, do)
     # Shown at the line that called `divide`.
-    warnings.warn(message, UnimodalClassWarning, stacklevel=4)
+    warnings.warn(message, UnimodalClassWarning, stacklevel=5)

@@ -208,7 +208,7 @@ def conjugate_gradient(
         message = explain(f"conjugate gradients to reach a relative residual of {tolerance:.3g}", got, ways)
         if strict:
             raise ConvergenceError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
     return CGResult(best, iterations, true, converged)
 
 
