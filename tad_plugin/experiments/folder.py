@@ -173,7 +173,7 @@ class RunFolder:
             raise _unreadable(self.config_path, "a YAML mapping", f"a {type(config).__name__}")
         return config
 
-    def configcontent_digest(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> str:
+    def config_digest(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> str:
         """Sha256 (hex) of a configuration without the keys of ``ignore``, as results hold it."""
         return content_digest({key: value for key, value in strict(config).items() if key not in ignore})
 
@@ -208,7 +208,7 @@ class RunFolder:
         there = self.config_path.exists()
         if there:
             self.write_config(config, ignore=ignore)
-        digest = self.configcontent_digest(config, ignore=ignore)
+        digest = self.config_digest(config, ignore=ignore)
         results, reason = self.finished({**expected, "config_sha256": digest}, files)
         if results is not None and not there and results.get("config_sha256") == digest:
             self.write_config(config)
@@ -306,7 +306,7 @@ class RunFolder:
         """
         found = strict(results)
         if files:
-            found["files"] = {name: filecontent_digest(self.path / name) for name in files}
+            found["files"] = {name: file_digest(self.path / name) for name in files}
         found["sha256"] = content_digest(found)
         atomic_write(self.results_path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
@@ -346,7 +346,7 @@ class RunFolder:
             path = self.path / name
             if not path.is_file():
                 return None, f"{name} is missing"
-            if digest is not None and filecontent_digest(path) != digest:
+            if digest is not None and file_digest(path) != digest:
                 return None, f"{name} is not the file that the results were written with"
         return results, ""
 
