@@ -28,7 +28,7 @@ from tad_plugin.errors import FileFormatError, ResumeError, TadPluginWarning, ex
 from tad_plugin.experiments.lock import LOCK_FILES, claimed_folder
 from tad_plugin.experiments.strict_json import content_digest, strict
 from tad_plugin.utils.checkpoints import CheckpointSlots
-from tad_plugin.utils.files import atomic_write, plain, read_json, read_yaml, remove_temporaries, yaml_text
+from tad_plugin.utils.files import atomic_write, file_digest, plain, read_json, read_yaml, remove_temporaries, yaml_text
 from tad_plugin.utils.write_errors import check_path, writing_to
 
 __all__ = ["RunFolder"]
