@@ -181,9 +181,9 @@ def _evaluate(values: Any) -> None:
     from tad_plugin.evaluate import evaluate
     from tad_plugin.experiments.doubts import at_chance
     from tad_plugin.experiments.flags import check_evaluate_flags
-    from tad_plugin.experiments.folder import strict
     from tad_plugin.experiments.loading import load_test
     from tad_plugin.experiments.plan import resolve
+    from tad_plugin.experiments.strict_json import strict
     from tad_plugin.utils.files import atomic_write
     from tad_plugin.utils.seeds import seeded_generator
 

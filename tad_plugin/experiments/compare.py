@@ -16,10 +16,10 @@ import torch
 
 from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra
 from tad_plugin.experiments.config import RunConfig
-from tad_plugin.experiments.folder import strict
 from tad_plugin.experiments.lock import claimed_folder
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
+from tad_plugin.experiments.strict_json import strict
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.workers import spawn_pool, threads_each

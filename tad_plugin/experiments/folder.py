@@ -13,7 +13,6 @@ checkpoint was taken.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,11 +26,12 @@ import torch
 
 from tad_plugin.errors import FileFormatError, ResumeError, TadPluginWarning, explain
 from tad_plugin.experiments.lock import LOCK_FILES, claimed_folder
+from tad_plugin.experiments.strict_json import content_digest, strict
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.files import atomic_write, file_digest, plain, read_json, read_yaml, remove_temporaries, yaml_text
 from tad_plugin.utils.write_errors import check_path, writing_to
 
-__all__ = ["RunFolder", "strict"]
+__all__ = ["RunFolder"]
 
 _ABSENT = "(not set)"
 
@@ -175,7 +175,7 @@ class RunFolder:
 
     def config_digest(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> str:
         """Sha256 (hex) of a configuration without the keys of ``ignore``, as results hold it."""
-        return _digest({key: value for key, value in strict(config).items() if key not in ignore})
+        return content_digest({key: value for key, value in strict(config).items() if key not in ignore})
 
     def check_config(
         self,
@@ -307,7 +307,7 @@ class RunFolder:
         found = strict(results)
         if files:
             found["files"] = {name: file_digest(self.path / name) for name in files}
-        found["sha256"] = _digest(found)
+        found["sha256"] = content_digest(found)
         atomic_write(self.results_path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
     def results(self) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class RunFolder:
         results = read_json(self.results_path)
         if not isinstance(results, dict):
             raise _unreadable(self.results_path, "a JSON object", f"a {type(results).__name__}")
-        if "sha256" in results and results["sha256"] != _digest(results):
+        if "sha256" in results and results["sha256"] != content_digest(results):
             raise _unreadable(self.results_path, "contents that match their sha256", "other contents")
         return results
 
@@ -378,24 +378,6 @@ class RunFolder:
                 TadPluginWarning,
                 stacklevel=3,
             )
-
-
-def strict(value: Any) -> Any:
-    """:func:`tad_plugin.utils.files.plain` for strict JSON: NaN and infinite numbers become None."""
-
-    def finite(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: finite(part) for key, part in item.items()}
-        if isinstance(item, list):
-            return [finite(part) for part in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return finite(plain(value))
-
-
-def _digest(results: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in results.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _unreadable(path: Path, expected: str, got: str) -> FileFormatError:
