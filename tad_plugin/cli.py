@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tad_plugin import __version__
 from tad_plugin.errors import InvalidInputError, TadPluginError, explain, missing_extra
 from tad_plugin.upstream import cli as checkouts
+from tad_plugin.utils.workers import Terminated, stoppable
 
 __all__ = ["main"]
 
@@ -293,21 +295,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can correct.
+        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can correct; 130 after
+        Ctrl-C; 143 after SIGTERM.
     """
     given = list(argv) if argv is not None else sys.argv[1:]
     try:
-        if given and given[0] in checkouts.VERBS:
-            return checkouts.VERBS[given[0]](given[1:])
-        parser = _parser()
-        values = parser.parse_args(given)
-        return VERBS[values.verb](values[values.verb]) or 0
+        with stoppable(signal.SIGINT, signal.SIGTERM):
+            return _run(given)
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tad-plugin: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        word = "interrupted" if interrupted else "terminated"
+        print(f"tad-plugin: {word}; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+
+
+def _run(given: list[str]) -> int:
+    if given and given[0] in checkouts.VERBS:
+        return checkouts.VERBS[given[0]](given[1:])
+    parser = _parser()
+    values = parser.parse_args(given)
+    return VERBS[values.verb](values[values.verb]) or 0
 
 
 if __name__ == "__main__":

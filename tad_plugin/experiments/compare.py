@@ -20,7 +20,7 @@ from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.progress import bar
-from tad_plugin.utils.workers import spawn_pool, threads_each
+from tad_plugin.utils.workers import raise_if_stopped, threads_each, worker_pool
 
 __all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
 
@@ -132,6 +132,7 @@ def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[
     try:
         return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite, shared=task.shared)
     except Exception as error:
+        raise_if_stopped()
         return _failure(task, error)
 
 
@@ -212,17 +213,13 @@ def compare(
 
 
 def _in_processes(tasks: list[Task], jobs: int, progress: bool, overwrite: bool) -> list[dict[str, Any] | Failure]:
-    with spawn_pool(jobs) as pool:
+    with worker_pool(jobs) as pool:
         futures = {pool.submit(_attempt, t, threads_each(jobs), False, overwrite): i for i, t in enumerate(tasks)}
         found: dict[int, dict[str, Any] | Failure] = {}
-        try:
-            for future in bar(as_completed(futures), "runs", progress, len(tasks)):
-                error = future.exception()  # a process that died, out of memory for example
-                i = futures[future]
-                found[i] = future.result() if error is None else _failure(tasks[i], error)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in bar(as_completed(futures), "runs", progress, len(tasks)):
+            error = future.exception()  # a process that died, out of memory for example
+            i = futures[future]
+            found[i] = future.result() if error is None else _failure(tasks[i], error)
     return [found[i] for i in range(len(tasks))]
 
 

@@ -50,6 +50,8 @@ def run_script(
             os.chdir(script.path.parent)
             forget_modules(script.root)
             runpy.run_path(str(script.path), run_name="__main__")
+        except Terminated:
+            raise
         except SystemExit as stop:
             if stop.code is None or isinstance(stop.code, int):
                 return stop.code or 0
