@@ -108,7 +108,12 @@ def _parser() -> Any:
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
     many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9; one alone: 7,)")
-    many.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    many.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="runs side by side (by default: one here, and with ray as many as the cluster has room for)",
+    )
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument(
         "--shared", type=str, default="", help="folder of decisions and experts that runs share (OUT/shared)"

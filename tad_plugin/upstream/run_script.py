@@ -18,6 +18,7 @@ import torch
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.upstream.script import Script, belongs
 from tad_plugin.upstream.switches import Switch
+from tad_plugin.utils.workers import Terminated
 
 __all__ = ["forget_modules", "run_script", "seeded_run"]
 

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Any, TypeVar
 
-__all__ = ["SPAWN", "Terminated", "raise_if_stopped", "stoppable", "threads_each", "worker_pool"]
+__all__ = ["SPAWN", "Terminated", "handlers_kept", "raise_if_stopped", "stoppable", "threads_each", "worker_pool"]
 
 SPAWN = multiprocessing.get_context("spawn")
 """Starts processes afresh: a forked one would inherit locked thread pools and could not use CUDA."""
@@ -51,9 +51,9 @@ _RECEIVED: list[int] = []
 def stoppable(*signals: int) -> Iterator[None]:
     """Context in which a signal ends the work in an orderly way, but within :data:`LAST_SECONDS`.
 
-    The first signal raises KeyboardInterrupt (SIGINT) or :class:`Terminated` (SIGTERM). A second one ends the process at
-    once. Handlers that the program has set itself stay, and so do ignored signals. Outside the main thread, where Python
-    allows no handlers, nothing is done.
+    The first signal raises KeyboardInterrupt (SIGINT) or :class:`Terminated` (SIGTERM). A second one ends the process
+    at once. Handlers that the program has set itself stay, and so do ignored signals. Outside the main thread, where
+    Python allows no handlers, nothing is done.
 
     Args:
         signals: SIGINT, SIGTERM, or both.
@@ -106,6 +106,20 @@ def raise_if_stopped() -> None:
 
 
 @contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Undoes the handlers of SIGINT and SIGTERM that the body sets. Ray, for one, sets its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def _interrupt_held_back() -> Iterator[None]:
     """Holds Ctrl-C back. A process that is started meanwhile inherits this, so it is never hit while it imports."""
     if not hasattr(signal, "pthread_sigmask"):
@@ -138,8 +152,8 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of ``jobs`` fresh processes, none of which outlives the body.
 
-    At the end of the body it waits for all work. If the body raises, work that has not begun is dropped and the processes
-    are killed. SIGTERM raises :class:`Terminated` in the body.
+    At the end of the body it waits for all work. If the body raises, work that has not begun is dropped and the
+    processes are killed. SIGTERM raises :class:`Terminated` in the body.
 
     Args:
         jobs: number of processes.
