@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tad_plugin import __version__
 from tad_plugin.errors import TadPluginError
 from tad_plugin.upstream import cli as checkouts
+from tad_plugin.utils.workers import Terminated, stoppable
 from tad_plugin.utils.write_errors import named_write_error
 
 __all__ = ["main"]
@@ -109,7 +111,12 @@ def _parser() -> Any:
     many.add_argument("--ipc", type=str, default="10", help="images per class, one or several: 1,10")
     many.add_argument("--arms", type=str, default="clean,noisy,tad", help="arms joined by commas")
     many.add_argument("--seeds", type=str, default="3", help="how many (5), or which (7,8,9; one alone: 7,)")
-    many.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    many.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="runs side by side (by default: one here, and with ray as many as the cluster has room for)",
+    )
     many.add_argument("--launcher", type=str, default="local", help='"local", or "ray" for a cluster')
     many.add_argument(
         "--shared", type=str, default="", help="folder of decisions and experts that runs share (OUT/shared)"
@@ -309,19 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can correct.
+        The exit status: 0; 1 if some runs of a comparison failed; 2 after an error that the user can correct; 130 after
+        Ctrl-C; 143 after SIGTERM.
     """
     given = list(argv) if argv is not None else sys.argv[1:]
     try:
-        if given and given[0] in checkouts.VERBS:
-            return checkouts.VERBS[given[0]](given[1:])
-        from tad_plugin.experiments.parser import check_given, with_switches
-
-        parser = _parser()
-        given = with_switches(given)
-        check_given(parser, given)
-        values = parser.parse_args(given)
-        return VERBS[values.verb](values[values.verb]) or 0
+        with stoppable(signal.SIGINT, signal.SIGTERM):
+            return _run(given)
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
@@ -331,9 +332,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tad-plugin: {named}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tad-plugin: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        word = "interrupted" if interrupted else "terminated"
+        print(f"tad-plugin: {word}; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+
+
+def _run(given: list[str]) -> int:
+    if given and given[0] in checkouts.VERBS:
+        return checkouts.VERBS[given[0]](given[1:])
+    from tad_plugin.experiments.parser import check_given, with_switches
+
+    parser = _parser()
+    given = with_switches(given)
+    check_given(parser, given)
+    values = parser.parse_args(given)
+    return VERBS[values.verb](values[values.verb]) or 0
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import as_completed
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from tad_plugin.experiments.run import run
 from tad_plugin.experiments.strict_json import strict
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.progress import bar
-from tad_plugin.utils.workers import spawn_pool, threads_each
+from tad_plugin.utils.workers import handlers_kept, raise_if_stopped, stoppable, threads_each, worker_pool
 
 __all__ = ["Failure", "Task", "compare", "parse_numbers", "parse_seeds", "tasks_of"]
+
+RETRIES = 3
+"""How often Ray starts a run again whose process or node died."""
 
 SHARED = "shared"
 """Folder inside that of a comparison, for decisions and experts that its runs share."""
@@ -136,6 +141,7 @@ def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[
     try:
         return run(task.config, task.arm, task.folder, progress=progress, overwrite=overwrite, shared=task.shared)
     except Exception as error:
+        raise_if_stopped()
         return _failure(task, error)
 
 
@@ -152,7 +158,7 @@ def compare(
     seeds: Iterable[int],
     ipcs: Iterable[int],
     out: str | Path,
-    jobs: int = 1,
+    jobs: int | None = None,
     launcher: str = "local",
     overwrite: bool = False,
     progress: bool = True,
@@ -170,7 +176,7 @@ def compare(
         seeds: one run each. A seed fixes noise, split, initial images and networks, the same for all arms.
         ipcs: images per class.
         out: folder of the comparison; run folders are ``out/ARM/ipcN/seedS``.
-        jobs: number of processes (local launcher), at least 1.
+        jobs: runs side by side, at least 1. None: one on this machine; with Ray as many as the cluster has room for.
         launcher: "local", or "ray" to run Ray tasks on a cluster that shares the file system.
         overwrite: start over and remove what earlier runs left.
         progress: show progress bars.
@@ -188,7 +194,7 @@ def compare(
     """
     out = Path(out)
     tasks = tasks_of(config, arms, seeds, ipcs, out, shared)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ConfigError(explain("--jobs of at least 1", str(jobs), "Correct the flag"))
     with claimed_folder(out):
         return _compare(tasks, out, jobs, launcher, overwrite, progress, failures, shared)
@@ -207,10 +213,10 @@ def _compare(
     if overwrite and not shared:
         shutil.rmtree(out / SHARED, ignore_errors=True)
     if launcher == "ray":
-        found = _with_ray(tasks, overwrite)
+        found = _with_ray(tasks, jobs, progress, overwrite)
     elif launcher != "local":
         raise ConfigError(explain('--launcher "local" or "ray"', repr(launcher), "Correct the flag"))
-    elif jobs == 1 or len(tasks) == 1:
+    elif jobs is None or jobs == 1 or len(tasks) == 1:
         threads = torch.get_num_threads()
         found = [_attempt(t, threads, progress, overwrite) for t in bar(tasks, "runs", progress)]
     else:
@@ -231,42 +237,47 @@ def _compare(
 
 
 def _in_processes(tasks: list[Task], jobs: int, progress: bool, overwrite: bool) -> list[dict[str, Any] | Failure]:
-    with spawn_pool(jobs) as pool:
+    with worker_pool(jobs) as pool:
         futures = {pool.submit(_attempt, t, threads_each(jobs), False, overwrite): i for i, t in enumerate(tasks)}
         found: dict[int, dict[str, Any] | Failure] = {}
-        try:
-            for future in bar(as_completed(futures), "runs", progress, len(tasks)):
-                error = future.exception()  # a process that died, out of memory for example
-                i = futures[future]
-                found[i] = future.result() if error is None else _failure(tasks[i], error)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in bar(as_completed(futures), "runs", progress, len(tasks)):
+            error = future.exception()  # a process that died, out of memory for example
+            i = futures[future]
+            found[i] = future.result() if error is None else _failure(tasks[i], error)
     return [found[i] for i in range(len(tasks))]
 
 
-def _with_ray(tasks: list[Task], overwrite: bool) -> list[dict[str, Any] | Failure]:
+def _with_ray(tasks: list[Task], jobs: int | None, progress: bool, overwrite: bool) -> list[dict[str, Any] | Failure]:
     try:
         import ray
     except ImportError as error:
         raise missing_extra("ray", "cluster", "--launcher ray") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-    try:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_attempt)
-        absolute = [
-            dataclasses.replace(t, folder=t.folder.resolve(), shared=t.shared and t.shared.resolve()) for t in tasks
-        ]
-        waiting = [remote.remote(t, 1, False, overwrite) for t in absolute]
-        found: list[dict[str, Any] | Failure] = []
-        for task, reference in zip(tasks, waiting, strict=True):
-            try:
-                found.append(ray.get(reference))
-            except ray.exceptions.RayError as error:  # a node or a process that died
-                found.append(_failure(task, error))
-        return found
-    finally:
-        if started:
-            ray.shutdown()
+        with handlers_kept():
+            ray.init(ignore_reinit_error=True, log_to_driver=False)
+    found: dict[int, dict[str, Any] | Failure] = {}
+    waiting: dict[Any, int] = {}
+    with stoppable(signal.SIGTERM):
+        try:
+            gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+            # A run whose process or node died goes on from its checkpoint.
+            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_attempt)
+            left = iter(enumerate(tasks))
+            for _ in bar(range(len(tasks)), "runs", progress):
+                for i, t in islice(left, (jobs or len(tasks)) - len(waiting)):
+                    shared = t.shared and t.shared.resolve()
+                    absolute = dataclasses.replace(t, folder=t.folder.resolve(), shared=shared)
+                    waiting[remote.remote(absolute, 1, False, overwrite)] = i
+                reference = ray.wait(list(waiting), num_returns=1)[0][0]
+                i = waiting.pop(reference)
+                try:
+                    found[i] = ray.get(reference)
+                except ray.exceptions.RayError as error:  # it died again and again
+                    found[i] = _failure(tasks[i], error)
+        finally:
+            for reference in waiting:  # after an error or a signal
+                ray.cancel(reference, force=True)
+            if started:
+                ray.shutdown()
+    return [found[i] for i in range(len(tasks))]

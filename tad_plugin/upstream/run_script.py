@@ -18,6 +18,7 @@ import torch
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.upstream.script import Script, belongs
 from tad_plugin.upstream.switches import Switch
+from tad_plugin.utils.workers import Terminated
 
 __all__ = ["forget_modules", "run_script", "seeded_run"]
 
@@ -50,6 +51,8 @@ def run_script(
             os.chdir(script.path.parent)
             forget_modules(script.root)
             runpy.run_path(str(script.path), run_name="__main__")
+        except Terminated:
+            raise
         except SystemExit as stop:
             if stop.code is None or isinstance(stop.code, int):
                 return stop.code or 0

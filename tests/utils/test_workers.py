@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tad_plugin.utils.workers import SPAWN, spawn_pool, threads_each
+from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
 
 _NOTES: list[str] = []
 
@@ -22,7 +22,7 @@ def _recall(suffix: str) -> tuple[int, list[str]]:
 def test_a_pool_of_fresh_processes_runs_the_initializer_in_each() -> None:
     assert SPAWN.get_start_method() == "spawn"
     _remember("parent")  # a forked process would inherit it
-    with spawn_pool(1, _remember, ("child",)) as pool:
+    with worker_pool(1, _remember, ("child",)) as pool:
         process, notes = pool.submit(_recall, "here").result()
     assert process != os.getpid() and notes == ["child", "here"] and _NOTES == ["parent"]
 

@@ -7,8 +7,6 @@ The owner of the buffer collects the experts in order: finished ones, or after a
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -31,11 +29,14 @@ from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.errors import TadPluginError, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.seeds import expert_generator
-from tad_plugin.utils.workers import SPAWN, spawn_pool, threads_each
+from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
 
 __all__ = ["ExpertTask", "UnfinishedExperts"]
 
 FOLDER = "experts-under-way"
+
+PATIENCE = 2.0
+"""Seconds that processes get to finish an epoch and save it when the training is stopped."""
 
 
 @dataclass
@@ -72,19 +73,19 @@ class UnfinishedExperts:
     def training(self, task: ExpertTask, numbers: range, jobs: int) -> Iterator[None]:
         """Trains experts ``numbers`` in ``jobs`` processes while the body runs; :meth:`take` waits for one of them.
 
-        The processes share the cores. After an error in the body they save a checkpoint and stop.
+        The processes share the cores. After an error in the body they save a checkpoint and stop; one that takes longer
+        than :data:`PATIENCE` seconds is ended, and its expert goes on from an earlier checkpoint.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         stop = SPAWN.Event()
         begin = (_packed(task), str(task.data.images.device), self.path, threads_each(jobs), stop)
-        pool = spawn_pool(min(jobs, len(numbers)), _begin, begin)
-        try:
-            self._futures = {n: pool.submit(_train, n) for n in numbers}
-            yield
-        finally:
-            stop.set()
-            self._futures = {}
-            pool.shutdown(cancel_futures=True)
+        with worker_pool(min(jobs, len(numbers)), _begin, begin, patience=PATIENCE) as pool:
+            try:
+                self._futures = {n: pool.submit(_train, n) for n in numbers}
+                yield
+            finally:
+                stop.set()
+                self._futures = {}
 
     def take(self, number: int) -> Mapping[str, Any] | None:
         """The checkpoint of an expert ("trainer", "seconds", "loss"), or None. Waits if a process trains it.
@@ -178,9 +179,6 @@ def _train_alone(task: ExpertTask, slots: CheckpointSlots, number: int, stop: Ev
     began = saved_at = perf_counter()
     while trainer.epoch < task.config.epochs and not stop.is_set():
         loss = trainer.run_epoch()
-        owner = multiprocessing.parent_process()
-        if owner is not None and not owner.is_alive():
-            os._exit(1)  # the owner was killed; the next owner trains this expert
         last = trainer.epoch == task.config.epochs or stop.is_set()
         if last or perf_counter() - saved_at > task.every:
             spent = seconds + perf_counter() - began
