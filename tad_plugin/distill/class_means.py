@@ -81,7 +81,6 @@ class MeanMatching(Baseline):
         synthetic.images.requires_grad_(True)
         self.augmentation = Augmentation.configured(config.augment, data.dataset)
         self.stream = min(chunk_size(data.images.device), pass_size(data.images, config.width))
-        self.classes = data.num_classes
         self.classes = classes_per_graph(config.ipc, data.images, config.width)
 
     def match(self, network: Any, iteration: int, class_losses: ClassLosses, **event: Any) -> float:
@@ -142,8 +141,9 @@ class MeanMatching(Baseline):
                 draws.append(draw)
                 yield self.augmented(self.data.images[indices], draw)
 
-        means, size_of_pass = [], math.inf if batch_statistics(network) else self.stream
-        for c, found in enumerate(embedded_batches(network.embed, batches(), size_of_pass)):
+        means = []
+        stream = math.inf if batch_statistics(network) else self.stream
+        for c, found in enumerate(embedded_batches(network.embed, batches(), stream)):
             rows, indices = self.picked(network, c, found, drawn[c])
             means.append(self.hook.reweight(rows, indices).mean(0))
         return torch.stack(means), draws
