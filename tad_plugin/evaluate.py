@@ -127,7 +127,7 @@ def train_on_synthetic(
         InvalidInputError: the set's learned learning rate is not above 0.
     """
     images, labels = training_pairs(synthetic)
-    images, labels = images.detach(), labels.detach()
+    images, labels = images.detach(), labels.detach().to(images.device)
     augmentation = Augmentation.configured(config.augment, synthetic.dataset)
     rate = config.lr if synthetic.learning_rate is None else synthetic.learning_rate
     if not 0 < rate < math.inf:
@@ -164,8 +164,12 @@ def train_on_synthetic(
 @named_errors
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent of ``network`` on images [N,C,H,W] and labels int64 [N]. Switches it to eval mode."""
+    """Accuracy in percent of ``network`` on images [N,C,H,W] and labels int64 [N].
+
+    Switches the network to eval mode. The labels may lie on another device than the images.
+    """
     network.eval()
+    labels = labels.to(images.device)
     batch_size = chunk_size(images.device)
     hits = sum(
         int((network(x).argmax(1) == y).sum())
@@ -190,7 +194,7 @@ def evaluate(
 
     Args:
         synthetic: the set.
-        test: (images float32 [N,C,H,W], labels int64 [N]).
+        test: (images float32 [N,C,H,W], labels int64 [N]). The images' device is that of the evaluation.
         config: the settings; defaults if None.
         preprocessing: preprocessing of the test images, compared with that of the set; None skips the comparison.
         network: one architecture; overrides ``config.network``, and is needed if that names several.

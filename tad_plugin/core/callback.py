@@ -205,5 +205,9 @@ class Callback:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`.
+
+        The hook moves all tensors to the device of the sample state first. The state of a CPU generator moves along,
+        so call ``.cpu()`` on it.
+        """
         self.generator.set_state(state["generator"].cpu())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
@@ -14,6 +15,7 @@ from tad_plugin.core.observer import Observer, StateView
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
+from tad_plugin.utils.checkpoints import moved
 
 __all__ = ["CallbackList"]
 
@@ -125,11 +127,11 @@ class CallbackList:
         """Checkpoint of every callback, by position and name."""
         return {f"{i}:{c.name}": c.state_dict() for i, c in enumerate(self.callbacks)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`. Raises ConfigError if the callbacks differ."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restores :meth:`state_dict`; its tensors move to ``device`` first. Raises ConfigError for other callbacks."""
         mine = [f"{i}:{c.name}" for i, c in enumerate(self.callbacks)]
         if sorted(mine) != sorted(state):
             do = "Attach the same methods in the same order"
             raise ConfigError(explain(f"a checkpoint of {mine}", f"one of {sorted(state)}", do))
         for key, callback in zip(mine, self.callbacks, strict=True):
-            callback.load_state_dict(state[key])
+            callback.load_state_dict(moved(state[key], device))

@@ -3,11 +3,13 @@
 The classes of an iteration go through the network together. Small classes share a pass; large ones are split into
 passes that suit the device. Same result as looping over classes, up to rounding. Real images are embedded as a stream.
 Synthetic images are matched in groups of classes, one graph after the other, so that memory does not grow with the
-number of classes.
+number of classes. A network that takes batch statistics sees all real images in one pass and all synthetic images in
+another, as in the public code of DM.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import Baseline, check_loss
 from tad_plugin.nn.augment import Augmentation, Draw
-from tad_plugin.nn.passes import Embed, chunk_size, embed_in_passes, pass_size
+from tad_plugin.nn.passes import Embed, batch_statistics, chunk_size, embed_in_passes, pass_size
 
 __all__ = ["MeanMatching", "classes_per_graph", "embedded_batches"]
 ClassLosses = Callable[[Tensor, Tensor, list[Draw | None], int], Tensor]
@@ -31,10 +33,11 @@ _MAPS_KEPT = 8
 
 
 @torch.no_grad()
-def embedded_batches(embed: Embed, batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+def embedded_batches(embed: Embed, batches: Iterable[Tensor], size: float) -> Iterator[Tensor]:
     """Yields the embedding [B_c,D] of each batch [B_c,C,H,W], in order and without a graph.
 
-    Batches are read lazily: at most ``size`` images and one batch are in memory.
+    Batches are read lazily: at most ``size`` images and one batch are in memory. An infinite ``size`` makes a
+    single pass.
     """
     waiting: list[Tensor] = []
     for batch in batches:
@@ -46,9 +49,9 @@ def embedded_batches(embed: Embed, batches: Iterable[Tensor], size: int) -> Iter
         yield from _flush(embed, waiting, size)
 
 
-def _flush(embed: Embed, batches: list[Tensor], size: int) -> list[Tensor]:
+def _flush(embed: Embed, batches: list[Tensor], size: float) -> list[Tensor]:
     joined = batches[0] if len(batches) == 1 else torch.cat(batches)
-    return list(embed_in_passes(embed, joined, size).split([len(b) for b in batches]))
+    return list(embed_in_passes(embed, joined, int(min(size, len(joined)))).split([len(b) for b in batches]))
 
 
 def classes_per_graph(per_class: int, images: Tensor, width: int, budget: int = _GRAPH_BYTES) -> int:
@@ -67,7 +70,7 @@ class MeanMatching(Baseline):
     """Matches the (weighted) class means of real embeddings. Subclasses define the loss and update the images.
 
     Attributes:
-        stream: real images per pass.
+        stream: real images per pass, in a network without batch statistics. It changes memory and speed only.
         classes: classes per backward pass. It changes memory and speed; values change by rounding only.
     """
 
@@ -78,10 +81,7 @@ class MeanMatching(Baseline):
         synthetic.images.requires_grad_(True)
         self.augmentation = Augmentation.configured(config.augment, data.dataset)
         self.stream = min(chunk_size(data.images.device), pass_size(data.images, config.width))
-        self.classes = data.num_classes
-        # Batch norm needs all classes in one pass for its statistics.
-        if config.norm != "batch":
-            self.classes = classes_per_graph(config.ipc, data.images, config.width)
+        self.classes = classes_per_graph(config.ipc, data.images, config.width)
 
     def match(self, network: Any, iteration: int, class_losses: ClassLosses, **event: Any) -> float:
         """Computes the loss and its gradient, ``synthetic.images.grad``, and calls ``hook.before_update``.
@@ -102,9 +102,9 @@ class MeanMatching(Baseline):
         """
         images, classes = self.synthetic.images, self.data.num_classes
         means, draws = self.real_means(network)
-        # A method that differentiates the loss needs all classes in one graph.
+        # A method that differentiates the loss needs all classes in one graph, and so do batch statistics.
         keep = self.hook.wants_graph()
-        count = classes if keep else self.classes
+        count = classes if keep or batch_statistics(network) else self.classes
         gradient, losses = torch.zeros_like(images), []
         for first in range(0, classes, count):
             part = slice(first, first + count)
@@ -142,7 +142,8 @@ class MeanMatching(Baseline):
                 yield self.augmented(self.data.images[indices], draw)
 
         means = []
-        for c, found in enumerate(embedded_batches(network.embed, batches(), self.stream)):
+        stream = math.inf if batch_statistics(network) else self.stream
+        for c, found in enumerate(embedded_batches(network.embed, batches(), stream)):
             rows, indices = self.picked(network, c, found, drawn[c])
             means.append(self.hook.reweight(rows, indices).mean(0))
         return torch.stack(means), draws

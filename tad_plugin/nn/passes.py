@@ -1,6 +1,7 @@
 """How many images go through a network in one pass.
 
-The size of a pass changes speed and memory, and results only by rounding. On an accelerator passes are large. On a CPU
+The size of a pass changes speed and memory, and results only by rounding. A network that takes the statistics of its
+batch is the exception (:func:`batch_statistics`): there a whole batch must go through in one pass. On an accelerator passes are large. On a CPU
 they are small, so that activations stay in the cache:
 
 - Without a graph (scoring, evaluation) a layer's activations are dropped at once: :func:`chunk_size`.
@@ -14,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["LARGE_PASS", "Embed", "chunk_size", "embed_in_passes", "pass_size"]
+__all__ = ["LARGE_PASS", "Embed", "batch_statistics", "chunk_size", "embed_in_passes", "pass_size"]
 
 LARGE_PASS = 2048
 """Images per pass on an accelerator."""
@@ -49,6 +51,12 @@ def pass_size(images: Tensor, width: int) -> int:
     if images.device.type != "cpu":
         return LARGE_PASS
     return max(1, _CACHE_BYTES // (4 * width * images.shape[-2] * images.shape[-1]))
+
+
+def batch_statistics(network: nn.Module) -> bool:
+    """True if the output for an image depends on the rest of its pass: a batch norm that does not use running ones."""
+    norms = (m for m in network.modules() if isinstance(m, _BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)
 
 
 def embed_in_passes(embed: Embed, images: Tensor, size: int) -> Tensor:

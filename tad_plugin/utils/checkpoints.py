@@ -21,7 +21,7 @@ import torch
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
 
-__all__ = ["Checkpoint", "CheckpointSlots"]
+__all__ = ["Checkpoint", "CheckpointSlots", "moved"]
 
 VERSION = 1
 _SLOTS = ("A", "B")
@@ -154,6 +154,17 @@ class CheckpointSlots:
                 continue
             self._newest = self._newest or slot
         self._known = True
+
+
+def moved(tree: Any, device: torch.device | str) -> Any:
+    """The same tree of dicts, lists and tuples, with every tensor on ``device``. Other values stay as they are."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: moved(value, device) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(moved(value, device) for value in tree)
+    return tree
 
 
 def _check_tree(tree: Any, place: str) -> None:

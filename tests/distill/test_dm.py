@@ -72,6 +72,36 @@ def test_the_matching_loss_falls() -> None:
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_passes_of_any_size_give_the_same_update(norm: str) -> None:
+    """With batch norm all real images share one pass, and all synthetic images another: the same bits."""
+    images, labels = blobs()
+    found = []
+    for stream, classes in ((1, 1), (7, 2), (1000, 3)):
+        loop = dm_loop(images, labels, 3, None, norm=norm)
+        loop.stream, loop.classes = stream, classes
+        found.append(distilled(loop, 2))
+    tolerance = 0.0 if norm == "batch" else 1e-5
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=tolerance, rtol=tolerance)
+
+
+def test_batch_norm_takes_the_statistics_of_all_real_images() -> None:
+    """The loss by hand: one pass over the real batches of all classes, one over the synthetic images."""
+    images, labels = blobs()
+    loop = dm_loop(images, labels, 3, None, augment="none", norm="batch")
+    loop.stream = loop.classes = 1
+    generator = torch.Generator()
+    generator.set_state(loop.generator.get_state())
+    network, synthetic = copy.deepcopy(loop.network), loop.synthetic.images.detach().clone()
+    logged = loop.step(0)["loss"]
+    reinitialise(network, generator)
+    pools = [(labels == c).nonzero().flatten() for c in range(3)]
+    drawn = torch.cat([pool[torch.randperm(len(pool), generator=generator)[:8]] for pool in pools])
+    real, own = (network.embed(x).unflatten(0, (3, -1)).mean(1) for x in (images[drawn], synthetic))  # type: ignore[operator]
+    assert logged == pytest.approx(float((real - own).square().sum()), rel=1e-4)
+
+
 def test_weights_enter_as_a_weighted_mean_of_real_embeddings() -> None:
     images, true = blobs()
     hook = attach("oracle", labels=flip(true, 3, 0.4), data=images, true_labels=true)

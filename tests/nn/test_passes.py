@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tad_plugin.nn.passes import LARGE_PASS, chunk_size, embed_in_passes, pass_size
+from tad_plugin.nn.passes import LARGE_PASS, batch_statistics, chunk_size, embed_in_passes, pass_size
 
 
 def test_passes_are_small_on_a_cpu_and_large_elsewhere() -> None:
@@ -32,3 +32,9 @@ def test_embeddings_in_passes_are_those_of_one_pass(size: int, passes: list[int]
     assert seen == passes and torch.equal(found, images.flatten(1).sin())
     (gradient,) = torch.autograd.grad(found.sum(), images)
     torch.testing.assert_close(gradient, images.detach().cos())
+
+
+def test_only_a_batch_norm_without_running_statistics_needs_whole_batches() -> None:
+    assert batch_statistics(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2)))
+    assert not batch_statistics(nn.BatchNorm2d(2).eval()) and not batch_statistics(nn.GroupNorm(2, 2))
+    assert batch_statistics(nn.BatchNorm2d(2, track_running_stats=False).eval())
