@@ -203,7 +203,7 @@ def compare(
 def _compare(
     tasks: list[Task],
     out: Path,
-    jobs: int,
+    jobs: int | None,
     launcher: str,
     overwrite: bool,
     progress: bool,

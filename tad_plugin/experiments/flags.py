@@ -20,7 +20,6 @@ __all__ = [
     "check_distill_flags",
     "check_evaluate_flags",
     "check_expert_flags",
-    "check_launcher",
     "check_picture_packages",
 ]
 
@@ -101,11 +100,6 @@ def check_evaluate_flags(config: RunConfig, learning_rate: float | None) -> None
     _require(folder or not config.per_class, "--per_class", "folder:PATH, whose normalisation comes from these images")
     fixed = config.eval_lr == RunConfig.eval_lr
     _require(fixed or learning_rate is None, "--eval_lr", "sets without a learned rate")
-
-
-def check_launcher(launcher: str, jobs: int) -> None:
-    """Raises ConfigError for ``jobs`` with Ray, which decides itself how many runs go side by side."""
-    _require(launcher == "local" or jobs == 1, "--jobs", "with --launcher local")
 
 
 def check_picture_packages(*, page: bool = True) -> None:

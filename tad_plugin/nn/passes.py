@@ -1,8 +1,8 @@
 """How many images go through a network in one pass.
 
 The size of a pass changes speed and memory, and results only by rounding. A network that takes the statistics of its
-batch is the exception (:func:`batch_statistics`): there a whole batch must go through in one pass. On an accelerator passes are large. On a CPU
-they are small, so that activations stay in the cache:
+batch is the exception (:func:`batch_statistics`): there a whole batch must go through in one pass. On an accelerator
+passes are large. On a CPU they are small, so that activations stay in the cache:
 
 - Without a graph (scoring, evaluation) a layer's activations are dropped at once: :func:`chunk_size`.
 - With a backward pass the activations are read twice, so their bytes count: :func:`pass_size`.

@@ -82,10 +82,6 @@ def test_flags_of_experts_and_of_evaluations() -> None:
         with pytest.raises(ConfigError):
             check_evaluate_flags(config, rate)
     check_evaluate_flags(RunConfig(dataset="folder:x", per_class=5, eval_lr=0.1), None)
-    with pytest.raises(ConfigError):
-        check_launcher("ray", 2)
-    check_launcher("local", 2)
-    check_launcher("ray", 1)
 
 
 def test_every_setting_is_decided() -> None:
