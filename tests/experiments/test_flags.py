@@ -23,7 +23,6 @@ from tad_plugin.experiments.flags import (
     check_distill_flags,
     check_evaluate_flags,
     check_expert_flags,
-    check_launcher,
 )
 from tad_plugin.experiments.parser import flags_of, with_switches
 from tests import ROOT
