@@ -338,10 +338,9 @@ def test_no_held_out_samples() -> None:
 
 
 def test_an_image_with_nan_is_named() -> None:
-    images = X.clone()
-    images[7] = float("nan")
-    loop, _, _ = make("iwd", images=images)
-    loop.synthetic.images.data.nan_to_num_()
+    loop, hook, _ = make("iwd", images=X.clone())
+    assert hook is not None and hook.data is not None
+    hook.data.images[7] = float("nan")  # attach() refuses it; this one comes later
     loop.data = RealData(X, OBSERVED, 10, TRUE, "digits")  # the loop's own batch is clean
     with pytest.raises(NonFiniteError):
         for iteration in range(11):
