@@ -28,14 +28,6 @@ __all__ = [
     "pass_size",
     "with_fixed_statistics",
 ]
-    "LARGE_PASS",
-    "Embed",
-    "batch_statistics",
-    "chunk_size",
-    "embed_in_passes",
-    "pass_size",
-    "with_fixed_statistics",
-]
 
 LARGE_PASS = 2048
 """Images per pass on an accelerator."""

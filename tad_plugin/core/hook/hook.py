@@ -380,7 +380,7 @@ class Hook:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`, of any device. Raises StateMismatchError or ConfigError (other data, methods)."""
+        """Restores :meth:`state_dict`, of any device. Raises StateMismatchError, ConfigError: other data, methods."""
         self.state.load_state_dict(state["state"])
         self.events.load_state_dict(state["callbacks"], self.state.device)
         self.events.position(**state["position"])
