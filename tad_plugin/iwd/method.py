@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, ClassVar
@@ -22,9 +23,12 @@ from tad_plugin.iwd.running_score import RunningScore
 from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
 from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import batch_statistics, chunk_size, with_fixed_statistics
 
 __all__ = ["IWD"]
+
+# Real images, at most, from which the statistics of a batch norm are taken for scoring.
+_STATISTICS = 1024
 
 
 class IWD(Callback):
@@ -166,6 +170,7 @@ class IWD(Callback):
         for number in range(self.config.networks):
             learning = refresh.learning
             network = self._fresh(match) if learning is None else learning.network(self.generator)
+            network = self._fixed(network, state, refresh)
             found = refresh.score(network, folds[number % len(folds)])
             self._add(state, found.indices, found.standardised)
             levels.append(found.target)
@@ -180,12 +185,20 @@ class IWD(Callback):
         fold = self._folds(state)[0]
         # "matching" needs another network than the one just matched on: there the loss is small already.
         network = self._fresh(match) if self.config.target == "matching" else match.network
-        level, gradient = refresh.target_gradient(network, fold)
+        level, gradient = refresh.target_gradient(self._fixed(network, state, refresh), fold)
         found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
         drawn = match.indices.unique()
         drawn = drawn[torch.isin(drawn, fold.scored)]
         self._add(state, drawn, _z_scores(state, drawn, found[drawn]))
         return level
+
+    @staticmethod
+    def _fixed(network: nn.Module, state: SampleState, refresh: Refresh) -> nn.Module:
+        """The network, with the batch statistics of usable samples of every class: samples are scored one by one."""
+        if not batch_statistics(network):
+            return network
+        usable = torch.cat(state.pools())
+        return with_fixed_statistics(network, refresh.images[usable[:: math.ceil(len(usable) / _STATISTICS)]])
 
     def _refresh(self, state: SampleState, match: Match) -> Refresh:
         config, data = self.config, self._data(match.data)

@@ -12,13 +12,22 @@ Per-sample gradients have limits of their own, see :mod:`tad_plugin.nn.derivativ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["LARGE_PASS", "Embed", "batch_statistics", "chunk_size", "embed_in_passes", "pass_size"]
+__all__ = [
+    "LARGE_PASS",
+    "Embed",
+    "batch_statistics",
+    "chunk_size",
+    "embed_in_passes",
+    "pass_size",
+    "with_fixed_statistics",
+]
 
 LARGE_PASS = 2048
 """Images per pass on an accelerator."""
@@ -57,6 +66,32 @@ def batch_statistics(network: nn.Module) -> bool:
     """True if the output for an image depends on the rest of its pass: a batch norm that does not use running ones."""
     norms = (m for m in network.modules() if isinstance(m, _BatchNorm))
     return any(norm.training or norm.running_mean is None for norm in norms)
+
+
+def with_fixed_statistics(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network itself, or, if it has batch statistics, a copy whose batch norms use those of ``images`` [B,C,H,W].
+
+    The images go through once, without dropout and without a gradient.
+    """
+    if not batch_statistics(network):
+        return network
+    fixed = copy.deepcopy(network).eval()
+    norms = [m for m in fixed.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats, norm.momentum = True, 1.0
+        mean = torch.zeros(norm.num_features, device=images.device, dtype=images.dtype)
+        norm.running_mean, norm.running_var = mean, torch.ones_like(mean)
+        norm.train()
+    with torch.no_grad():
+        fixed(images)
+    for norm, given in zip(norms, (m for m in network.modules() if isinstance(m, _BatchNorm)), strict=True):
+        norm.eval()
+        norm.momentum = given.momentum
+    # Other layers, such as dropout, keep their mode.
+    for module, given_module in zip(fixed.modules(), network.modules(), strict=True):
+        if not isinstance(module, _BatchNorm):
+            module.training = given_module.training
+    return fixed
 
 
 def embed_in_passes(embed: Embed, images: Tensor, size: int) -> Tensor:

@@ -128,7 +128,7 @@ def test_an_observer_with_the_hook_changes_no_bit() -> None:
 def test_a_checkpoint_of_other_methods_is_refused() -> None:
     events = CallbackList([Callback()])
     with pytest.raises(ConfigError, match="0:tad"):
-        events.load_state_dict({"0:tad": {}})
+        events.load_state_dict({"0:tad": {}}, torch.device("cpu"))
 
 
 # every registered method, through one table

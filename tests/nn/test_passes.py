@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tad_plugin.nn.passes import LARGE_PASS, batch_statistics, chunk_size, embed_in_passes, pass_size
+from tad_plugin.nn.passes import (
+    LARGE_PASS,
+    batch_statistics,
+    chunk_size,
+    embed_in_passes,
+    pass_size,
+    with_fixed_statistics,
+)
 
 
 def test_passes_are_small_on_a_cpu_and_large_elsewhere() -> None:
@@ -38,3 +45,15 @@ def test_only_a_batch_norm_without_running_statistics_needs_whole_batches() -> N
     assert batch_statistics(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2)))
     assert not batch_statistics(nn.BatchNorm2d(2).eval()) and not batch_statistics(nn.GroupNorm(2, 2))
     assert batch_statistics(nn.BatchNorm2d(2, track_running_stats=False).eval())
+
+
+def test_fixed_statistics_are_those_of_the_given_images() -> None:
+    images = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    for tracked in (True, False):
+        network = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=tracked), nn.Dropout())
+        fixed = with_fixed_statistics(network, images)
+        assert not batch_statistics(fixed) and batch_statistics(network) and fixed[1].training
+        mean = images.transpose(0, 1).flatten(1).mean(1)
+        torch.testing.assert_close(fixed[0].running_mean, mean)
+        assert not tracked or torch.equal(network[0].running_mean, torch.zeros(2))
+        assert with_fixed_statistics(fixed, images) is fixed

@@ -383,7 +383,7 @@ class Hook:
 
     @named_errors
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict` of any device. Raises StateMismatchError (other data) or ConfigError (methods)."""
+        """Restores :meth:`state_dict`, of any device. Raises StateMismatchError, ConfigError: other data, methods."""
         self.state.load_state_dict(state["state"])
         self.events.load_state_dict(state["callbacks"], self.state.device)
         self.events.position(**state["position"])
