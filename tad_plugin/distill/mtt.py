@@ -26,6 +26,7 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, Place, check_loss
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.source import PHASES, ExpertCycle, Experts, expert_config, expert_phase
+from tad_plugin.distill.experts.train import buffer_slots
 from tad_plugin.distill.student import FORMS, Student, flat_parameters, matching_loss, plan_steps
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginWarning, explain
 from tad_plugin.nn.augment import Augmentation
@@ -180,6 +181,11 @@ class MTT(Baseline):
         """See :class:`Baseline`."""
         for name in PHASES:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+    @classmethod
+    def logged(cls, folder: Path) -> int:
+        """See :class:`Baseline`."""
+        return max(buffer_slots(folder / name).log_bytes() for name in PHASES)
 
     @property
     def expert_seconds(self) -> float:

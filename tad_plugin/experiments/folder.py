@@ -12,7 +12,6 @@ checkpoint was taken.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -25,6 +24,7 @@ import torch
 from tad_plugin.errors import FileFormatError, InvalidInputError, ResumeError, TadPluginWarning, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.files import atomic_write, plain, read_json, read_yaml, remove_temporaries, yaml_text
+from tad_plugin.utils.seals import sealed_json, sealed_yaml, unsealed_json
 
 __all__ = ["RunFolder"]
 
@@ -100,7 +100,7 @@ class RunFolder:
         """
         new: dict[str, Any] = plain(config)
         if not self.config_path.exists():
-            atomic_write(self.config_path, yaml_text(new))
+            atomic_write(self.config_path, sealed_yaml(yaml_text(new)))
             return new
         old = self.config()
         skip = set(ignore)
@@ -135,27 +135,38 @@ class RunFolder:
     # log
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one record (see :func:`plain`) to log.jsonl as one line, without buffering."""
-        line = json.dumps(plain(record)) + "\n"
+        """Appends one record (see :func:`plain`) to log.jsonl as one sealed line, without buffering."""
+        line = sealed_json(plain(record), line=True)
         with open(self.log_path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8"))
 
     def records(self) -> list[dict[str, Any]]:
-        """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped.
+        """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped if the run is not
+        done.
 
         Raises:
-            FileFormatError: another line is not JSON; the message has its number.
+            FileFormatError: another line is not JSON or was changed; the message has its number.
         """
         if not self.log_path.exists():
             return []
-        lines = self.log_path.read_bytes().split(b"\n")[:-1]
+        *lines, rest = self.log_path.read_bytes().split(b"\n")
+        if rest and self.is_done():
+            raise _unreadable(self.log_path, "whole lines", f"{len(rest)} bytes after the last one")
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
+                records.append(unsealed_json(line.decode("utf-8")))
             except ValueError as error:
                 raise _unreadable(self.log_path, f"JSON in line {number}", str(error)) from error
         return records
+
+    def log_bytes(self) -> int:
+        """Flushes the log to the disk and returns its length in bytes."""
+        if not self.log_path.exists():
+            return 0
+        with open(self.log_path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     # checkpoints
 
@@ -170,9 +181,11 @@ class RunFolder:
         Raises:
             InvalidInputError: the tree has a value that could not be read back; the message has its place and type.
         """
-        self.checkpoints.save(tree, step, log_bytes=self._sync_log())
+        self.checkpoints.save(tree, step, log_bytes=self.log_bytes())
 
-    def load_checkpoint(self, *, map_location: str | torch.device = "cpu") -> tuple[Any, int] | None:
+    def load_checkpoint(
+        self, *, map_location: str | torch.device = "cpu", log_bytes: int = 0
+    ) -> tuple[Any, int] | None:
         """Reads the newest valid checkpoint and cuts the log back to the moment at which it was taken.
 
         Call it once, before the run continues. It also removes half-written files of a killed process. Without a
@@ -180,27 +193,30 @@ class RunFolder:
 
         Args:
             map_location: device of the tensors. Generator states must stay on the CPU.
+            log_bytes: length of the log that is kept at least, because work that keeps checkpoints of its own (the
+                training of experts) continues from there.
 
         Returns:
             (tree, step), or None if no checkpoint was completed.
 
         Raises:
-            FileFormatError: there are checkpoints, but all are damaged.
+            FileFormatError: there are checkpoints, but all are damaged; or a line of the log is.
         """
         remove_temporaries(self.path)
         found = self.checkpoints.load(map_location=map_location)
         if found is None:
             if not self.is_done():
-                self._cut_log(0)
-            return None
-        self._cut_log(found.log_bytes)
-        return found.tree, found.step
+                self._cut_log(log_bytes)
+        else:
+            self._cut_log(max(found.log_bytes, log_bytes))
+        self.records()  # a damaged line is found before it counts
+        return None if found is None else (found.tree, found.step)
 
     # results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes results.json (see :func:`plain`), which makes the run done."""
-        atomic_write(self.results_path, json.dumps(plain(results), indent=1) + "\n")
+        atomic_write(self.results_path, sealed_json(plain(results)))
 
     def results(self) -> dict[str, Any]:
         """The contents of results.json.
@@ -219,16 +235,10 @@ class RunFolder:
 
     # private
 
-    def _sync_log(self) -> int:
-        """Flushes the log to the disk and returns its length in bytes."""
-        if not self.log_path.exists():
-            return 0
-        with open(self.log_path, "ab") as file:
-            os.fsync(file.fileno())
-            return file.tell()
-
     def _cut_log(self, length: int) -> None:
         size = self.log_path.stat().st_size if self.log_path.exists() else 0
+        if 0 < length <= size and self.log_path.read_bytes()[length - 1 : length] != b"\n":
+            raise _unreadable(self.log_path, f"the end of a line at byte {length}", "another character")
         if size > length:
             os.truncate(self.log_path, length)
         elif size < length:

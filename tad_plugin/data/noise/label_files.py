@@ -23,6 +23,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels, whole_number
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
+from tad_plugin.utils.seals import check_archive
 
 __all__ = ["human_labels", "read_label_file"]
 
@@ -324,6 +325,7 @@ def _read_pt(path: Path) -> dict[Any, Any]:
     try:
         if zipfile.is_zipfile(path):
             _check_entries(path)
+        check_archive(path)
         with serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileFormatError:
