@@ -141,8 +141,9 @@ class RunFolder:
             file.write(line.encode("utf-8"))
 
     def records(self) -> list[dict[str, Any]]:
-        """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped if the run is not
-        done.
+        """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped.
+
+        A run that is done has no such line.
 
         Raises:
             FileFormatError: another line is not JSON or was changed; the message has its number.

@@ -38,8 +38,8 @@ def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     The temporary file is in the same folder and has the same suffix, because some writers look at the suffix or append
     one. Missing parent folders are created. The contents are flushed to the disk before the rename. If ``write``
-    raises, the temporary file is removed and ``path`` is unchanged. The permissions of the file follow the umask, whatever
-    the writer sets.
+    raises, the temporary file is removed and ``path`` is unchanged. Permissions follow the umask, whatever the writer
+    sets.
 
     Args:
         path: path of the finished file.

@@ -202,7 +202,7 @@ def read_buffer(path: str | Path) -> list[Trajectory]:
     Our files have a seal, which is checked; of others the zip's own CRCs are.
 
     Raises:
-        FileFormatError: the file is missing, damaged (one changed bit is found), or not a list of experts over epochs of
+        FileFormatError: the file is missing, damaged by as little as one bit, or not a list of experts over epochs of
             parameters.
     """
     path = Path(path)
