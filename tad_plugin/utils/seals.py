@@ -23,6 +23,8 @@ _KEY = "seal"
 _DIGITS = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
 _JSON_END = re.compile(r'(,\n |, )"seal": "([0-9a-f]+)"\n?\}\n?\Z')
 _YAML_END = re.compile(r"^# seal: ([0-9a-f]{64})\n\Z", re.MULTILINE)
+# A seal in which a bit was changed: the end of the line before it, its mark, or its last character.
+_YAML_REMNANT = re.compile(r"[0-9a-f]{64}.?\Z", re.DOTALL)
 _BROKEN = "contents that do not match their seal: the file was changed after it was written"
 _MARK = b"tad_plugin sha256 "
 _NO_COMMENT = b"\0\0"
@@ -71,7 +73,7 @@ def sealed_yaml(text: str) -> str:
 def unsealed_yaml(text: str) -> str:
     """Returns ``text``. Raises ValueError if it has other contents than were sealed."""
     found = _YAML_END.search(text)
-    if found is not None and _sha256(text[: found.start()]) != found[1]:
+    if found is None and _YAML_REMNANT.search(text) or found and _sha256(text[: found.start()]) != found[1]:
         raise ValueError(_BROKEN)
     return text
 
