@@ -1,7 +1,7 @@
 """Flips single random bits in every kind of file that the package writes, and reads it or resumes from it.
 
-``python -m tests.bit_flips --flips 4000 --resumes 200`` prints how many flips were found (a named error or warning), had
-no effect, changed a value silently, or ended in an internal error, for each kind of file. The last two must be 0.
+``python -m tests.bit_flips --flips 4000 --resumes 200`` prints how many flips were found (a named error or warning),
+had no effect, changed a value silently, or ended in an internal error, for each kind of file. The last two must be 0.
 
 The files come from a tiny run of DM with tad+iwd and one of MTT with experts of its own, both stopped in the middle and
 finished, from a noise spec, and from foreign files of torch. Every flip is made in one file, which is read by the

@@ -295,8 +295,8 @@ def reverse(patch: Patch, checkout: str | Path) -> list[Path]:
     """Removes the lines: every file gets its old bytes. Also repairs a checkout that is partly patched.
 
     Raises:
-        PatchError: the patch is not applied, a file is missing, was changed since or is a link that leaves the checkout,
-            or a write failed.
+        PatchError: the patch is not applied, a file is missing, was changed since or is a link that leaves the
+            checkout, or a write failed.
     """
     return _replace_all(_prepare(patch, checkout, "patched"))
 

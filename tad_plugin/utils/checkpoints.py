@@ -1,8 +1,8 @@
 """Two checkpoint slots, written in turn, so that a complete checkpoint exists at any moment.
 
 A slot is a data file (``A.pt``) and a sealed side file (``A.json``: step, length, sha256). The side file is
-removed before the data is replaced, and written afterwards. A slot without a side file is unfinished and is skipped without a
-message. A slot whose data does not match its side file is damaged and is reported.
+removed before the data is replaced, and written afterwards. A slot without a side file is unfinished and is skipped
+without a message. A slot whose data does not match its side file is damaged and is reported.
 """
 
 from __future__ import annotations

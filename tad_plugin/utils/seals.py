@@ -73,7 +73,7 @@ def sealed_yaml(text: str) -> str:
 def unsealed_yaml(text: str) -> str:
     """Returns ``text``. Raises ValueError if it has other contents than were sealed."""
     found = _YAML_END.search(text)
-    if found is None and _YAML_REMNANT.search(text) or found and _sha256(text[: found.start()]) != found[1]:
+    if (found is None and _YAML_REMNANT.search(text)) or (found and _sha256(text[: found.start()]) != found[1]):
         raise ValueError(_BROKEN)
     return text
 
