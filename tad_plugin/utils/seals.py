@@ -28,7 +28,6 @@ _YAML_REMNANT = re.compile(r"[0-9a-f]{64}.?\Z", re.DOTALL)
 _BROKEN = "contents that do not match their seal: the file was changed after it was written"
 _MARK = b"tad_plugin sha256 "
 _NO_COMMENT = b"\0\0"
-_END_OF_ARCHIVE = 22  # bytes of the last record of a zip archive without a comment
 
 
 def sealed_json(values: Mapping[str, Any], *, line: bool = False) -> str:
@@ -103,8 +102,8 @@ def check_archive(path: str | Path) -> None:
         size = file.seek(0, 2)
         file.seek(max(0, size - length))
         end = file.read()
-    if size > length + _END_OF_ARCHIVE and end.startswith(_MARK):
-        if _sha256_of_first(path, size - 64).encode("ascii") != end[len(_MARK) :]:
+    if _MARK in end:  # not at its beginning where the file was cut off
+        if not end.startswith(_MARK) or _sha256_of_first(path, size - 64).encode("ascii") != end[len(_MARK) :]:
             raise ValueError(_BROKEN)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -36,6 +36,7 @@ from tad_plugin.errors import (
     StateMismatchError,
 )
 from tad_plugin.nn.networks import make_network
+from tad_plugin.utils.files import read_json
 from tests.problems import PLAIN
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -264,7 +265,7 @@ def test_the_side_file_comes_back_and_a_foreign_buffer_has_none(tmp_path: Path) 
 )
 def test_a_damaged_side_file_is_named(tmp_path: Path, damage: Any, says: str) -> None:
     path = information().write(tmp_path)
-    path.write_text(damage(json.loads(path.read_text())))
+    path.write_text(damage(read_json(path)))
     with pytest.raises(FileFormatError, match=says):
         BufferInfo.read(tmp_path)
 
