@@ -78,6 +78,8 @@ class Place:
         progress: show progress bars.
         log: receives log records.
         experts: folder of an existing replay buffer (trajectory matching); None trains the run's own experts.
+        begin: called before work starts that keeps checkpoints of its own, so that the run does not go back behind it.
+        log_bytes: gives the length of the log; such checkpoints hold it, see :meth:`Baseline.logged`.
     """
 
     folder: Path
@@ -87,6 +89,8 @@ class Place:
     progress: bool = False
     log: Callable[[dict[str, Any]], None] | None = None
     experts: Path | None = None
+    begin: Callable[[], None] | None = None
+    log_bytes: Callable[[], int] | None = None
 
 
 class Baseline:
@@ -154,6 +158,14 @@ class Baseline:
     @classmethod
     def discard(cls, folder: Path) -> None:
         """Override it to remove what :meth:`prepare` wrote to a run folder. Called when a run starts over."""
+
+    @classmethod
+    def logged(cls, folder: Path) -> int:
+        """Length of the log in bytes at the last checkpoint that :meth:`prepare` or :meth:`step` wrote by itself.
+
+        Override it if they do. On resume the log is kept up to there, since that work continues from there.
+        """
+        return 0
 
     @classmethod
     def initial_images(

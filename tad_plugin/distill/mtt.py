@@ -26,6 +26,7 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, Place, check_loss
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.source import PHASES, ExpertCycle, Experts, expert_config, expert_phase
+from tad_plugin.distill.experts.train import buffer_slots
 from tad_plugin.distill.image_range import out_of_range, spread_of
 from tad_plugin.distill.student import FORMS, Student, flat_parameters, matching_loss, plan_steps
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginWarning, explain
@@ -159,7 +160,6 @@ class MTT(Baseline):
             torch.optim.SGD([self.rate], lr=config.lr_lr, momentum=config.momentum),
         ]
         augmentation = Augmentation.configured(config.augment, data.dataset)
-        # As in the public trajectory-matching code.
         augmentation = Augmentation(augmentation.strategy, mode=augmentation.mode, align_corners=True)
         network = self.fresh_network(torch.Generator().manual_seed(0)).train()
         self.student = Student(network, augmentation, chunk=config.chunk or pass_size(data.images, config.width))
@@ -183,6 +183,11 @@ class MTT(Baseline):
         """See :class:`Baseline`."""
         for name in PHASES:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+    @classmethod
+    def logged(cls, folder: Path) -> int:
+        """See :class:`Baseline`."""
+        return max(buffer_slots(folder / name).log_bytes() for name in PHASES)
 
     @property
     def expert_seconds(self) -> float:
@@ -311,13 +316,11 @@ class MTT(Baseline):
 
         Args:
             name: setting of the learning rate, for the warning.
-            optimizer: of one tensor.
             most: root mean square of the longest step allowed, a scalar: the standard deviation of real images, or
                 the synthetic learning rate itself.
-            iteration: 0-based.
         """
-        group = optimizer.param_groups[0]
-        tensor = group["params"][0]
+        (group,) = optimizer.param_groups
+        (tensor,) = group["params"]
         before = tensor.detach().clone()
         optimizer.step()
         if bool((tensor.detach() - before).square().mean().sqrt() < most):

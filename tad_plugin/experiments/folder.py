@@ -13,7 +13,6 @@ checkpoint was taken.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -29,6 +28,7 @@ from tad_plugin.experiments.lock import LOCK_FILES, claimed_folder
 from tad_plugin.experiments.strict_json import content_digest, strict
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.files import atomic_write, file_digest, plain, read_json, read_yaml, remove_temporaries, yaml_text
+from tad_plugin.utils.seals import sealed_json, sealed_yaml, unsealed_json
 from tad_plugin.utils.write_errors import check_path, writing_to
 
 __all__ = ["RunFolder"]
@@ -141,7 +141,7 @@ class RunFolder:
         """
         new: dict[str, Any] = plain(config)
         if not self.config_path.exists():
-            atomic_write(self.config_path, yaml_text(new))
+            atomic_write(self.config_path, sealed_yaml(yaml_text(new)))
             return new
         old = self.config()
         skip = set(ignore)
@@ -227,12 +227,12 @@ class RunFolder:
     # log
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one record (see :func:`strict`) to log.jsonl as one line, without buffering.
+        """Appends one record (see :func:`strict`) to log.jsonl as one sealed line, without buffering.
 
         Raises:
             DiskSpaceError, FileWriteError: it cannot be written.
         """
-        rest = (json.dumps(strict(record), allow_nan=False) + "\n").encode("utf-8")
+        rest = sealed_json(strict(record), line=True).encode("utf-8")
         with writing_to(self.log_path):
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.log_path, "ab", buffering=0) as file:
@@ -242,19 +242,31 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """All records of the log, in order. An unfinished last line, which a kill can leave, is skipped.
 
+        A run that is done has no such line.
+
         Raises:
-            FileFormatError: another line is not JSON; the message has its number.
+            FileFormatError: another line is not JSON or was changed; the message has its number.
         """
         if not self.log_path.exists():
             return []
-        lines = self.log_path.read_bytes().split(b"\n")[:-1]
+        *lines, rest = self.log_path.read_bytes().split(b"\n")
+        if rest and self.is_done():
+            raise _unreadable(self.log_path, "whole lines", f"{len(rest)} bytes after the last one")
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
+                records.append(unsealed_json(line.decode("utf-8")))
             except ValueError as error:
                 raise _unreadable(self.log_path, f"JSON in line {number}", str(error)) from error
         return records
+
+    def log_bytes(self) -> int:
+        """Flushes the log to the disk and returns its length in bytes."""
+        if not self.log_path.exists():
+            return 0
+        with open(self.log_path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     # checkpoints
 
@@ -269,9 +281,11 @@ class RunFolder:
         Raises:
             InvalidInputError: the tree has a value that could not be read back; the message has its place and type.
         """
-        self.checkpoints.save(tree, step, log_bytes=self._sync_log())
+        self.checkpoints.save(tree, step, log_bytes=self.log_bytes())
 
-    def load_checkpoint(self, *, map_location: str | torch.device = "cpu") -> tuple[Any, int] | None:
+    def load_checkpoint(
+        self, *, map_location: str | torch.device = "cpu", log_bytes: int = 0
+    ) -> tuple[Any, int] | None:
         """Reads the newest valid checkpoint and cuts the log back to the moment at which it was taken.
 
         Call it once, before the run continues. It also removes half-written files of a killed process. Without a
@@ -279,26 +293,29 @@ class RunFolder:
 
         Args:
             map_location: device of the tensors. Generator states must stay on the CPU.
+            log_bytes: length of the log that is kept at least, because work that keeps checkpoints of its own (the
+                training of experts) continues from there.
 
         Returns:
             (tree, step), or None if no checkpoint was completed.
 
         Raises:
-            FileFormatError: there are checkpoints, but all are damaged.
+            FileFormatError: there are checkpoints, but all are damaged; or a line of the log is.
         """
         remove_temporaries(self.path)
         found = self.checkpoints.load(map_location=map_location)
         if found is None:
             if not self.is_done():
-                self._cut_log(0)
-            return None
-        self._cut_log(found.log_bytes)
-        return found.tree, found.step
+                self._cut_log(log_bytes)
+        else:
+            self._cut_log(max(found.log_bytes, log_bytes))
+        self.records()  # a damaged line is found before it counts
+        return None if found is None else (found.tree, found.step)
 
     # results
 
     def write_results(self, results: Mapping[str, Any], files: Collection[str] = ()) -> None:
-        """Writes results.json (see :func:`strict`), which makes the run done.
+        """Writes results.json (see :func:`strict`) with its seal, which makes the run done.
 
         Args:
             results: the results.
@@ -307,8 +324,7 @@ class RunFolder:
         found = strict(results)
         if files:
             found["files"] = {name: file_digest(self.path / name) for name in files}
-        found["sha256"] = content_digest(found)
-        atomic_write(self.results_path, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        atomic_write(self.results_path, sealed_json(found))
 
     def results(self) -> dict[str, Any]:
         """The contents of results.json.
@@ -319,8 +335,6 @@ class RunFolder:
         results = read_json(self.results_path)
         if not isinstance(results, dict):
             raise _unreadable(self.results_path, "a JSON object", f"a {type(results).__name__}")
-        if "sha256" in results and results["sha256"] != content_digest(results):
-            raise _unreadable(self.results_path, "contents that match their sha256", "other contents")
         return results
 
     def finished(self, expected: Mapping[str, Any], files: Collection[str] = ()) -> tuple[dict[str, Any] | None, str]:
@@ -356,34 +370,21 @@ class RunFolder:
 
     # private
 
-    def _sync_log(self) -> int:
-        """Flushes the log to the disk and returns its length in bytes."""
-        if not self.log_path.exists():
-            return 0
-        with open(self.log_path, "ab") as file:
-            os.fsync(file.fileno())
-            return file.tell()
-
     def _cut_log(self, length: int) -> None:
         size = self.log_path.stat().st_size if self.log_path.exists() else 0
+        if 0 < length <= size and self.log_path.read_bytes()[length - 1 : length] != b"\n":
+            raise _unreadable(self.log_path, f"the end of a line at byte {length}", "another character")
         if size > length:
             os.truncate(self.log_path, length)
         elif size < length:
-            warnings.warn(
-                explain(
-                    f"{length} bytes in {self.log_path}, as when the checkpoint was taken",
-                    f"{size}",
-                    "The run continues, but records are missing from its log",
-                ),
-                TadPluginWarning,
-                stacklevel=3,
-            )
+            expected = f"{length} bytes in {self.log_path}, as when the checkpoint was taken"
+            message = explain(expected, f"{size}", "The run continues, but records are missing from its log")
+            warnings.warn(message, TadPluginWarning, stacklevel=3)
 
 
 def _unreadable(path: Path, expected: str, got: str) -> FileFormatError:
-    return FileFormatError(
-        explain(f"{expected} in {path}", got, "Restore the file, or start the run over with --overwrite")
-    )
+    do = "Restore the file, or start the run over with --overwrite"
+    return FileFormatError(explain(f"{expected} in {path}", got, do))
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -395,6 +396,5 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
-        return True
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return both_nan or (bool(a == b) and isinstance(a, bool) == isinstance(b, bool))

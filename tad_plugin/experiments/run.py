@@ -104,10 +104,10 @@ class Run:
     # -- stages --------------------------------------------------------------------------------------
     def _distil(self, splits: DataSplits, noisy: NoisyLabels, hook: Hook, state: RunState) -> Baseline:
         plan, cls = self.plan, self.plan.baseline
-        saved = self.folder.load_checkpoint()
+        saved = self.folder.load_checkpoint(log_bytes=cls.logged(self.folder.path))
         if saved is not None:
             hook.load_state_dict(saved[0]["hook"])
-            state.load(saved[0]["progress"])
+            state.load(saved[0]["progress"], saved[0]["loop"])
         shared = self._shared(splits, noisy, hook)
         hook.start(progress=self.progress, checkpoint=state.maybe_save)
         data = hook.data
@@ -171,19 +171,16 @@ class Run:
         return folder if own is not None else None
 
     def _place(self, splits: DataSplits, state: RunState, experts: Path | None) -> Place:
-        def log(record: dict[str, Any]) -> None:
-            self.folder.log(record)
-            # On resume the log is cut back to the last checkpoint; experts would not be logged again.
-            state.save()
-
         return Place(
             self.folder.path,
             derived_seed(self.plan.seed, "experts"),
             splits.preprocessing,
             self.plan.checkpoint_seconds,
             self.progress,
-            log,
+            self.folder.log,
             experts,
+            begin=state.save,
+            log_bytes=self.folder.log_bytes,
         )
 
     def _candidate_iterations(self) -> list[int]:

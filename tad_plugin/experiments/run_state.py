@@ -51,6 +51,7 @@ class RunState:
         self._peak = 0
         self._saved_at = perf_counter()
         self._pending: Mapping[str, Any] = {}
+        self._loop: Mapping[str, Any] | None = None  # as loaded, until the loop is made
 
     def peak_memory(self) -> int | None:
         """Peak memory in bytes over all processes of the run, killed ones included; None if it is not known."""
@@ -66,7 +67,7 @@ class RunState:
         """Writes a checkpoint."""
         tree = {
             "hook": self.hook.state_dict(),
-            "loop": self.loop.state_dict() if self.loop is not None else None,
+            "loop": self.loop.state_dict() if self.loop is not None else self._loop,
             "progress": {
                 "iteration": self.iteration,
                 "seconds": self.seconds,
@@ -75,14 +76,23 @@ class RunState:
                 "chosen": self.chosen,
                 "peak": self.peak_memory() or 0,
                 "evaluated": dict(self.evaluated),
-                "candidates": {str(i): [s.images, s.labels, s.learning_rate] for i, s in self.candidates.items()},
+                "candidates": {
+                    **self._pending,
+                    **{str(i): [s.images, s.labels, s.learning_rate] for i, s in self.candidates.items()},
+                },
             },
         }
         self.folder.save_checkpoint(tree, self.iteration)
         self._saved_at = perf_counter()
 
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores the "progress" part of a checkpoint, without candidates; see :meth:`restore_candidates`."""
+    def load(self, saved: Mapping[str, Any], loop: Mapping[str, Any] | None = None) -> None:
+        """Restores the "progress" part of a checkpoint, without candidates; see :meth:`restore_candidates`.
+
+        Args:
+            saved: the "progress" part.
+            loop: the "loop" part. A checkpoint before :attr:`loop` is set keeps it.
+        """
+        self._loop = loop
         self.iteration = int(saved["iteration"])
         self.seconds = float(saved["seconds"])
         self.before = saved["before"]

@@ -240,6 +240,9 @@ def _prepare(patch: Patch, checkout: str | Path, wanted: str) -> dict[Path, tupl
         if not applying and found.files[file.path] == "clean":
             continue  # an earlier attempt was killed here
         place = (root / file.path).resolve()
+        if not place.is_relative_to(root.resolve()):
+            do = "Put the file itself there, as git clone does"
+            raise PatchError(explain(f"{file.path} inside the checkout {root}", f"a link to {place}", do))
         content = place.read_bytes()
         made = (insert_lines if applying else remove_lines)(content, file.insertions)
         if _sha256(made) != (file.after if applying else file.before):
@@ -282,8 +285,8 @@ def apply(patch: Patch, checkout: str | Path) -> list[Path]:
         The files that were changed.
 
     Raises:
-        PatchError: the patch is applied already or in part, a file is missing or changed, the commit is another one,
-            or a write failed.
+        PatchError: the patch is applied already or in part, a file is missing or changed or a link that leaves
+            the checkout, the commit is another one, or a write failed.
     """
     return _replace_all(_prepare(patch, checkout, "clean"))
 
@@ -292,7 +295,8 @@ def reverse(patch: Patch, checkout: str | Path) -> list[Path]:
     """Removes the lines: every file gets its old bytes. Also repairs a checkout that is partly patched.
 
     Raises:
-        PatchError: the patch is not applied, a file is missing or was changed since, or a write failed.
+        PatchError: the patch is not applied, a file is missing, was changed since or is a link that leaves the
+            checkout, or a write failed.
     """
     return _replace_all(_prepare(patch, checkout, "patched"))
 

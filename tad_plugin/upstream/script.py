@@ -30,9 +30,16 @@ class Script:
 
     @classmethod
     def find(cls, root: str | Path, script: str) -> Script:
-        """Finds ``script``, a path inside the checkout ``root``. Raises PatchError if it does not exist."""
+        """Finds ``script``, a path inside the checkout ``root``.
+
+        Raises:
+            PatchError: it does not exist, or is outside or a link that leads there.
+        """
         folder = Path(root).expanduser().resolve()
         path = (folder / script).resolve()
+        if not path.is_relative_to(folder):
+            do = "Pass the checkout's folder with --upstream, and a path inside it after --"
+            raise PatchError(explain(f"a script inside the checkout {folder}", f"{path}", do))
         if not path.is_file():
             do = "Pass the checkout's folder with --upstream, and a path inside it after --"
             raise PatchError(explain(f"the script {script} in {folder}", "no such file", do))

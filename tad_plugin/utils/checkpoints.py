@@ -1,13 +1,12 @@
 """Two checkpoint slots, written in turn, so that a complete checkpoint exists at any moment.
 
-A slot is a data file (``A.pt``) and a side file (``A.json``: step, length, sha256). The side file is removed before
-the data is replaced, and written afterwards. A slot without a side file is unfinished and is skipped without a
-message. A slot whose data does not match its side file is damaged and is reported.
+A slot is a data file (``A.pt``) and a sealed side file (``A.json``: step, length, sha256). The side file is
+removed before the data is replaced, and written afterwards. A slot without a side file is unfinished and is skipped
+without a message. A slot whose data does not match its side file is damaged and is reported.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import torch
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.files import atomic_save, atomic_write, file_digest, read_json, remove_temporaries
+from tad_plugin.utils.seals import sealed_json
 
 __all__ = ["Checkpoint", "CheckpointSlots", "moved"]
 
@@ -83,7 +83,7 @@ class CheckpointSlots:
             "sha256": file_digest(data),
             "log_bytes": int(log_bytes),
         }
-        atomic_write(side, json.dumps(information, indent=1))
+        atomic_write(side, sealed_json(information))
         self._newest, self._serial = slot, self._serial + 1
 
     def load(self, *, map_location: str | torch.device = "cpu") -> Checkpoint | None:
@@ -121,6 +121,16 @@ class CheckpointSlots:
             )
         self._newest, self._known = None, True
         return None
+
+    def log_bytes(self) -> int:
+        """Length of the log at the newest valid checkpoint, which is not loaded; 0 if there is none."""
+        for slot, information in self._completed():
+            try:
+                _verify(*self._files(slot), information)
+            except FileFormatError:
+                continue
+            return int(information["log_bytes"])
+        return 0
 
     def clear(self) -> None:
         """Removes both slots, side files first."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-import json
 import os
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import FileFormatError, explain, missing_extra
+from tad_plugin.utils.seals import unsealed_json, unsealed_yaml
 from tad_plugin.utils.write_errors import names_write_errors
 
 __all__ = [
@@ -39,7 +40,8 @@ def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     The temporary file is in the same folder and has the same suffix, because some writers look at the suffix or append
     one. Missing parent folders are created. The contents are flushed to the disk before the rename. If ``write``
-    raises, the temporary file is removed and ``path`` is unchanged.
+    raises, the temporary file is removed and ``path`` is unchanged. Permissions follow the umask, whatever the writer
+    sets.
 
     Args:
         path: path of the finished file.
@@ -55,8 +57,12 @@ def atomic_save(path: str | Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}{path.suffix}")
+    temporary.touch(exist_ok=False)
     try:
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         write(temporary)
+        temporary.chmod(stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -87,13 +93,13 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file. A seal (:func:`tad_plugin.utils.seals.sealed_json`) is checked and left out.
 
     Raises:
-        FileFormatError: the file does not exist, cannot be read, or is not JSON.
+        FileFormatError: the file does not exist, cannot be read, is not JSON, or was changed after it was sealed.
     """
     try:
-        return json.loads(_text(path))
+        return unsealed_json(_text(path))
     except OSError as error:
         raise FileFormatError(
             explain(f"a readable file at {path}", str(error.strerror or error), "Check the path and the permissions")
@@ -105,15 +111,15 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Reads a YAML file. JSON files are YAML files too.
+    """Reads a YAML file. JSON files are YAML files too. A seal is checked.
 
     Raises:
-        FileFormatError: the file does not exist, cannot be read, or is not YAML.
+        FileFormatError: the file does not exist, cannot be read, is not YAML, or was changed after it was sealed.
         MissingExtraError: PyYAML is not installed.
     """
     yaml = _yaml(f"reading {path}")
     try:
-        return yaml.safe_load(_text(path))
+        return yaml.safe_load(unsealed_yaml(_text(path)))
     except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
         got = str(getattr(error, "strerror", None) or error)
         raise FileFormatError(explain(f"YAML in {path}", got, "Check the path, or correct the file")) from error

@@ -432,6 +432,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(arm: 
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.learning_rate == b.learning_rate
     compared = ("accuracy", "best_iteration", "state")
     assert {k: whole.results()[k] for k in compared} == {k: broken.results()[k] for k in compared}
+    # one log, without a line twice or missing
+    logs = [[{k: v for k, v in r.items() if "seconds" not in k} for r in f.records()] for f in (whole, broken)]
+    assert json.dumps(logs[0]) == json.dumps(logs[1])
+    assert {r["event"] for r in logs[0]} >= {"expert", "iteration", "chosen"}
 
 
 @pytest.mark.parametrize("baseline", ["mtt", "datm"])

@@ -17,6 +17,7 @@ from tad_plugin.experiments.config import PRESETS, RunConfig
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.plan import resolve, settings_of
 from tad_plugin.experiments.run import run
+from tad_plugin.utils.seals import sealed_yaml
 from tests.experiments.killed_runs import CONFIG
 
 SMALL = dataclasses.replace(CONFIG, iterations=3, eval_runs=1, checkpoint_seconds=60.0)
@@ -185,7 +186,7 @@ checkpoint_seconds: 60.0
 def test_a_folder_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, width=None)
     RunFolder(tmp_path / "new").write_config(resolve(config, "tad").record)
-    assert (tmp_path / "new" / "config.yaml").read_text() == OLD
+    assert (tmp_path / "new" / "config.yaml").read_text() == sealed_yaml(OLD)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text(OLD)
     with pytest.raises(ResumeError, match="width: there 32, now 31"):

@@ -276,6 +276,29 @@ def test_a_path_out_of_the_checkout_is_refused(path: str, folder: Path) -> None:
         load_patch("demo", folder)
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_link_that_leaves_the_checkout_is_refused(undo: bool, checkout: Path, patch: Patch, tmp_path: Path) -> None:
+    if undo:
+        apply(patch, checkout)
+    outside = tmp_path / "elsewhere.py"
+    (checkout / "train.py").rename(outside)
+    (checkout / "train.py").symlink_to(outside)
+    before = contents(checkout) | {"outside": outside.read_bytes()}
+    with pytest.raises(PatchError, match=re.escape(str(outside))):
+        (reverse if undo else apply)(patch, checkout)
+    if not undo:
+        with pytest.raises(PatchError, match=re.escape(str(outside))):
+            check(patch, checkout)
+    assert contents(checkout) | {"outside": outside.read_bytes()} == before
+
+
+def test_a_link_inside_the_checkout_is_followed(checkout: Path, patch: Patch) -> None:
+    (checkout / "train.py").rename(checkout / "real.py")
+    (checkout / "train.py").symlink_to("real.py")
+    apply(patch, checkout)
+    assert (checkout / "train.py").is_symlink() and b"tad_plugin" in (checkout / "real.py").read_bytes()
+
+
 def test_a_manifest_needs_the_files(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="train.py"):
         make_manifest(DIFF, tmp_path, repository="", commit=COMMIT)

@@ -102,3 +102,14 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         run_script(found, seed=-1)
     with pytest.raises(PatchError, match="nothing.py"):
         Script.find(tmp_path, "nothing.py")
+
+
+def test_a_script_outside_the_checkout_is_refused(tmp_path: Path) -> None:
+    script(tmp_path, "pass", name="other.py")
+    root = tmp_path / "checkout"
+    script(root, "pass")
+    (root / "link.py").symlink_to(tmp_path / "other.py")
+    for name in ("../other.py", str(tmp_path / "other.py"), "link.py"):
+        with pytest.raises(PatchError, match=r"other\.py"):
+            Script.find(root, name)
+    assert Script.find(root, "main.py").path == (root / "main.py").resolve()

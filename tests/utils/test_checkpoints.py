@@ -15,7 +15,8 @@ import torch
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarning
 from tad_plugin.utils.checkpoints import CheckpointSlots
-from tad_plugin.utils.files import file_digest
+from tad_plugin.utils.files import file_digest, read_json
+from tad_plugin.utils.seals import sealed_json
 from tests import ROOT
 
 
@@ -124,7 +125,7 @@ def spoil_side(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     side = path.with_suffix(".json")
-    side.write_text(json.dumps({**json.loads(side.read_text()), "version": 99}))
+    side.write_text(sealed_json({**read_json(side), "version": 99}))
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, remove, spoil_side, other_version])
@@ -181,8 +182,8 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     torch.save(Evil(), tmp_path / "c" / "A.pt")
     data = tmp_path / "c" / "A.pt"
     side = data.with_suffix(".json")
-    information = {**json.loads(side.read_text()), "bytes": data.stat().st_size, "sha256": file_digest(data)}
-    side.write_text(json.dumps(information))
+    information = {**read_json(side), "bytes": data.stat().st_size, "sha256": file_digest(data)}
+    side.write_text(sealed_json(information))
     with pytest.raises(FileFormatError, match="A.pt"):
         CheckpointSlots(tmp_path / "c").load()
     assert not (tmp_path / "executed").exists()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tad_plugin.utils.files import (
     remove_temporaries,
     yaml_text,
 )
+from tad_plugin.utils.tensor_file import TensorFile
 
 
 def test_write_makes_parents_and_replaces(tmp_path: Path) -> None:
@@ -60,6 +63,21 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.write_text("")
     assert atomic_write(tmp_path / "ours", "").stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_permissions_follow_the_umask_whatever_the_writer_sets(umask: int, tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.touch(mode=0o600)
+
+    before = os.umask(umask)
+    try:
+        TensorFile("test", "a test file", "").write(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
+        atomic_save(tmp_path / "b", write)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.safetensors", "b")}
+    assert modes == {0o666 & ~umask}
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:

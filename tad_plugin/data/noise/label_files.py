@@ -25,6 +25,7 @@ from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
 from tad_plugin.data.noise.pickled_arrays import read_pickled_arrays
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.seals import check_archive
 
 __all__ = ["human_labels", "read_label_file"]
 
@@ -318,6 +319,7 @@ def _read_pt(path: Path) -> dict[Any, Any]:
     try:
         if zipfile.is_zipfile(path):
             _check_entries(path)
+        check_archive(path)
         content = _load_pt(path)
     except FileFormatError:
         raise

@@ -8,7 +8,6 @@ own, so a CUDA run gets the same labels.
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tad_plugin.data.noise.text import ACCEPTED, parse_fields, read_matrix
 from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain, suggestion
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import atomic_write, read_json
+from tad_plugin.utils.seals import sealed_json
 
 __all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
 
@@ -88,7 +88,7 @@ class NoisyLabels:
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`description` as JSON (atomically replaced). The labels follow from the spec."""
-        atomic_write(path, json.dumps(self.description(), indent=1) + "\n")
+        atomic_write(path, sealed_json(self.description()))
 
     def check(self, path: str | Path) -> None:
         """Checks that these are the labels of a saved description.
@@ -260,7 +260,7 @@ class NoiseSpec:
 
     def save(self, path: str | Path) -> None:
         """Writes the spec as JSON (atomically replaced)."""
-        atomic_write(path, json.dumps({"format": _FORMAT, "spec": self.to_dict()}, indent=1) + "\n")
+        atomic_write(path, sealed_json({"format": _FORMAT, "spec": self.to_dict()}))
 
     @classmethod
     def load(cls, path: str | Path) -> NoiseSpec:

@@ -9,7 +9,6 @@ buffer: it can be read, but only the shapes of its parameters can be checked.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from tad_plugin.errors import (
 )
 from tad_plugin.nn.networks import make_network
 from tad_plugin.utils.files import atomic_save, atomic_write, read_json
+from tad_plugin.utils.seals import check_archive, save_sealed, sealed_json
 
 __all__ = [
     "BufferInfo",
@@ -108,8 +108,7 @@ class BufferInfo:
 
     def write(self, folder: str | Path) -> Path:
         """Writes ``buffer.json`` atomically; returns its path."""
-        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1)
-        return atomic_write(Path(folder) / SIDE_FILE, text + "\n")
+        return atomic_write(Path(folder) / SIDE_FILE, sealed_json({"version": VERSION, **dataclasses.asdict(self)}))
 
     @classmethod
     def read(cls, folder: str | Path) -> BufferInfo | None:
@@ -184,7 +183,7 @@ def write_buffer(folder: str | Path, n: int, trajectories: Sequence[Trajectory],
     plain = [[[p.detach().to("cpu", dtype).clone() for p in entry] for entry in expert] for expert in trajectories]
     path = buffer_path(folder, n)
     with room_for(str(path)):
-        return atomic_save(path, lambda temporary: _save(plain, temporary))
+        return atomic_save(path, lambda temporary: save_sealed(plain, temporary))
 
 
 @contextmanager
@@ -200,16 +199,20 @@ def room_for(what: str) -> Iterator[None]:
 def read_buffer(path: str | Path) -> list[Trajectory]:
     """Reads one file of a buffer, ours or a foreign one: trajectories, float32 on the CPU.
 
+    Our files have a seal, which is checked; of others the zip's own CRCs are.
+
     Raises:
-        FileFormatError: the file is missing, damaged, or not a list of experts over epochs of parameters.
+        FileFormatError: the file is missing, damaged by as little as one bit, or not a list of experts over epochs of
+            parameters.
     """
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(explain("a file of a replay buffer", f"nothing at {path}", _AGAIN))
     try:
+        check_archive(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and more
-        got = f"one that torch cannot load ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    except Exception as error:  # torch and zipfile raise whatever the bytes provoke
+        got = f"one that cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise FileFormatError(explain(f"a replay buffer in {path}", got, f"The file is damaged. {_AGAIN}")) from error
     expected = f"a list of experts, each a list over epochs of lists of parameters, in {path}"
     if not isinstance(found, list) or not found:
@@ -296,12 +299,6 @@ def check_free_disk(folder: str | Path, needed: int) -> None:
         expected = f"{_megabytes(needed)} free in {folder} for the trajectories"
         do = "Make room, choose another --out, store --half, or train fewer experts or epochs"
         raise DiskSpaceError(explain(expected, _megabytes(free), do))
-
-
-def _save(tree: object, path: Path) -> None:
-    # Given a path, torch writes the name into the file, and equal trajectories would give different bytes.
-    with open(path, "wb") as file:
-        torch.save(tree, file)
 
 
 def _megabytes(count: int) -> str:

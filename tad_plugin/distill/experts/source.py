@@ -22,10 +22,9 @@ from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.baseline import Place
 from tad_plugin.distill.experts.buffer import BufferInfo, Trajectory, buffer_files, check_buffer, read_buffer
-from tad_plugin.distill.experts.train import train_experts
+from tad_plugin.distill.experts.train import BufferStore, buffer_slots, train_experts
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
-from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.settings import build_config
 
 __all__ = ["PHASES", "ExpertCycle", "Experts", "expert_config", "expert_phase"]
@@ -141,6 +140,7 @@ def _trained(name: str, experts: ExpertConfig, config: Any, data: RealData, hook
         seed=place.seed,
         preprocessing=place.preprocessing,
         every=place.every,
+        store=BufferStore(folder, place.begin, place.log_bytes),
         progress=place.progress,
         log=place.log,
     )
@@ -172,7 +172,7 @@ def _adopt_state(hook: Hook, folder: Path, info: BufferInfo | None) -> None:
 
 
 def _seconds(folder: Path) -> float:
-    saved = CheckpointSlots(folder / "checkpoint").load()
+    saved = buffer_slots(folder).load()
     return float(saved.tree["seconds"]) if saved is not None else 0.0
 
 

@@ -43,7 +43,7 @@ from tad_plugin.utils.machine import versions
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import expert_generator
 
-__all__ = ["STATE_FILE", "CheckpointStore", "buffer_info", "train_experts"]
+__all__ = ["STATE_FILE", "BufferStore", "CheckpointStore", "buffer_info", "buffer_slots", "train_experts"]
 
 STATE_FILE = "state.safetensors"
 """File of the SampleState after the last expert, in the folder of the buffer."""
@@ -62,17 +62,34 @@ class CheckpointStore(Protocol):
         """The newest (tree, step), or None."""
 
 
-class _Slots:
-    """The slots in the buffer's own folder as a :class:`CheckpointStore`."""
+def buffer_slots(folder: Path) -> CheckpointSlots:
+    """The slots in the folder of a buffer."""
+    return CheckpointSlots(folder / "checkpoint")
 
-    def __init__(self, folder: Path) -> None:
-        self.slots = CheckpointSlots(folder / "checkpoint")
+
+class BufferStore:
+    """The slots in the folder of a buffer as a :class:`CheckpointStore`.
+
+    Args:
+        folder: folder of the buffer.
+        begin: called when there is no checkpoint yet.
+        log_bytes: gives the length of the log, which every checkpoint holds.
+    """
+
+    def __init__(
+        self, folder: Path, begin: Callable[[], None] | None = None, log_bytes: Callable[[], int] | None = None
+    ) -> None:
+        self.slots, self._begin, self._log_bytes = buffer_slots(folder), begin, log_bytes
 
     def save_checkpoint(self, tree: Any, step: int) -> None:
-        self.slots.save(tree, step)
+        """See :class:`CheckpointStore`."""
+        self.slots.save(tree, step, log_bytes=0 if self._log_bytes is None else self._log_bytes())
 
     def load_checkpoint(self) -> tuple[Any, int] | None:
+        """See :class:`CheckpointStore`."""
         found = self.slots.load()
+        if found is None and self._begin is not None:
+            self._begin()
         return None if found is None else (found.tree, found.step)
 
 
@@ -166,7 +183,7 @@ def train_experts(
         got = f"{hook.method}, which decides after each of them"
         raise ConfigError(explain("experts that do not depend on one another, for several jobs", got, do))
     folder = Path(folder)
-    store = _Slots(folder) if store is None else store
+    store = BufferStore(folder) if store is None else store
     return _Training(data, config, folder, hook, seed, info, store, jobs, every, log, watch).run(progress)
 
 

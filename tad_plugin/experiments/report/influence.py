@@ -26,6 +26,8 @@ from tad_plugin.utils.files import atomic_save
 
 __all__ = ["extremes", "influence_table", "plot_influence", "report_influence", "write_table"]
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
 
 def extremes(state: SampleState, top: int) -> list[tuple[Tensor, Tensor]]:
     """Finds for each class the most helpful and the most harmful scored samples, most extreme first.
@@ -93,6 +95,9 @@ def influence_table(
 def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
     """Writes rows as CSV and, if pyarrow is installed, also as Parquet. Returns the files.
 
+    In the CSV a text that a spreadsheet would run as a formula (it starts with = + - @, tab or carriage return) gets an
+    apostrophe before it. Numbers stay as they are.
+
     Raises:
         InvalidInputError: there are no rows.
     """
@@ -104,7 +109,7 @@ def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
 
     atomic_save(path, save)
     written = [path]
@@ -115,6 +120,10 @@ def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
     table = pyarrow.Table.from_pylist(rows)
     atomic_save(path.with_suffix(".parquet"), lambda temporary: parquet.write_table(table, str(temporary)))
     return [*written, path.with_suffix(".parquet")]
+
+
+def _cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def plot_influence(

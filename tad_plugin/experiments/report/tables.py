@@ -6,7 +6,9 @@ averaged first, then the seeds. The spread is the sample standard deviation over
 
 from __future__ import annotations
 
+import html
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -355,8 +357,14 @@ def markdown_table(rows: Sequence[Row]) -> str:
     blocks = []
     for table in build_tables(rows):
         align = [":--" if name == "arm" else "--:" for name in table.header]
-        body = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line.cells] for line in table.lines]
+        body = [[_markdown(cell) for cell in line.cells] for line in table.lines]
         lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
-        blocks.append("\n".join([f"**{table.title}**", "", *lines]))
-    note = textwrap.fill(NOTE.replace("*", "\\*"), 118)
+        blocks.append("\n".join([f"**{_markdown(table.title)}**", "", *lines]))
+    note = textwrap.fill(_markdown(NOTE), 118)
     return "\n\n".join([*blocks, note]) if blocks else "No results."
+
+
+def _markdown(text: str) -> str:
+    """``text`` as Markdown shows it: no markup, no HTML, no end of a cell or line."""
+    escaped = re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(text, quote=False))
+    return " ".join(escaped.split())

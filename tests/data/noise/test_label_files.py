@@ -69,6 +69,11 @@ def test_published_pt_of_any_numpy(tmp_path: Path, dtype: str, zipped: bool, mod
 def test_pt_with_tensors_or_lists(tmp_path: Path) -> None:
     torch.save({"clean": torch.from_numpy(CLEAN), "worse": WORSE.tolist()}, tmp_path / "a.pt")
     assert read_label_file(tmp_path / "a.pt")["worse"].tolist() == WORSE.tolist()
+    whole = bytearray((tmp_path / "a.pt").read_bytes())
+    whole[whole.index(CLEAN.tobytes())] ^= 1  # one bit of the first label
+    (tmp_path / "a.pt").write_bytes(whole)
+    with pytest.raises(FileFormatError, match="checksum"):
+        read_label_file(tmp_path / "a.pt")
 
 
 class Trap:

@@ -36,6 +36,7 @@ from tad_plugin.errors import (
     StateMismatchError,
 )
 from tad_plugin.nn.networks import make_network
+from tad_plugin.utils.files import read_json
 from tests.problems import PLAIN
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -157,6 +158,28 @@ def test_a_missing_and_a_truncated_file_are_named(tmp_path: Path) -> None:
             read_buffer(path)
 
 
+def test_a_changed_bit_is_found_in_our_files_and_in_foreign_ones(tmp_path: Path) -> None:
+    path = write_buffer(tmp_path, 0, [trajectory()])
+    torch.save([trajectory()], tmp_path / "foreign.pt")
+    assert_same(read_buffer(tmp_path / "foreign.pt"), [trajectory()])
+    for place in (path, tmp_path / "foreign.pt"):
+        whole = bytearray(place.read_bytes())
+        at = whole.index(bytes(trajectory()[0][0][0].numpy().tobytes()))
+        whole[at + 5] ^= 4
+        place.write_bytes(whole)
+        assert not torch.equal(torch.load(place, weights_only=True)[0][0][0], trajectory()[0][0])
+        with pytest.raises(FileFormatError, match=place.name):
+            read_buffer(place)
+
+
+def test_a_changed_description_is_found(tmp_path: Path) -> None:
+    path = information().write(tmp_path)
+    assert BufferInfo.read(tmp_path) == information()
+    path.write_text(path.read_text().replace('"epochs": 2', '"epochs": 3'))
+    with pytest.raises(FileFormatError, match=r"buffer\.json"):
+        BufferInfo.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "contents",
     [
@@ -242,7 +265,7 @@ def test_the_side_file_comes_back_and_a_foreign_buffer_has_none(tmp_path: Path) 
 )
 def test_a_damaged_side_file_is_named(tmp_path: Path, damage: Any, says: str) -> None:
     path = information().write(tmp_path)
-    path.write_text(damage(json.loads(path.read_text())))
+    path.write_text(damage(read_json(path)))
     with pytest.raises(FileFormatError, match=says):
         BufferInfo.read(tmp_path)
 

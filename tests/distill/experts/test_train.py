@@ -221,7 +221,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
         monkeypatch.setattr(owner, attribute, wrapped)
 
     stopping("epoch", ExpertTrainer, "run_epoch")
-    stopping("save", module._Slots, "save_checkpoint")
+    stopping("save", module.BufferStore, "save_checkpoint")
     stopping("write", module, "write_buffer")
     stops = 0
     for name in ("epoch", "save", "write", "epoch", "save", "write", "write"):
@@ -256,10 +256,7 @@ def test_killed_in_the_middle_of_an_expert_the_command_line_goes_on_to_the_same_
         assert path.read_bytes() == (killed / path.name).read_bytes()
     assert (whole / "state.safetensors").read_bytes() == (killed / "state.safetensors").read_bytes()
     lines = [
-        [
-            {k: v for k, v in json.loads(x).items() if "seconds" not in k}
-            for x in (f / "log.jsonl").read_text().splitlines()
-        ]
+        [{k: v for k, v in record.items() if "seconds" not in k} for record in RunFolder(f).records()]
         for f in (whole, killed)
     ]
     assert json.dumps(lines[0]) == json.dumps(lines[1])

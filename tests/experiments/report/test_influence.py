@@ -57,6 +57,19 @@ def test_table_and_its_file(tmp_path: Path) -> None:
     assert "true" not in influence_table(state, top=2)[0]
 
 
+def test_a_spreadsheet_runs_no_class_name(tmp_path: Path) -> None:
+    names = ["=1+1", "+a", "-b", "@c"]
+    rows = influence_table(scored_state(), top=2, class_names=names)
+    with open(write_table(rows, tmp_path / "table")[0], newline="") as file:
+        read = list(csv.DictReader(file))
+    assert {r["name"] for r in read} == {f"'{name}" for name in names}
+    assert [float(r["influence"]) for r in read] == [r["influence"] for r in rows]  # numbers keep their sign
+    assert rows[0]["name"] == "=1+1"
+    table = write_table([{"a": "\t=1", "b": "\r=1", "c": "x=1", "d": -1}], tmp_path / "other")[0]
+    with open(table, newline="") as file:
+        assert list(csv.reader(file))[1] == ["'\t=1", "'\r=1", "x=1", "-1"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture(tmp_path: Path, channels: int) -> None:
     images = torch.rand(40, channels, 6, 6, generator=torch.Generator().manual_seed(0))

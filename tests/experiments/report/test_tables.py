@@ -212,6 +212,14 @@ def test_markdown_table_has_one_cell_per_column() -> None:
     assert "a\\|b" in text and "clean \\*" in text
 
 
+def test_markdown_shows_names_as_they_are() -> None:
+    evil = "<img src=x onerror=alert(1)>|[a](javascript:b)\n`c`&amp;"
+    text = markdown_table(summarise([result(evil, [1.0], dataset=evil)]))
+    assert "<" not in text and text.count("&lt;img src=x onerror=alert(1)&gt;") == 2
+    assert text.count(r"\[a\](javascript:b) \`c\`&amp;amp;") == 2
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 3
+
+
 def test_no_results_say_so() -> None:
     assert text_table([]) == markdown_table([]) == "No results."
     assert "No results." in html_page([], {})
