@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import EmptyClassError, InvalidInputError, explain
+from tad_plugin.utils.arguments import holds_values
 
 __all__ = ["check_classes", "check_factor", "check_field", "check_rows"]
 
@@ -81,7 +82,7 @@ def check_rows(name: str, values: Any, length: int, device: torch.device) -> Ten
 def _tensor(name: str, values: Any, device: torch.device, error: type[Exception]) -> Tensor:
     try:
         given = torch.as_tensor(values).detach()
-        if given.layout != torch.strided or given.is_meta:
+        if not holds_values(given):
             raise TypeError(f"{given.layout} on {given.device}")
         return given.to(device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.arguments import holds_values
 
 __all__ = ["check_indices"]
 
@@ -41,7 +42,7 @@ def check_indices(
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         got = f"{type(indices).__name__}: {error}"
         raise InvalidInputError(explain(f"`{name}` as integers [B]", got, _WAY_OUT)) from error
-    if given.layout != torch.strided or given.is_meta:
+    if not holds_values(given):
         raise InvalidInputError(explain(f"`{name}` as a dense tensor", f"{given.layout} on {given.device}", _WAY_OUT))
     if given.ndim != 1 or len(given) == 0:
         raise InvalidInputError(explain(f"`{name}` of shape [B], at least one", f"shape {list(given.shape)}", _WAY_OUT))

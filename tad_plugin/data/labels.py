@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidLabelsError, explain
+from tad_plugin.utils.arguments import holds_values
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["check_labels", "check_num_classes", "integers_of", "label_digest", "whole_number"]
@@ -75,7 +76,7 @@ def integers_of(labels: Any, name: str = "labels") -> Tensor:
         if array is not False and array.dtype.kind == "u":
             labels = array.astype(np.int64)
         given = torch.as_tensor(labels).detach()
-        if given.layout != torch.strided or given.is_meta:
+        if not holds_values(given):
             raise TypeError(f"{given.layout} on {given.device}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         got = f"{type(labels).__name__}: {str(error).partition(chr(10))[0]}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tad_plugin.errors import InvalidInputError, NonFiniteError, TadPluginError, explain
 from tad_plugin.utils.whole_numbers import check_whole
 
-__all__ = ["finite_result", "named_errors"]
+__all__ = ["finite_result", "holds_values", "named_errors"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +96,7 @@ def _fits(value: Any, hint: Any) -> bool:
         # NaN is no number that a caller means.
         return (real and value == value) or (isinstance(value, Tensor) and value.ndim == 0)
     if hint is Tensor:
-        return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        return isinstance(value, Tensor) and holds_values(value)
     if hint in (str, bool, type(None), nn.Module, torch.Generator, Path):
         return isinstance(value, hint)
     if inspect.isclass(hint) and hint.__module__.startswith("tad_plugin.") and not getattr(hint, "_is_protocol", False):
@@ -115,3 +115,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, int | float | str | type(None)):
         return repr(value)
     return type(value).__name__
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """True for a dense tensor with values. A meta tensor has none, unless it is a subclass that keeps them itself."""
+    return tensor.layout == torch.strided and not (tensor.is_meta and type(tensor) in (Tensor, nn.Parameter))

@@ -337,9 +337,10 @@ def test_bad_data_are_named() -> None:
     images, labels = blobs()
     with pytest.raises(EmptyClassError, match="class 2"):
         dc_loop(images[labels < 2], labels[labels < 2], 3, None, init="noise").step(0)
-    images[5] = float("nan")
+    loop = dc_loop(images, labels, 3, None, batch_real=20, init="noise")
+    loop.data.images[5] = float("nan")  # attach() refuses such images
     with pytest.raises(NonFiniteError, match="nan at iteration 0"):
-        dc_loop(images, labels, 3, None, batch_real=20, init="noise").step(0)
+        loop.step(0)
 
 
 def test_a_class_smaller_than_the_batch_gives_all_it_has() -> None:

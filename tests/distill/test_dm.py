@@ -125,8 +125,8 @@ def test_a_loop_resumes_with_the_same_bits() -> None:
 
 def test_real_images_that_are_not_numbers_stop_the_loop() -> None:
     images, labels = blobs()
-    images[5] = float("nan")
     loop = dm_loop(images, labels, 3, None, batch_real=20)
+    loop.data.images[5] = float("nan")  # attach() refuses such images
     with pytest.raises(NonFiniteError, match="nan at iteration 0"):
         loop.step(0)
 

@@ -548,9 +548,10 @@ def test_images_that_the_factor_does_not_divide_are_named_before_any_work(tmp_pa
 
 def test_losses_that_are_not_numbers_stop_the_loop() -> None:
     images, labels = blobs()
-    images[5] = float("nan")
+    loop = idm_loop(images, labels, None, batch_real=20, init="noise")
+    loop.data.images[5] = float("nan")  # attach() refuses such images
     with pytest.raises(NonFiniteError, match="nan at iteration 0"):
-        idm_loop(images, labels, None, batch_real=20, init="noise").step(0)
+        loop.step(0)
     images, labels = blobs()
     loop = idm_loop(images, labels, None, lr_net=1e30)
     with pytest.raises(NonFiniteError):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
+from tad_plugin.utils.arguments import holds_values
 from tad_plugin.utils.seeds import global_generators_kept
 
 __all__ = ["as_images", "is_dataset"]
@@ -105,7 +106,7 @@ def _tensor(data: Any) -> Tensor:
                 raise TypeError(f"dtype {data.dtype}")
             # Old versions of PyTorch know no uint16 and no array that is read-only or runs backwards.
             data = torch.from_numpy(np.require(data, np.float32, ["C", "W"]))
-        if data.is_complex() or data.layout != torch.strided or data.is_meta:
+        if data.is_complex() or not holds_values(data):
             raise TypeError(f"{data.dtype}, {data.layout} on {data.device}")
         plain: Tensor = data.detach().clone() if data.is_inference() else data.detach()
         return plain.float()
