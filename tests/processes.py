@@ -14,7 +14,7 @@ from time import monotonic, sleep
 from tests import ROOT
 
 BOUND = 20.0
-"""Seconds after a signal, or the parent's death, in which no process may be left: 5 on an idle machine, more in a busy suite."""
+"""Seconds after a signal or the parent's death in which no process may be left; 5 hold on an idle machine."""
 
 # A background shell ignores SIGINT, and its children would inherit that. With 2 cores, 2 jobs have one thread each.
 MAIN = """if __name__ == "__main__":
