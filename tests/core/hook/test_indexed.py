@@ -29,6 +29,10 @@ def keep_global_rng() -> Iterator[None]:
         yield
 
 
+def value(loss: Tensor) -> float:
+    return float(loss.detach())
+
+
 def batches_of(hook: Hook, dataset: Any = None, *, size: int = 8, **more: Any) -> DataLoader[Any]:
     return DataLoader(hook.dataset(Items() if dataset is None else dataset), batch_size=size, **more)
 
@@ -42,7 +46,7 @@ def follow(hook: Hook, batches: Any, net: nn.Module | None = None) -> list[list[
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         assert torch.equal(hard, hook.state.target[rows])
         logits = net(images)
-        assert hook.loss(logits, labels, idx).item() == pytest.approx(by_hand(hook.state, logits, rows), **CLOSE)
+        assert value(hook.loss(logits, labels, idx)) == pytest.approx(by_hand(hook.state, logits, rows), **CLOSE)
         seen.append(rows)
     return seen
 
@@ -90,7 +94,7 @@ def test_a_mapping_gets_its_index_under_a_key() -> None:
         assert batch["position"].tolist() == rows and torch.equal(batch["label"], hook.state.target[rows])
         logits = net(batch["image"])
         found = hook.loss(logits, batch["label"], batch["position"])
-        assert float(found) == pytest.approx(by_hand(hook.state, logits, rows), **CLOSE)
+        assert value(found) == pytest.approx(by_hand(hook.state, logits, rows), **CLOSE)
     with pytest.raises(InvalidInputError, match="'label'"):
         hook.dataset(Items("dict"), key="label")[0]
 
@@ -162,7 +166,7 @@ def test_a_batch_read_before_a_change_is_trained_on_the_label_of_today() -> None
         assert torch.equal(labels, old[0][idx])
         logits = net(images)
         expected = by_hand(hook.state, logits, idx.tolist())
-        assert float(hook.loss(logits, labels, idx)) == pytest.approx(expected, **CLOSE)
+        assert value(hook.loss(logits, labels, idx)) == pytest.approx(expected, **CLOSE)
 
 
 # labels
@@ -182,9 +186,9 @@ def test_mixed_labels_weigh_both_samples(mix: Any, smoothing: float) -> None:
         mixed = (1 - smoothing) * mixed + smoothing / K
         logits, partner = net(x), idx.roll(1, 0)
         expected = by_hand(hook.state, logits, idx.tolist(), partner.tolist(), share, smoothing)
-        assert float(hook.loss(logits, mixed, idx, partner=partner)) == pytest.approx(expected, rel=1e-5)
+        assert value(hook.loss(logits, mixed, idx, partner=partner)) == pytest.approx(expected, rel=1e-5)
         found = hook.loss(logits, mixed.double(), idx, partner=partner, share=share)
-        assert float(found) == pytest.approx(expected, **CLOSE)
+        assert value(found) == pytest.approx(expected, **CLOSE)
         if 0.01 < share < 0.99:  # else nothing was mixed
             with pytest.raises(InvalidLabelsError, match="partner"):
                 hook.loss(logits, mixed, idx)
@@ -199,11 +203,11 @@ def test_mixing_by_hand_with_two_index_vectors() -> None:
     logits = net(share * IMAGES[idx] + (1 - share) * IMAGES[partner])
     expected = by_hand(hook.state, logits, idx.tolist(), partner.tolist(), share)
     found = hook.loss(logits, hook.targets(idx), idx, partner=partner, share=share)
-    assert float(found) == pytest.approx(expected, **CLOSE)
+    assert value(found) == pytest.approx(expected, **CLOSE)
     # The usual form of such loops: two losses. Both batches hold the same samples, so it is the same.
     y = hook.targets(idx)
     two = share * hook.loss(logits, y, idx) + (1 - share) * hook.loss(logits, y[partner], idx[partner])
-    assert float(two) == pytest.approx(expected, **CLOSE)
+    assert value(two) == pytest.approx(expected, **CLOSE)
 
 
 def test_soft_labels_of_one_sample_each() -> None:
@@ -215,7 +219,7 @@ def test_soft_labels_of_one_sample_each() -> None:
         w = float(hook.state.weight[i]) * float(hook.state.trusted[i])
         logs = logits[r].detach().double().log_softmax(0)
         top, bottom = top - w * float((soft[r].double() * logs).sum()), bottom + w
-    assert float(hook.loss(logits, soft, idx)) == pytest.approx(top / bottom, **CLOSE)
+    assert value(hook.loss(logits, soft, idx)) == pytest.approx(top / bottom, **CLOSE)
     two = torch.zeros(16, K)
     two[:, 0], two[:, 1] = 0.7, 0.3  # what annotators disagree on looks like a mixture
     with pytest.raises(InvalidLabelsError, match="share=1"):
@@ -228,18 +232,18 @@ def test_criteria() -> None:
     logits, y = net(IMAGES[idx]), hook.targets(idx)
     rows = idx.tolist()
     smoothed = hook.loss(logits, y, idx, criterion=nn.CrossEntropyLoss(label_smoothing=0.1))
-    assert float(smoothed) == pytest.approx(by_hand(hook.state, logits, rows, smoothing=0.1), **CLOSE)
+    assert value(smoothed) == pytest.approx(by_hand(hook.state, logits, rows, smoothing=0.1), **CLOSE)
     w = hook.state.training_weights(idx)
     per_row = F.cross_entropy(logits, y, reduction="none")
     each = hook.loss(logits, y, idx, criterion=nn.CrossEntropyLoss(reduction="none"))
     torch.testing.assert_close(each, w * per_row)
-    assert float(hook.loss(logits, y, idx, criterion=nn.CrossEntropyLoss(reduction="sum"))) == pytest.approx(
+    assert value(hook.loss(logits, y, idx, criterion=nn.CrossEntropyLoss(reduction="sum"))) == pytest.approx(
         float((w * per_row).sum()), **CLOSE
     )
     of_class = torch.tensor([1.0, 2.0, 0.5, 1.5])
     found = hook.loss(logits, y, idx, criterion=nn.CrossEntropyLoss(weight=of_class))
     expected = (w * of_class[y] * per_row).sum() / (w * of_class[y]).sum()
-    assert float(found) == pytest.approx(float(expected), **CLOSE)
+    assert value(found) == pytest.approx(float(expected), **CLOSE)
     with pytest.raises(InvalidInputError, match="reduction"):
         hook.loss(logits, y, idx, criterion=lambda a, b: a.sum())
 
@@ -297,7 +301,7 @@ def test_autocast_gives_the_loss_of_its_own_logits_in_float32() -> None:
         logits = net(images)
         loss = hook.loss(logits, labels, idx)
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(by_hand(hook.state, logits.float(), idx.tolist()), **CLOSE)
+    assert value(loss) == pytest.approx(by_hand(hook.state, logits.float(), idx.tolist()), **CLOSE)
 
 
 def test_a_compiled_network_and_a_compiled_step() -> None:
