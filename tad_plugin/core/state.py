@@ -18,6 +18,7 @@ from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
 from tad_plugin.data.labels import check_labels, integers_of, label_digest
 from tad_plugin.data.real import RealData
+from tad_plugin.data.splits import class_members
 from tad_plugin.errors import (
     EmptyClassError,
     InvalidInputError,
@@ -241,11 +242,7 @@ class SampleState:
     def _current_pools(self) -> list[Tensor]:
         """The pools themselves, rebuilt only after a write."""
         if self._pools is None or self._pools[0] != self.version:
-            usable = self.usable()
-            self._pools = (
-                self.version,
-                [(usable & (self.target == c)).nonzero().flatten() for c in range(self.num_classes)],
-            )
+            self._pools = self.version, class_members(self.target, self.num_classes, self.usable())
         return self._pools[1]
 
     def pool(self, c: int) -> Tensor:

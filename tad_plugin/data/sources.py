@@ -16,6 +16,7 @@ from torch import Tensor
 from tad_plugin.data.image_folder import class_files, decode
 from tad_plugin.data.image_tree import Tree, open_tree, suffix_of
 from tad_plugin.data.noise.class_maps import DIGITS_CLASSES
+from tad_plugin.data.splits import class_members
 from tad_plugin.errors import (
     EmptyClassError,
     FileFormatError,
@@ -96,8 +97,8 @@ def _digits() -> RawSplits:
     labels = torch.from_numpy(found.target.astype(np.int64))
     # Every fifth image of each class is for testing: fixed for ever, whatever a generator's next version draws.
     test = torch.zeros(len(labels), dtype=torch.bool)
-    for c in range(10):
-        test[(labels == c).nonzero().flatten()[4::5]] = True
+    for members in class_members(labels, 10):
+        test[members[4::5]] = True
     index = (~test).nonzero().flatten()
     return RawSplits(
         "digits", DIGITS_CLASSES, images[~test], labels[~test], index, None, images[test], labels[test], 16.0
@@ -199,8 +200,7 @@ def _first_per_class(raw: RawSplits, per_class: int | None) -> RawSplits:
     if per_class is None:
         return raw
     kept = []
-    for c, name in enumerate(raw.class_names):
-        members = (raw.train_labels == c).nonzero().flatten()
+    for name, members in zip(raw.class_names, class_members(raw.train_labels, len(raw.class_names)), strict=True):
         if len(members) < per_class:
             got = f"{len(members)} of class {name!r}"
             raise NotEnoughSamplesError(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.data.labels import check_labels
+from tad_plugin.data.splits import class_members
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
@@ -81,8 +82,8 @@ def gradient_influence(
             got = f"shape {list(weights.shape)}"
             raise InvalidInputError(explain(expected, got, "Pass one weight for each real image"))
     return class_gradient_influence(
-        network, images, labels, synthetic, own_labels, target_gradient, distance, weights=weights, eta=eta,
-        chunk_size=chunk_size,
+        network, images, labels, synthetic, own_labels, target_gradient, num_classes, distance, weights=weights,
+        eta=eta, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def class_gradient_influence(
     synthetic: Tensor,
     synthetic_labels: Tensor,
     target_gradient: Tensor,
+    num_classes: int,
     distance: GradientDistance,
     *,
     weights: Tensor | None = None,
@@ -109,9 +111,9 @@ def class_gradient_influence(
         logits: Tensor = torch.func.functional_call(network, values, (x,))
         return logits
 
-    for c in labels.unique().tolist():
-        rows, own = (labels == c).nonzero().flatten(), (synthetic_labels == c).nonzero().flatten()
-        if not len(own):
+    groups = class_members(labels, num_classes), class_members(synthetic_labels, num_classes)
+    for rows, own in zip(*groups, strict=True):
+        if not len(rows) or not len(own):
             continue
         share = w[rows] / w[rows].sum()
         own_weights = share * len(rows)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.core.events import Learning
+from tad_plugin.data.splits import class_members
 from tad_plugin.iwd.explicit import Embed
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
 from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
@@ -82,10 +83,9 @@ def learned_influence(
         means.index_add_(0, labels, share[:, None] * rows)
     along = torch.zeros_like(means)
     with torch.enable_grad():
-        for c in range(num_classes):
-            inside = synthetic_labels == c
-            if bool(inside.any()):
-                x, slope = synthetic[inside].detach(), target_gradient[inside].detach()
+        for c, own in enumerate(class_members(synthetic_labels, num_classes)):
+            if len(own):
+                x, slope = synthetic[own].detach(), target_gradient[own].detach()
                 v = pushed_forward(embed, (x,), (slope,)).mean(0)
                 add(2 * (v * (means[c] - embed(x).mean(0))).sum())
                 along[c] = v.detach()

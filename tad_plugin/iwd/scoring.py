@@ -263,7 +263,7 @@ class Refresh:
         matched = (images, own, synthetic.detach(), hard_labels(synthetic_labels), slope)
         embed, k, size = embedding_of(network), self.num_classes, self.chunk_size
         if self.distance is not None:
-            found = class_gradient_influence(network, *matched, self.distance, weights=weights, chunk_size=size)
+            found = class_gradient_influence(network, *matched, k, self.distance, weights=weights, chunk_size=size)
         elif self.explicit:
             found = class_mean_influence(embed, *matched, k, weights=weights, chunk_size=size)
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
+from tad_plugin.data.splits import class_members, sorted_in_class
 from tad_plugin.errors import ConvergenceWarning, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
 from tad_plugin.utils.arguments import named_errors
@@ -105,25 +106,43 @@ class Classes:
 
     def saturated(self, scores: Tensor, share: float) -> Tensor:
         """See :func:`saturate`."""
-        raised = scores.clone()
-        for c in range(self.num_classes if share > 0 else 0):
-            rows = (self.inside & (self.labels == c)).nonzero().flatten()
-            if len(rows):
-                raised[rows] = scores[rows].clamp_min(float(scores[rows].double().quantile(share)))
-        return raised
+        if share == 0:
+            return scores.clone()
+        own = torch.where(self.inside, self.labels, self.num_classes)
+        count = torch.bincount(own, minlength=self.num_classes + 1)
+        end = count.cumsum(0)
+        rising = scores[sorted_in_class(scores, own, self.num_classes + 1)].double()
+        # The linear quantile, as torch.quantile defines it. NaN is sorted last and makes the quantile NaN.
+        place = (count - 1).clamp_min(0) * torch.tensor(share, dtype=torch.float64, device=count.device)
+        first, last = (end - count).clamp_max(len(own) - 1), (end - 1).clamp_min(0)
+        place = torch.where(rising[last].isnan(), (count - 1).double(), place)
+        low, high = rising[first + place.long()], rising[first + place.ceil().long()]
+        bound = low.lerp(high, place - place.floor()).to(scores.dtype)
+        return torch.where(self.inside, torch.maximum(scores, bound[own]), scores)
 
     def fit(self, z: Tensor, wanted: Tensor) -> Temperature:
         """See :func:`fit_temperature`; ``z`` are :meth:`z_scores`, ``wanted`` float64 [K]."""
         count = self.count
         flat = ~(self.sum(z.abs()) > 0)
+        # Class after class, each in the order of its samples: so the sums keep their bits, and the table of
+        # temperatures is read in order.
+        members = class_members(self.labels, self.num_classes, self.inside)
+        order, sizes = torch.cat(members), torch.bincount(self.labels[self.inside], minlength=self.num_classes)
+        inner = Classes(self.labels[order], self.num_classes, torch.ones_like(order, dtype=torch.bool))
+        gap = inner.gap(z[order])
+
+        def size_at(inverse: Tensor) -> Tensor:
+            w = torch.exp(-inverse.repeat_interleave(sizes, output_size=len(order)) * gap)
+            return inner.effective_size(w, count)
+
         low = torch.full_like(count, math.log(_FLATTEST))
         high = torch.full_like(count, math.log(_SHARPEST))
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            too_even = self.effective_size(self._unnormalised(z, middle.exp()), count) > wanted
+            too_even = size_at(middle.exp()) > wanted
             low, high = torch.where(too_even, middle, low), torch.where(too_even, high, middle)
         inverse = torch.where(flat | (wanted == 1.0), 0.0, high.exp())
-        found = self.effective_size(self._unnormalised(z, inverse), count)
+        found = size_at(inverse)
         return Temperature(1.0 / inverse, found, flat | ((found - wanted).abs() <= 1e-3))
 
     def softmax(self, z: Tensor, temperature: Tensor) -> Tensor:
@@ -134,6 +153,12 @@ class Classes:
         # Exactly 1 where nothing is weighted, so that no bit changes there.
         return torch.where(even[self.labels] & self.inside, 1.0, raw * factor[self.labels])
 
+    def gap(self, z: Tensor) -> Tensor:
+        """``z`` minus the smallest z of the class, float64 [N]; 0 for a sample that takes no part."""
+        best = z.new_full((self.num_classes,), math.inf)
+        best = best.scatter_reduce(0, self.labels, torch.where(self.inside, z, math.inf), "amin")
+        return torch.where(self.inside, z - torch.where(torch.isinf(best), 0.0, best)[self.labels], 0.0)
+
     def effective_size(self, w: Tensor, count: Tensor) -> Tensor:
         """See :func:`effective_sample_size`; ``w`` float64 [N], ``count`` [K]."""
         squares = count * self.sum(w.square())
@@ -142,10 +167,7 @@ class Classes:
 
     def _unnormalised(self, z: Tensor, inverse: Tensor) -> Tensor:
         """exp(-(z - smallest z of the class) / temperature): the best sample has 1, so nothing overflows."""
-        labels, inside = self.labels, self.inside
-        best = torch.full_like(inverse, math.inf).scatter_reduce(0, labels, torch.where(inside, z, math.inf), "amin")
-        gap = torch.where(inside, z - torch.where(torch.isinf(best), 0.0, best)[labels], 0.0)
-        return torch.where(inside, torch.exp(-inverse[labels] * gap), 0.0)
+        return torch.where(self.inside, torch.exp(-inverse[self.labels] * self.gap(z)), 0.0)
 
 
 @named_errors

@@ -10,6 +10,7 @@ from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.scorer import Scorer, ScorerConfig, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
+from tad_plugin.data.splits import rank_in_class
 
 __all__ = ["keep_lowest", "mean_losses", "train_logits"]
 
@@ -27,12 +28,9 @@ def keep_lowest(scores: Tensor, labels: Tensor, num_classes: int, share: float, 
     Returns:
         Bool [N]. Ties are broken by index.
     """
-    kept = torch.zeros_like(labels, dtype=torch.bool)
-    for c in range(num_classes):
-        members = (labels == c).nonzero().flatten()
-        count = min(len(members), max(minimum, round(share * len(members))))
-        kept[members[scores[members].argsort(stable=True)[:count]]] = True
-    return kept
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    quota = torch.tensor([max(minimum, round(share * count)) for count in counts], device=labels.device)
+    return rank_in_class(scores, labels, num_classes) < quota[labels]
 
 
 def train_logits(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
+from tad_plugin.data.splits import rank_in_class
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning, explain
 from tad_plugin.tad.mixture import ClassMixture, _posterior, check_losses
 from tad_plugin.utils.arguments import named_errors
@@ -95,7 +96,7 @@ def _divide(
     """:func:`divide` for float64 losses ``values``, with the posterior [N] of the low component given."""
     counts = mixture.counts.to(values.device)
     trusted = posterior > threshold
-    rank = _rank(values, labels, counts)
+    rank = rank_in_class(values, labels, len(counts))
 
     present = counts > 0
     replaced = mixture.unimodal.to(counts.device) & present
@@ -112,19 +113,9 @@ def _divide(
     missing = min_per_class - torch.bincount(labels[trusted], minlength=num_classes)
     # Trusted samples form a group of their own, which is never filled up.
     left_out = torch.where(trusted, num_classes, labels)
-    position = _rank(values, left_out, torch.bincount(left_out, minlength=num_classes + 1))
+    position = rank_in_class(values, left_out, num_classes + 1)
     trusted = trusted | (position < missing[labels]) & ~trusted
     return Division(trusted, _shares(trusted, labels, counts).float(), replaced)
-
-
-def _rank(values: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
-    """Position [N] of each sample in its group by rising value, ties by index. ``counts`` are the group sizes."""
-    order = torch.argsort(values, stable=True)
-    order = order[torch.argsort(groups[order], stable=True)]
-    start = (counts.cumsum(0) - counts)[groups[order]]
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - start
-    return rank
 
 
 def _shares(trusted: Tensor, labels: Tensor, counts: Tensor) -> Tensor:

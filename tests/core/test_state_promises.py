@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,24 @@ import torch
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import EmptyClassError, InvalidInputError, InvalidLabelsError
 from tests.core.test_state import LABELS, full_state, same, state
+
+
+def test_pools_of_imagenet_size_are_those_of_masks_and_take_no_time() -> None:
+    n, k, generator = 1_300_000, 1000, torch.Generator().manual_seed(0)
+    made = SampleState(torch.cat([torch.arange(k), torch.randint(k, (n - k,), generator=generator)]), k)
+    trusted = torch.rand(n, generator=generator) < 0.7
+    trusted[:k] = True
+    made.update(trusted=trusted, target=made.observed.flip(0).roll(k))  # every class keeps its first sample
+    before, start = torch.get_num_threads(), time.process_time()
+    torch.set_num_threads(1)
+    try:
+        pools = made.pools()
+    finally:
+        torch.set_num_threads(before)
+    assert time.process_time() - start < 0.5  # one mask for each class: 14 s
+    assert sum(map(len, pools)) == int(trusted.sum())
+    for c in (0, 1, 499, 999):
+        assert torch.equal(pools[c], (made.usable() & (made.target == c)).nonzero().flatten())
 
 
 def in_every_class(made: SampleState) -> None:

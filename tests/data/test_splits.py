@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tad_plugin.data.splits import dealt_evenly, shuffled_classes, shuffled_groups
+from tad_plugin.data.splits import class_members, dealt_evenly, rank_in_class, shuffled_classes, shuffled_groups
 
 LABELS = torch.tensor([2, 0, 1, 0, 2, 2, 0, 4, 1, 0, 2, 4])  # class 3 is empty
 K = 5
@@ -17,6 +17,24 @@ def gen(seed: int = 0) -> torch.Generator:
 
 def members(c: int) -> list[int]:
     return [i for i, label in enumerate(LABELS.tolist()) if label == c]
+
+
+@pytest.mark.parametrize("mask", [None, LABELS != 0, torch.arange(len(LABELS)) % 2 == 0])
+@pytest.mark.parametrize("k", [K, 2**15 + 1])  # the second does not fit 16 bits
+def test_class_members(mask: torch.Tensor | None, k: int) -> None:
+    found = class_members(LABELS, k, mask)
+    inside = [True] * len(LABELS) if mask is None else mask.tolist()
+    for c in range(K):
+        assert found[c].tolist() == [i for i in members(c) if inside[i]] and found[c].dtype == torch.int64
+    assert len(found) == k and not any(len(own) for own in found[K:])
+
+
+def test_rank_in_class() -> None:
+    values = torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, -1.0, float("nan"), 0.0, 2.0, 0.5, 3.0, 0.0])
+    rank = rank_in_class(values, LABELS, K)
+    for c in range(K):
+        ordered = sorted(members(c), key=lambda i: (values[i].isnan().item(), float(values[i].nan_to_num())))
+        assert [int(rank[i]) for i in ordered] == list(range(len(ordered)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

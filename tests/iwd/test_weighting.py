@@ -253,6 +253,14 @@ def test_saturation_raises_the_best_scores_of_each_class_to_one_value(generator:
         low = float(np.quantile(scores[rows].double().numpy(), 0.4))
         assert torch.allclose(found[rows], scores[rows].clamp_min(low))
     assert torch.equal(saturate(scores, labels, 3, 0.0), scores)
+    many, own = problem(400, 7, seed=3)
+    for share, dtype in ((0.31, torch.float32), (0.5, torch.float64), (0.997, torch.float32)):
+        values, inside = many.to(dtype), own != 4
+        expected = values.clone()
+        for c in (0, 1, 2, 3, 5, 6):
+            level = float(values[own == c].double().quantile(share))
+            expected[own == c] = values[own == c].clamp_min(level)
+        assert torch.equal(saturate(values, own, 7, share, inside), expected)
     weights = weights_from_scores(saturate(scores, labels, 3, 0.5), labels, 3, 0.75)
     best = weights[labels == 0].max()
     assert float((weights[labels == 0] == best).float().mean()) == pytest.approx(0.5, abs=0.02) and float(best) < 1.6

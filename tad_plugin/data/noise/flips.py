@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tad_plugin.data.splits import class_members
 from tad_plugin.errors import InvalidInputError, explain
 
 __all__ = ["by_map", "by_matrix", "instance_dependent", "symmetric"]
@@ -92,10 +93,9 @@ def instance_dependent(
 
     u = torch.rand(len(labels), generator=generator, dtype=torch.float64)
     flipped = labels.clone()
-    for c in range(num_classes):
+    for c, members in enumerate(class_members(labels, num_classes)):
         # One projection at a time: all K of them would be K x D x K numbers (4 GB for Tiny ImageNet).
         projection = torch.randn(flat.shape[1], num_classes, generator=generator, dtype=torch.float64)
-        members = (labels == c).nonzero().flatten()
         if len(members) == 0:
             continue
         x = flat[members].double()

@@ -23,6 +23,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels, whole_number
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
 from tad_plugin.data.noise.pickled_arrays import read_pickled_arrays
+from tad_plugin.data.splits import rank_in_class
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.seals import check_archive
@@ -173,7 +174,9 @@ def _by_name(
 
 def _by_rank(clean: Tensor, rank: Tensor | None, true: Tensor, ranks: Tensor, path: Path) -> Tensor:
     """Positions int64 [N] of samples with these classes and ranks."""
-    rank = _rank_in_class(clean) if rank is None else rank
+    if rank is None:
+        classes, own = clean.unique(return_inverse=True)
+        rank = rank_in_class(torch.zeros(len(own)), own, len(classes))
     width = int(rank.max()) + 1
     if width > len(clean):
         got = f"rank {width - 1} in {path}"
@@ -265,14 +268,6 @@ def _check_size(size: int, path: Path) -> None:
         raise FileFormatError(
             explain(f"labels of at most {_LARGEST >> 20} MiB", got, "Use the label file as published")
         )
-
-
-def _rank_in_class(labels: Tensor) -> Tensor:
-    rank = torch.empty_like(labels)
-    for c in labels.unique():
-        members = labels == c
-        rank[members] = torch.arange(int(members.sum()))
-    return rank
 
 
 def _short(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tad_plugin.core.state import SampleState
+from tad_plugin.data.splits import class_members
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.folder import RunFolder
@@ -48,8 +49,7 @@ def extremes(state: SampleState, top: int) -> list[tuple[Tensor, Tensor]]:
     if top < 1:
         raise InvalidInputError(explain("top of at least 1", str(top), "Ask for at least one sample"))
     found = []
-    for c in range(state.num_classes):
-        rows = ((state.target == c) & (state["influence_count"] > 0)).nonzero().flatten()
+    for rows in class_members(state.target, state.num_classes, state["influence_count"] > 0):
         order = rows[state["influence"][rows].argsort(stable=True)]
         count = min(top, len(order) // 2)
         found.append((order[:count], order.flip(0)[:count]))

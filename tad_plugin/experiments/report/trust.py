@@ -109,7 +109,7 @@ def plot_loss_histogram(
         )
     if not bool(torch.isfinite(loss).all()):
         raise InvalidInputError(explain("finite `losses`", "NaN or infinite ones", "Check the scorer's training"))
-    classes = label.unique().tolist()
+    classes, sizes = (part.tolist() for part in label.unique(return_counts=True))
     panels = classes[:MAX_PANELS] if len(classes) > 1 else []
     columns = (len(panels) + 1) // 2
     limits = float(loss.min()), float(loss.max())
@@ -119,7 +119,7 @@ def plot_loss_histogram(
         limits = 0.0, limits[1]
     with picture(path) as figure:
         figure.set_size_inches(4.6 + 1.5 * columns, 3.8)
-        counts: dict[int, int] = {index: int((label == index).sum()) for index in classes}
+        counts: dict[int, int] = dict(zip(classes, sizes, strict=True))
         grid = figure.add_gridspec(2, 1 + columns, width_ratios=[2.4, *[1.0] * columns])
         axis = figure.add_subplot(grid[:, 0])
         _loss_panel(axis, loss, wrong, mixture, counts, limits, bins=48)
