@@ -105,6 +105,10 @@ class TAD(Callback):
     name: ClassVar[str] = "tad"
     Config: ClassVar[type] = TADConfig
     needs_scorer: ClassVar[bool] = True
+    acts_when: ClassVar[str] = (
+        "Train each network for more epochs than tad.warmup and call hook.epoch_end(network) after each, or lower"
+        " tad.warmup"
+    )
     config: TADConfig
 
     def __init__(self, config: TADConfig | None = None, *, seed: int = 0) -> None:
@@ -120,6 +124,10 @@ class TAD(Callback):
         """The mean losses of the last rounds, and the class-wise mixture fitted to them."""
         losses = state["tad_loss"]
         return losses, fit_class_mixture(losses, state.observed, state.num_classes)
+
+    def acted(self, *, state: SampleState) -> bool:
+        """After the first round that divided the data."""
+        return bool((state.trust < 1).any())
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
