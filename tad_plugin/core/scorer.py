@@ -87,11 +87,21 @@ def score_all(network: nn.Module, data: RealData) -> Scores:
         return network.scores
     training = network.training
     network.eval()
+    found: tuple[Tensor, Tensor] | None = None
+    first = 0
     try:
-        parts = [features_and_logits(network, images) for _, images in data.batches(chunk_size(data.images.device))]
+        for _, images in data.batches(chunk_size(data.images.device)):
+            parts = features_and_logits(network, images)
+            if found is None:  # written in place: a list of parts would take all of the memory twice
+                features, logits = (p.new_empty(len(data), p.shape[1], dtype=torch.float32) for p in parts)
+                found = features, logits
+            found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
+            first += len(images)
     finally:
         network.train(training)
-    return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())
+    if found is None:
+        raise InvalidInputError(explain("at least one image to score", "none", "Pass the real images"))
+    return Scores(found[1], found[0])
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
