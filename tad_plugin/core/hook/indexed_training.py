@@ -30,16 +30,16 @@ class SeenLogits:
 
     def __init__(self, state: SampleState) -> None:
         self.logits = torch.zeros(len(state), state.num_classes, device=state.device)
-        self.seen = torch.zeros(len(state), dtype=torch.bool, device=state.device)
+        self.visits = torch.zeros(len(state), dtype=torch.int32, device=state.device)
 
     def note(self, index: Tensor, logits: Tensor) -> None:
         """Notes the logits [B,K] of the samples ``index`` int64 [B]."""
         self.logits[index] = logits.detach().to(self.logits.device, torch.float32)
-        self.seen[index] = True
+        self.visits[index] += 1
 
     def missing(self) -> int:
         """Number of samples without logits."""
-        return int((~self.seen).sum())
+        return int((self.visits == 0).sum())
 
     def scores(self) -> Scores:
         """Logits of all samples. They are also their features."""
