@@ -24,6 +24,8 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
+  tad-plugin reproduce reproduce/tad_digits.yaml --size smoke
+  tad-plugin report runs/tad_digits-smoke
   tad-plugin methods
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
@@ -137,6 +139,10 @@ def _parser() -> Any:
     who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
     who.add_argument("--out", type=str, default="", help="output folder; the run folder by default")
 
+    from tad_plugin.experiments.grid import verbs as grids
+
+    grids.add_reproduce_arguments(verb("reproduce", "GRID.yaml [options]", grids.ABOUT["reproduce"], run=False))
+    grids.add_report_arguments(verb("report", "FOLDER [options]", grids.ABOUT["report"], run=False))
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     for name, about in checkouts.ABOUT.items():
         verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
@@ -284,6 +290,18 @@ def _influence(values: Any) -> None:
         print(path)
 
 
+def _reproduce(values: Any) -> int:
+    from tad_plugin.experiments.grid.verbs import reproduce
+
+    return reproduce(values)
+
+
+def _report(values: Any) -> None:
+    from tad_plugin.experiments.grid.verbs import report
+
+    report(values)
+
+
 def _methods(_values: Any) -> None:
     import dataclasses
 
@@ -305,6 +323,8 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
+    "reproduce": _reproduce,
+    "report": _report,
     "methods": _methods,
 }
 

@@ -24,7 +24,7 @@ for below, names in (
     ("errors utils nn data core", "tad iwd selection distill"),
     ("errors utils core", "upstream"),
     ("errors utils nn data core distill", "evaluate"),
-    ("errors utils nn data core distill evaluate", "experiments"),
+    ("errors utils nn data core distill evaluate upstream", "experiments"),
     ("errors utils nn data core distill evaluate experiments upstream", "cli"),
 ):
     ALLOWED |= {name: set(below.split()) for name in names.split()}
