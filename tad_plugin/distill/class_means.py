@@ -138,9 +138,7 @@ class MeanMatching(Baseline):
     def real_means(self, network: Any) -> tuple[Tensor, list[Draw | None]]:
         """(Weighted) mean embedding of one real batch per class, [K,D], and the augmentation draw of each class."""
         drawn, draws = self._draws()
-        batches = (
-            self.augmented(self.data.images[indices], draw) for indices, draw in zip(drawn, draws, strict=True)
-        )
+        batches = (self.augmented(self.data.images[indices], draw) for indices, draw in zip(drawn, draws, strict=True))
         means = []
         stream = math.inf if batch_statistics(network) else self.stream
         for c, found in enumerate(embedded_batches(network.embed, batches, stream)):

@@ -73,14 +73,15 @@ class TemporalEnsemble:
         if probabilities.shape != (len(indices), self.mean.shape[1]):
             expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
             raise InvalidInputError(explain(expected, f"shape {list(probabilities.shape)}", "Pass one row per index"))
+        _require_finite(probabilities)
         self._update(indices, probabilities)
-        self.check()
 
     def _update(self, indices: Tensor, probabilities: Tensor) -> None:
         """:meth:`update` for indices that were checked before."""
         indices = indices.to(self.mean.device, torch.int64)
         new = probabilities.detach().to(self.mean.device, torch.float32)
-        # An accelerator is not asked, because the answer would wait: a NaN stays in the mean, and `check` finds it.
+        # An accelerator is not asked, because the answer would wait. The loss of such a batch is NaN as well, and
+        # whoever trains the network reports that at the end of the epoch.
         if new.device.type == "cpu":
             _require_finite(new)
         # Copies of a sample stand side by side, and each row gets the mean over its copies. No size depends on values.
@@ -116,10 +117,6 @@ class TemporalEnsemble:
     def _ensemble(self, indices: Tensor) -> Tensor:
         """:meth:`ensemble` for int64 indices that were checked before, on the device of the storage."""
         return self.mean[indices].float()
-
-    def check(self) -> None:
-        """Raises NonFiniteError if a probability that was added is NaN or infinite."""
-        _require_finite(self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that restores this ensemble bit for bit."""
