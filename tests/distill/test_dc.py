@@ -95,9 +95,9 @@ def test_batch_norm_holds_statistics_of_real_images(monkeypatch: pytest.MonkeyPa
     modes: list[list[bool]] = []
     original = loop._class_loss
 
-    def watched(c: int, own: Tensor) -> Tensor:
+    def watched(c: int, own: Tensor, batch: RealBatch) -> Tensor:
         modes.append([m.training for m in loop.network.modules() if isinstance(m, torch.nn.BatchNorm2d)])
-        return original(c, own)
+        return original(c, own, batch)
 
     monkeypatch.setattr(loop, "_class_loss", watched)
     before = loop.network.state_dict()["features.1.running_mean"].clone()
