@@ -212,9 +212,8 @@ class DC(Baseline):
         weights = [self.hook.weights(i) for i in indices]
         # A plain mean while all weights are 1, for the bits of the baseline: a weighted sum rounds differently.
         plain = read(*((w.detach() == 1).all() for w in weights))
-        return [
-            RealBatch(*parts[:3], bool(parts[3])) for parts in zip(indices, transforms, weights, plain, strict=True)
-        ]
+        parts = zip(indices, transforms, weights, map(bool, plain), strict=True)
+        return [RealBatch(*part) for part in parts]
 
     def _class_loss(self, c: int, own: Tensor, given: RealBatch) -> Tensor:
         """Distance between the gradients of a real batch of class c and of its synthetic images ``own``."""

@@ -18,7 +18,7 @@ from tad_plugin.core.events import Match
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
+from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig, RealBatch
 from tad_plugin.distill.gradient_distance import layerwise_distance
 from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError
 from tad_plugin.experiments.config import RunConfig
