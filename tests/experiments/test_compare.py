@@ -111,7 +111,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path, monkeypat
     assert len(compare(SMALL, **given)) == 4 and not (out / "failures.txt").exists()
 
 
-def test_runs_side_by_side_give_the_same_accuracies(tmp_path: Path) -> None:
+def test_runs_side_by_side_give_the_same_accuracies(tmp_path: Path, workers_as_forks: None) -> None:
     """In two processes; a run that cannot be loaded fails alone there too."""
     out = tmp_path / "two"
     (out / "random" / "ipc1" / "seed0").mkdir(parents=True)
