@@ -307,7 +307,7 @@ def initial_images(
     return torch.cat(rows).clone(), labels
 
 
-def check_loss(loss: Tensor, iteration: int) -> float:
+def check_loss(loss: Tensor | float, iteration: int) -> float:
     """The value of a matching loss, in one transfer. Raises NonFiniteError if it is NaN or infinite."""
     value = float(loss)
     if not math.isfinite(value):

@@ -157,7 +157,7 @@ class MTT(Baseline):
     ) -> None:
         super().__init__(config, data, hook, synthetic, generator)
         synthetic.images.requires_grad_(True)
-        self.rate = torch.tensor(config.lr_teacher, device=data.images.device, requires_grad=True)
+        self.rate = torch.full((), config.lr_teacher, device=data.images.device, requires_grad=True)
         self.optimizers = [
             torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum),
             torch.optim.SGD([self.rate], lr=config.lr_lr, momentum=config.momentum),
@@ -240,7 +240,7 @@ class MTT(Baseline):
         value = float(loss.detach())
         if not math.isfinite(value):
             check_moves(start, target)
-        check_loss(loss.detach(), iteration)
+        check_loss(value, iteration)
         self.hook.before_segment_update(self._segment(loss, start, target, number, trajectory, first, wanted))
         kept = self.accepts(value)
         if kept:
@@ -319,10 +319,10 @@ class MTT(Baseline):
             got = f"{now:.3g} at iteration {iteration}"
             do = f"Lower lr_lr (now {self.config.lr_lr:g}) or lr_img, or raise lr_teacher; {_INTACT}"
             raise NonFiniteError(explain(f"a synthetic learning rate in (0, {limit:g}]", got, do))
-        message = too_wide(spread[0], self._usual, self.config.lr_img, f"at iteration {iteration}") if spread else None
-        if message is not None:
+        wide = too_wide(spread[0], self._usual, self.config.lr_img, f"at iteration {iteration}") if spread else None
+        if wide is not None:
             self._warned = True
-            warnings.warn(message, TadPluginWarning, stacklevel=2)
+            warnings.warn(wide, TadPluginWarning, stacklevel=2)
         return now
 
     def _measures(self) -> list[Tensor]:
