@@ -71,8 +71,18 @@ _VIEWS = {
         "squeeze",
         "alias",
     ),
-    *("detach", "detach_", "as_strided", "split", "split_with_sizes", "unbind", "reshape", "_reshape_alias", "unfold"),
-    *("diagonal", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "movedim"),
+    *("detach", "detach_", "as_strided", "split", "split_with_sizes", "unbind", "reshape", "_reshape_alias"),
+    *(
+        "unfold",
+        "diagonal",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "movedim",
+    ),
 }
 
 
