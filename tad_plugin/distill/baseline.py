@@ -204,7 +204,7 @@ class Baseline:
 
     def draw_on_host(self, c: int, n: int) -> Tensor:
         """As :meth:`draw`, but the indices are on the CPU. ``hook.state.placed`` moves those of all classes at once."""
-        found = self.hook.state.draw(c, n, self.generator)
+        found = self.hook.draw(c, n, self.generator)
         if self.config.full_batches and len(found) < n:
             do = "Lower batch_real, or set full_batches to false: such a class then gives all its samples"
             raise NotEnoughSamplesError(explain(f"{n} usable samples of class {c} for a batch", str(len(found)), do))

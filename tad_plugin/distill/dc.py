@@ -252,10 +252,9 @@ class DC(Baseline):
             self._train_network()
         if self._norms:
             # Few synthetic images give poor statistics. They are computed on real images and frozen.
-            state = self.hook.state
-            drawn = [state.draw(c, _NORM_IMAGES, self.generator) for c in range(self.data.num_classes)]
+            drawn = [self.hook.draw(c, _NORM_IMAGES, self.generator) for c in range(self.data.num_classes)]
             with torch.no_grad():
-                self.network(self.data.images[state.placed([torch.cat(drawn)])[0]])
+                self.network(self.data.images[self.hook.state.placed([torch.cat(drawn)])[0]])
             for norm in self._norms:
                 norm.eval()
 
