@@ -39,7 +39,7 @@ class Hook(MethodRun):
         return self.state.placed([self.draw(c, n, generator)])[0]
 
     def draw(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`sample`, but the indices are on the CPU. ``hook.state.placed`` moves those of all classes at once."""
+        """As :meth:`sample`, but the indices are on the CPU. ``state.placed`` moves them, all classes at once."""
         self.usage.note("sample")
         generator = self.generator if generator is None else generator
         if self.by_weight and n >= 1 and not bool(((w := self.state.weight[(p := self.state.pool(c))]) == 1).all()):
