@@ -111,6 +111,8 @@ class Baseline:
     Config: ClassVar[type[BaselineConfig]] = BaselineConfig
     #: True if the loop trains networks on the real data through the hook, so that no separate scorer is needed
     trains_on_real: ClassVar[bool] = False
+    #: True if torch.compile can compile its networks: it differentiates a network once at most
+    compiles: ClassVar[bool] = False
     #: Protocol defaults (fields of RunConfig); they override the dataset preset.
     preset: ClassVar[Mapping[str, Any]] = {}
     #: fields of EvaluateConfig that the protocol fixes
@@ -184,6 +186,9 @@ class Baseline:
         """Updates the synthetic set once. Returns the values to log, at least ``loss``."""
         do = "Override Baseline.step"
         raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", do))
+
+    def compile(self) -> None:
+        """Override it, with :attr:`compiles`, to compile the networks that are matched. Called before the first step."""
 
     def result(self) -> SyntheticSet:
         """A detached copy of the current synthetic set."""

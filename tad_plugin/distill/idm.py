@@ -137,6 +137,7 @@ class IDM(MeanMatching):
     """
 
     name: ClassVar[str] = "idm"
+    compiles: ClassVar[bool] = True
     Config: ClassVar[type[BaselineConfig]] = IDMConfig
     preset: ClassVar[Mapping[str, Any]] = {"lr_img": IDMConfig.lr_img}
     presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = PRESETS
@@ -149,6 +150,7 @@ class IDM(MeanMatching):
             synthetic = replace(synthetic, decode=f"partition:{config.factor}")
         super().__init__(config, data, hook, synthetic, generator)
         self.velocity = torch.zeros_like(synthetic.images, requires_grad=False)
+        self._compiled = False
         self.queue = [self._learner(generator) for _ in range(config.start_networks)]
         # On a CPU, small groups of classes keep the graph in the cache. A mosaic counts as several images.
         self.passes, tiles = pass_size(data.images, config.width), config.ipc * config.factor**2
@@ -171,6 +173,12 @@ class IDM(MeanMatching):
         tiles = config.factor**2 if config.mosaic and config.init == "real" else 1
         parts = [super(IDM, cls).initial_images(config, data, hook, generator) for _ in range(tiles)]
         return mosaic([images for images, _ in parts], config.factor) if tiles > 1 else parts[0][0], parts[0][1]
+
+    def compile(self) -> None:
+        """See :class:`Baseline`. Networks that join the queue later are compiled too."""
+        self._compiled = True
+        for learner in self.queue:
+            learner.network.features.compile()  # type: ignore[operator, union-attr]
 
     def step(self, iteration: int) -> Mapping[str, Any]:
         """Updates the images on each matched network, then trains networks of the queue; see :class:`Baseline`.
@@ -262,8 +270,10 @@ class IDM(MeanMatching):
 
     # -- the networks --------------------------------------------------------------------------------
     def _learner(self, generator: torch.Generator) -> Learner:
-        config = self.config
-        return Learner(self.fresh_network(generator), config.lr_net, config.net_momentum, config.net_weight_decay)
+        config, network = self.config, self.fresh_network(generator)
+        if self._compiled:
+            network.features.compile()  # type: ignore[operator, union-attr]
+        return Learner(network, config.lr_net, config.net_momentum, config.net_weight_decay)
 
     def _some(self, count: int) -> list[Learner]:
         order = torch.randperm(len(self.queue), generator=self.generator)
