@@ -188,7 +188,7 @@ class Baseline:
         raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", do))
 
     def compile(self) -> None:
-        """Override it, with :attr:`compiles`, to compile the networks that are matched. Called before the first step."""
+        """Override it, with :attr:`compiles`, to compile the matched networks. Called before the first step."""
 
     def result(self) -> SyntheticSet:
         """A detached copy of the current synthetic set."""
