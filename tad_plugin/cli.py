@@ -24,8 +24,8 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
-  tad-plugin reproduce reproduce/tad_digits.yaml --size smoke
-  tad-plugin report runs/tad_digits-smoke
+  tad-plugin reproduce reproduce/tad_cifar10.yaml --size smoke
+  tad-plugin report runs/tad_cifar10-smoke
   tad-plugin methods
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
