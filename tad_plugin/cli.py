@@ -24,6 +24,7 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
+  tad-plugin export runs/one --to distilled
   tad-plugin methods
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
@@ -136,6 +137,17 @@ def _parser() -> Any:
     )
     who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
     who.add_argument("--out", type=str, default="", help="output folder; the run folder by default")
+
+    take = verb(
+        "export",
+        "RUN --to FOLDER [options]",
+        "Write the synthetic set of a run for use without this package, with a load.py that trains on it.",
+        run=False,
+    )
+    take.add_argument("run", type=str, help="run folder, or the file of a synthetic set")
+    take.add_argument("--to", type=str, required=True, help="new folder for the export")
+    take.add_argument("--format", type=str, default="png", help="png, npz, pt, safetensors or dd-ranking")
+    take.add_argument("--overwrite", type=bool, default=False, help="replace an earlier export in the folder")
 
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     for name, about in checkouts.ABOUT.items():
@@ -283,6 +295,12 @@ def _influence(values: Any) -> None:
         print(path)
 
 
+def _export(values: Any) -> None:
+    from tad_plugin.experiments.export_run import export_run
+
+    print(export_run(values.run, values.to, values.format, overwrite=values.overwrite))
+
+
 def _methods(_values: Any) -> None:
     import dataclasses
 
@@ -304,6 +322,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
+    "export": _export,
     "methods": _methods,
 }
 
