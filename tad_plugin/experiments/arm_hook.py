@@ -111,6 +111,6 @@ def arm_hook(
         trains_on_real=plan.baseline.trains_on_real,
         log=log,
         start=False,
-        iterations=plan.loop.iterations,
+        iterations=plan.loop.iterations or None,  # the arm "random" makes no update
         announce=False,
     )
