@@ -62,7 +62,7 @@ def test_version_changelog_and_citation_agree(config: configparser.ConfigParser)
 def test_every_entry_point_names_something_that_exists(config: configparser.ConfigParser) -> None:
     points = config["options.entry_points"]
     methods = dict(tuple(map(str.strip, line.split("="))) for line in lines(points["tad_plugin.methods"]))
-    assert set(methods) == {"tad", "iwd", "oracle", "loss-prune", "el2n", "clean-then-distil", "random"}
+    assert set(methods) == {"tad", "iwd", "oracle", "loss-prune", "el2n", "clean-then-distil", "random", "verdict"}
     for target in methods.values():
         module, name = target.split(":")
         cls = getattr(importlib.import_module(module), name)
