@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tad_plugin.data.noise.label_files import load_pt, read_npz, regular_file
+from tad_plugin.data.noise.array_files import load_pt, read_npz, regular_file
 from tad_plugin.data.noise.named_labels import plain_path
 from tad_plugin.errors import FileFormatError, explain
 
