@@ -2,6 +2,7 @@
 # The wheel as a user installs it: built from the source archive, in an environment of its own, used outside a checkout.
 # Torch and the other requirements come from the active environment, so nothing is downloaded. Takes about a minute.
 set -euo pipefail
+unset PYTHONPATH
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -21,7 +22,6 @@ python -m pip --disable-pip-version-check --python "$work/environment/bin/python
 python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$own/requirements.pth"
 
 cd "$work"
-unset PYTHONPATH
 PATH="$work/environment/bin:$PATH"
 python - "$own" <<'PYTHON'
 import sys

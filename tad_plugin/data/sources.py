@@ -133,6 +133,8 @@ def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSpl
     with open_tree(path) as tree:
         names, train = class_files(tree, "train", per_class=per_class)
         held = next((split for split in ("test", "val") if tree.has(split)), None)
+        if held is None:
+            _check_no_test(tree, names, path)
         test = class_files(tree, held, names)[1] if held else _NO_FILES
         # One call, so that both have the same number of channels.
         pixels = decode(tree, [*train.paths, *test.paths], image_size, label=path.name)
@@ -142,6 +144,16 @@ def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSpl
     name = dataset_name(f"{_FOLDER}{path}")
     parts = (pixels[:n], train.labels, index, train.ranks, pixels[n:], test.labels)
     return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped)
+
+
+def _check_no_test(tree: Tree, names: Sequence[str], path: Path) -> None:
+    """Raises FileFormatError where another folder has the classes of train/: test images under another name."""
+    parts = [name.split("/") for name in (*tree.files, *tree.folders)]
+    other = sorted({p[0] for p in parts if len(p) > 1 and p[0] != "train" and p[1] in names})
+    if other:
+        do = "Rename it to test/ or val/, or move it away to go without test images"
+        got = ", ".join(f"{name}/" for name in other)
+        raise FileFormatError(explain(f"test images below test/<class>/ or val/<class>/ in {path}", got, do))
 
 
 def _outside(tree: Tree, splits: Sequence[str]) -> Counter[str]:
