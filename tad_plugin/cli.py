@@ -190,8 +190,11 @@ def _experts(values: Any) -> None:
     options = {"overwrite": values.overwrite, "jobs": values.jobs}
     check_expert_flags(_run_config(values), config, values.arm)
     found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, **options)
-    shown = ", ".join(f"{accuracy:.1f}" for accuracy in found["accuracy"]["experts"])
-    print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; test accuracy, %: {shown}")
+    own, kind = found["accuracy"]["experts"], "test accuracy"
+    if own is None and (held := found["heldout"]):
+        own, kind = held["experts"], f"accuracy on {held['samples']} held-out images by their {held['labels']} labels"
+    shown = ", ".join(f"{accuracy:.1f}" for accuracy in own) if own else "not known (no test images)"
+    print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; {kind}, %: {shown}")
     print(f"replay buffer: {values.out}")
 
 

@@ -184,6 +184,9 @@ def evaluate(
         NonFiniteError: the training loss is NaN or infinite.
     """
     config = EvaluateConfig() if config is None else config
+    if not len(test[0]):
+        do = "Add test images (test/<class>/ of a folder), or pass held-out training images"
+        raise InvalidInputError(explain("at least one test image", "none", do))
     if not bool(torch.isfinite(test[0]).all()):
         raise InvalidInputError(explain("finite test images", "a NaN or infinite value", "Leave out or repair them"))
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")

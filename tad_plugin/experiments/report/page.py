@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.experiments.report.tables import NOTE, build_tables, summarise
+from tad_plugin.experiments.report.tables import build_tables, notes, summarise
 
 __all__ = ["html_page"]
 
@@ -39,6 +39,7 @@ def html_page(
     except ImportError as error:
         raise missing_extra("jinja2", "reproduce", "the HTML report") from error
     results = list(results)
+    rows = summarise(results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tad_plugin.experiments.report"),
         autoescape=True,
@@ -47,8 +48,8 @@ def html_page(
     )
     return environment.get_template("report.html.j2").render(
         title=title,
-        note=NOTE,
-        tables=build_tables(summarise(results)),
+        note=notes(rows),
+        tables=build_tables(rows),
         pictures=[(caption, _data_uri(path)) for caption, path in pictures.items()],
         commands=_distinct(str(result["command"]) for result in results if result.get("command")),
         versions=_distinct(_versions_line(result["versions"]) for result in results if result.get("versions")),
