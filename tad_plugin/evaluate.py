@@ -20,6 +20,7 @@ from tad_plugin.nn.passes import chunk_size
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.settings import Settings, setting
 from tad_plugin.utils.torch_modes import default_modes
+from tad_plugin.utils.transfers import upload
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
@@ -116,8 +117,8 @@ def train_on_synthetic(
         if epoch == config.epochs // 2 + 1:
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.1
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for indices in order.split(config.batch_size):
+        order = torch.randperm(len(images), generator=generator)
+        for indices in upload(order.split(config.batch_size), images.device):
             batch = images[indices]
             if augmentation.strategies:
                 batch = augmentation(batch, generator=generator)
@@ -146,11 +147,11 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     network.eval()
     labels = labels.to(images.device)
     batch_size = chunk_size(images.device)
-    hits = sum(
-        int((network(x).argmax(1) == y).sum())
+    hits = [
+        (network(x).argmax(1) == y).sum()
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    )
-    return 100.0 * hits / len(labels)
+    ]
+    return 100.0 * int(torch.stack(hits).sum()) / len(labels)
 
 
 @named_errors

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tad_plugin.evaluate import EvaluateConfig
+from tad_plugin.utils.precision import PRECISIONS
 from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["MAY_DIFFER", "PRESETS", "VERDICT", "RunConfig"]
@@ -76,6 +77,9 @@ class RunConfig(Settings):
         verdict_column: the column of --verdict that decides, where there are several.
         verdict_share: share of each class to keep where --verdict has scores, in (0, 1].
         device: auto, cpu or cuda.
+        precision: of the networks that are matched and trained on real data: fp32, tf32 (on CUDA) or bf16. Scores of
+            the methods and evaluations are fp32 in any case.
+        compile: compile the networks that are matched (torch.compile), in loops without second derivatives: dm, idm.
         checkpoint_seconds: seconds between checkpoints.
 
     Raises:
@@ -110,6 +114,8 @@ class RunConfig(Settings):
     verdict_column: str = ""
     verdict_share: float = setting(0.0, at_least=0, at_most=1)
     device: str = "auto"
+    precision: str = setting("fp32", one_of=PRECISIONS)
+    compile: bool = False
     checkpoint_seconds: float = setting(20.0, at_least=0)
 
     def check(self) -> None:

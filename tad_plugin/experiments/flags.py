@@ -36,6 +36,8 @@ NOT_FOR_EVALUATION = {
     "candidates",
     "checkpoint_seconds",
     *VERDICT,
+    "precision",
+    "compile",
 }
 """Settings of :class:`RunConfig` without effect on an evaluation, which takes fresh networks and the set's own
 normalisation."""
