@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.experiments.report.tables import NOTE, build_tables, summarise
+from tad_plugin.experiments.report.tables import build_tables, notes, summarise
 
 __all__ = ["data_uri", "distinct", "html_page", "render", "versions_line"]
 
@@ -35,11 +35,12 @@ def html_page(
         MissingExtraError: jinja2 is not installed.
     """
     results = list(results)
+    rows = summarise(results)
     return render(
         "report.html.j2",
         title=title,
-        note=NOTE,
-        tables=build_tables(summarise(results)),
+        note=notes(rows),
+        tables=build_tables(rows),
         pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
         commands=distinct(str(result["command"]) for result in results if result.get("command")),
         versions=distinct(versions_line(result["versions"]) for result in results if result.get("versions")),
