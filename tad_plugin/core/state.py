@@ -33,6 +33,8 @@ from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["SampleState"]
 
+_KEEP = """Let the method keep a sample of each class (--methods '{"tad": {"min_per_class": 1}}'), or load more data"""
+
 
 class SampleState:
     """Label, weight and trust of each of N real samples; all tensors are indexed by position in the dataset.
@@ -158,9 +160,8 @@ class SampleState:
             trust = self._checked("trust", trust, torch.float32, 1)
         if target is not None or trusted is not None:
             target, trusted = self.target if target is None else target, self.trusted if trusted is None else trusted
-            do = "Let the method keep at least one sample of each class (TAD: min_per_class), or load more data"
             if not self._allow_empty:
-                check_classes(target[trusted], self.num_classes, do)
+                check_classes(target[trusted], self.num_classes, _KEEP)
             self.target.copy_(target)
             self.trusted.copy_(trusted)
             self.refresh_weights()
@@ -273,8 +274,7 @@ class SampleState:
             do = "Pass torch.Generator().manual_seed(...)"
             raise InvalidInputError(explain("a CPU generator", repr(generator), do))
         if len(pool) == 0:
-            do = "Lower the threshold or raise min_per_class of the method"
-            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
+            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", _KEEP))
         order = torch.randperm(len(pool), generator=generator)[:n]
         return pool[order.to(pool.device)]
 

@@ -277,7 +277,7 @@ class Run:
             "influence": _influence(hook),
             "state": hook.state.summary(),
             "versions": versions(plan.device),
-            "doubts": doubts(loop.result().images, splits, accuracy, plan),
+            "doubts": doubts(loop.result().images, splits, accuracy, plan, loop.doubt()),
             "command": command_line(),
             "config_sha256": self.folder.config_digest(plan.record, ignore=MAY_DIFFER),
         }

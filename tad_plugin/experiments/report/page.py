@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
+from tad_plugin.experiments.doubts import doubt_lines
 from tad_plugin.experiments.report.tables import NOTE, build_tables, summarise
 
 __all__ = ["html_page"]
@@ -21,7 +22,7 @@ def html_page(
     *,
     title: str = "Dataset distillation on noisy data",
 ) -> str:
-    """Renders one self-contained HTML page: tables, embedded pictures, commands and versions.
+    """Renders one self-contained HTML page: tables, doubts, embedded pictures, commands and versions.
 
     The page loads nothing from elsewhere and follows the reader's light or dark mode.
 
@@ -49,6 +50,7 @@ def html_page(
         title=title,
         note=NOTE,
         tables=build_tables(summarise(results)),
+        doubts=doubt_lines(results),
         pictures=[(caption, _data_uri(path)) for caption, path in pictures.items()],
         commands=_distinct(str(result["command"]) for result in results if result.get("command")),
         versions=_distinct(_versions_line(result["versions"]) for result in results if result.get("versions")),
