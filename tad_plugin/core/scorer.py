@@ -6,6 +6,7 @@ so the hook trains this small network before distillation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,15 @@ from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import Settings, setting
 
-__all__ = ["Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
+__all__ = [
+    "RecordedScores",
+    "Scorer",
+    "ScorerConfig",
+    "Scores",
+    "features_and_logits",
+    "score_all",
+    "weighted_cross_entropy",
+]
 
 
 @dataclass
@@ -33,6 +42,18 @@ class Scores:
 
     logits: Tensor
     features: Tensor
+
+
+class RecordedScores(nn.Module):
+    """Stands for a network whose outputs were noted while a loop trained it: it can be scored, not called.
+
+    Args:
+        scores: what :func:`score_all` gives.
+    """
+
+    def __init__(self, scores: Scores) -> None:
+        super().__init__()
+        self.scores = scores
 
 
 def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +84,25 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 @torch.no_grad()
 def score_all(network: nn.Module, data: RealData) -> Scores:
     """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored."""
+    if isinstance(network, RecordedScores):
+        return network.scores
     training = network.training
     network.eval()
+    found: tuple[Tensor, Tensor] | None = None
+    first = 0
     try:
-        parts = [features_and_logits(network, images) for _, images in data.batches(chunk_size(data.images.device))]
+        for _, images in data.batches(chunk_size(data.images.device)):
+            parts = features_and_logits(network, images)
+            if found is None:  # written in place: a list of parts would take all of the memory twice
+                features, logits = (p.new_empty(len(data), p.shape[1], dtype=torch.float32) for p in parts)
+                found = features, logits
+            found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
+            first += len(images)
     finally:
         network.train(training)
-    return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())
+    if found is None:
+        raise InvalidInputError(explain("at least one image to score", "none", "Pass the real images"))
+    return Scores(found[1], found[0])
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -161,10 +194,10 @@ class Scorer(EpochTrainer):
         """
         config, n = self.config, len(self.data)
         self.network.train()
-        order = torch.randperm(n, generator=self.generator).to(self.data.images.device)
-        batches = order.split(config.batch_size or max(8, min(128, n // 50)))
+        order = torch.randperm(n, generator=self.generator)
+        batches = state.placed(order.split(config.batch_size or max(8, min(128, n // 50))))
         weights = state.training_weights()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=state.device)
         for step, indices in enumerate(batches):
             progress = min(1.0, (self.epoch + step / len(batches)) / config.epochs)
             # Refreshes after the schedule continue with a small constant rate.
@@ -177,18 +210,25 @@ class Scorer(EpochTrainer):
             logits = self.network(images)
             loss = weighted_cross_entropy(logits, state.target[indices], weights[indices])
             loss = events.scorer_batch(state, indices, logits, loss)
-            if not bool(torch.isfinite(loss)):
-                got = f"{float(loss.detach())} in epoch {self.epoch}"
-                do = "Lower scorer.lr, and check the images for NaN"
-                raise NonFiniteError(explain("a finite scorer loss", got, do))
+            # An accelerator is asked once per epoch, because each answer would wait.
+            if loss.device.type == "cpu":
+                self._check(float(loss.detach()))
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            total += float(loss.detach()) * len(indices)
+            total += loss.detach().double() * len(indices)
+        mean = self._check(float(total) / n)
         self.epoch += 1
         events.position(scorer_epoch=self.epoch)
         events.scorer_epoch(state, self.network, self.data)
-        return total / n
+        return mean
+
+    def _check(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            got = f"{loss} in epoch {self.epoch}"
+            do = "Lower scorer.lr, and check the images for NaN"
+            raise NonFiniteError(explain("a finite scorer loss", got, do))
+        return loss
 
 
 def _strategy(name: str, data: RealData) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tad_plugin.data.image_store import ImageStore
 from tad_plugin.data.labels import check_labels, check_num_classes
+from tad_plugin.data.origin import Origin
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.utils.arguments import holds_values, named_errors
 from tad_plugin.utils.whole_numbers import check_whole
@@ -21,35 +24,39 @@ class RealData:
     """The real training data of a distillation loop, on one device.
 
     Attributes:
-        images: float32 [N,C,H,W], normalised, finite.
+        images: float32 [N,C,H,W], normalised, finite: a tensor, or an ImageStore that reads them when they are asked for.
         labels: int64 [N], observed labels.
         num_classes: K.
         true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
         dataset: name of the dataset, "" if unknown. It decides which augmentations keep the label.
         noise_rate: nominal share of wrong labels in controlled experiments, else None.
         ipc: images per class of the synthetic set, if known. A method may keep at least that many per class.
+        origin: names of the samples, for files that name them; None where they are a dataset of their own.
 
     Raises:
         InvalidInputError: images that are no finite float tensor, or another value of a wrong kind or range.
         InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor
     num_classes: int
     true_labels: Tensor | None = None
     dataset: str = ""
     noise_rate: float | None = None
     ipc: int | None = None
+    origin: Origin | None = None
 
     @named_errors
     def __post_init__(self) -> None:
         images = self.images
-        if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
+        known = isinstance(images, Tensor | ImageStore)
+        if not known or images.ndim < 2 or not images.is_floating_point():
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             do = "Stack and normalise them"
             raise InvalidInputError(explain("images as a float tensor [N,C,H,W]", got, do))
-        _check_finite(images)
+        if isinstance(images, Tensor):
+            _check_finite(images)
         self.num_classes = check_num_classes(self.num_classes)
         if self.ipc is not None:
             self.ipc = check_whole("ipc", self.ipc, 1)

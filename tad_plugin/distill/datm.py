@@ -277,13 +277,14 @@ class DATM(MTT):
         do = f"Set --loop.threshold above {self._least:.3g}, or train experts that move more"
         return explain(f"updates from segments with a matching loss of at most {limit}", got, do)
 
-    def _update(self, iteration: int) -> None:
-        super()._update(iteration)
+    def _update(self, iteration: int) -> float:
+        rate = super()._update(iteration)
         decay = self.config.ema_decay
         if decay:
             self._averaged += 1
             for average, value in zip(self._averages, self._learned(), strict=True):
                 average.mul_(decay).add_(value.detach(), alpha=1 - decay)
+        return rate
 
     def _learned(self) -> list[Tensor]:
         return [self.synthetic.images, self.rate, *([] if self.logits is None else [self.logits])]

@@ -1,9 +1,10 @@
-"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W]."""
+"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W] or a store that reads it."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from tad_plugin.data.dataset_images import DatasetImages
+from tad_plugin.data.image_store import ImageStore
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.arguments import holds_values
-from tad_plugin.utils.seeds import global_generators_kept
 
-__all__ = ["as_images", "is_dataset"]
+__all__ = ["KEEP_BYTES", "as_images", "is_dataset"]
+
+KEEP_BYTES = 2**30
+"""Bytes of float32 images of a dataset that attach() keeps in memory; more are read when they are asked for."""
+# Images of a larger dataset that are looked at for their normalisation.
+_FEW = 64
 
 _EXPECTED = "`data` as a tensor, array or list of images [N,C,H,W], or a map-style dataset of (image, label)"
 # Normalised images have a mean near 0 and values of a few standard deviations.
@@ -29,16 +36,29 @@ def is_dataset(data: Any) -> bool:
     return not isinstance(data, list | tuple) or (len(data) > 0 and _is_pair(data[0]))
 
 
-def as_images(data: Any, count: int, *, read: bool = True) -> Tensor | None:
+def as_images(
+    data: Any,
+    count: int,
+    *,
+    read: bool = True,
+    transform: Callable[[Any], Any] | None = None,
+    seed: int = 0,
+    keep_bytes: int = KEEP_BYTES,
+) -> Tensor | ImageStore | None:
     """Normalised images float32 [N,C,H,W] of what a user gave; None for None.
 
-    A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A dataset
-    is read once, item by item, and the global generators are given back as they were.
+    A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A store
+    stays as it is. The images of a dataset are read once if they fit into ``keep_bytes``. Otherwise they are read
+    whenever a method asks for them, in batches. See :class:`DatasetImages`.
 
     Args:
-        data: a tensor, array or list of images; or a map-style dataset whose items are tuples (image, label).
+        data: a tensor, array or list of images; an ImageStore; or a map-style dataset whose items are tuples
+            (image, label) or mappings with an image.
         count: the number of labels, which a dataset must have as its length.
         read: False only looks at a dataset's type and length, and returns None for it.
+        transform: how a dataset's image is made for scoring.
+        seed: seeds the reading of a dataset.
+        keep_bytes: largest size of a dataset's images that are kept in memory.
 
     Raises:
         InvalidInputError: another kind, shape or length, channels last, or a NaN or infinite value.
@@ -46,14 +66,20 @@ def as_images(data: Any, count: int, *, read: bool = True) -> Tensor | None:
     Warns:
         TadPluginWarning: images that are not normalised; it names their mean and range.
     """
-    if data is None:
-        return None
+    if data is None or isinstance(data, ImageStore):
+        return data
     if is_dataset(data):
         _check_dataset(data, count)
         if not read:
             return None
-        with global_generators_kept():
-            data = [_image(data, i) for i in range(count)]
+        store = DatasetImages(data, prepare=_tensor, transform=transform, seed=seed)
+        if 4 * store.numel() > keep_bytes:
+            _check(store[: min(len(store), _FEW)])
+            return store
+        data = store[:]
+    elif transform is not None:
+        do = "Pass the dataset as data=, or transform the images yourself"
+        raise InvalidInputError(explain("a dataset whose images scoring_transform makes", type(data).__name__, do))
     images = _tensor(data)
     if images.ndim == 3:
         images = images.unsqueeze(1)
@@ -62,6 +88,8 @@ def as_images(data: Any, count: int, *, read: bool = True) -> Tensor | None:
 
 
 def _is_pair(item: Any) -> bool:
+    if isinstance(item, dict):
+        return True
     return isinstance(item, tuple | list) and len(item) >= 2 and isinstance(item[0], Tensor | np.ndarray)
 
 
@@ -76,22 +104,6 @@ def _check_dataset(data: Any, count: int) -> None:
     if length != count:
         do = "Pass the dataset that the labels belong to, in the same order"
         raise InvalidInputError(explain(f"`data` of {count} images, one per label", f"{length} items", do))
-
-
-def _image(data: Any, i: int) -> Tensor:
-    """The image of item ``i`` of a dataset."""
-    try:
-        item = data[i]
-    except Exception as error:  # the user's own code: whatever it raises
-        got = f"{type(error).__name__} at item {i}: {error}"
-        raise InvalidInputError(explain(_EXPECTED, got, "Make data[i] return (image, label)")) from error
-    if not _is_pair(item):
-        got = f"{type(data).__name__} whose item {i} is a {type(item).__name__}"
-        if isinstance(item, tuple | list):
-            got += f" of {len(item)}" + (f", first a {type(item[0]).__name__}" if item else "")
-        do = "Make data[i] return (image, label) with a tensor as image (for example with torchvision's ToTensor)"
-        raise InvalidInputError(explain(_EXPECTED, got, do))
-    return torch.as_tensor(item[0])
 
 
 def _tensor(data: Any) -> Tensor:
