@@ -24,7 +24,8 @@ class RealData:
     """The real training data of a distillation loop, on one device.
 
     Attributes:
-        images: float32 [N,C,H,W], normalised, finite: a tensor, or an ImageStore that reads them when they are asked for.
+        images: float32 [N,C,H,W], normalised, finite: a tensor, or an ImageStore that reads them when they are asked
+            for.
         labels: int64 [N], observed labels.
         num_classes: K.
         true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
