@@ -188,7 +188,7 @@ class Kills:
     def _expect(self, right: bool, at: str, what: str, out: Path) -> None:
         printed = (out.parent / "output").read_text()
         if "Traceback" in printed and "Traceback" not in what:
-            self.wrong.append(f"{at}: a traceback, see {out.parent}")
+            self.wrong.append(f"{at}: a traceback, see {out.parent}:\n{printed[-2000:]}")
         if not right:
             self.wrong.append(f"{at}: {what}, see {out.parent}")
 
