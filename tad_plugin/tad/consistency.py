@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.distributed import merge_rows
 from tad_plugin.data.labels import check_num_classes
 from tad_plugin.errors import InvalidInputError, NonFiniteError, StateMismatchError, explain
 from tad_plugin.utils.arguments import named_errors
@@ -107,6 +108,10 @@ class TemporalEnsemble:
             InvalidInputError: a wrong shape or an index out of range.
         """
         return self.mean[self._checked(indices)].float().to(indices.device)
+
+    def merge(self) -> None:
+        """Takes over what other processes of the run have seen (torchrun); nothing in a single process."""
+        merge_rows(self.mean, self.count)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that restores this ensemble bit for bit."""

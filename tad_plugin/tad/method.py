@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.distributed import ranks
 from tad_plugin.core.scorer import Scores, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -165,8 +166,10 @@ class TAD(Callback):
             NonFiniteError: the network gives NaN or infinite losses or features.
         """
         self.round += 1
+        if self.ensemble is not None:
+            self.ensemble.merge()
         # The logits [N, K] end here.
-        scored = _Scored.of(score_all(network, data), state)
+        scored = _Scored.of(score_all(network, data, ranks()), state)
         losses = scored.losses
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
