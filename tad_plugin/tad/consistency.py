@@ -55,6 +55,7 @@ class TemporalEnsemble:
         check_whole("num_samples", num_samples, 1, 2**28)
         check_num_classes(num_classes)
         self.beta = beta
+        self.num_classes = num_classes
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
         self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)
 
@@ -71,8 +72,8 @@ class TemporalEnsemble:
             NonFiniteError: a NaN or infinite probability.
         """
         indices = self._checked(indices)
-        if probabilities.shape != (len(indices), self.mean.shape[1]):
-            expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
+        if probabilities.shape != (len(indices), self.num_classes):
+            expected = f"`probabilities` of shape [{len(indices)}, {self.num_classes}]"
             raise InvalidInputError(explain(expected, f"shape {list(probabilities.shape)}", "Pass one row per index"))
         self._update(indices, probabilities)
 
@@ -94,8 +95,8 @@ class TemporalEnsemble:
             else torch.ones_like(count, dtype=torch.float64)
         )
         rate = ((1 - self.beta) / decay).float().unsqueeze(1)
-        old = self.mean[indices].float()
-        self.mean[indices] = torch.lerp(old, total / copies.unsqueeze(1), rate).to(self.mean.dtype)
+        old = self._ensemble(indices)
+        self._store(indices, torch.lerp(old, total / copies.unsqueeze(1), rate))
         self.count[indices] = count
 
     @named_errors
@@ -107,7 +108,15 @@ class TemporalEnsemble:
         Raises:
             InvalidInputError: a wrong shape or an index out of range.
         """
-        return self.mean[self._checked(indices)].float().to(indices.device)
+        return self._ensemble(self._checked(indices)).to(indices.device)
+
+    def _ensemble(self, indices: Tensor) -> Tensor:
+        """:meth:`ensemble` for int64 indices that were checked before, on the device of the storage."""
+        return self.mean[indices].float()
+
+    def _store(self, indices: Tensor, rows: Tensor) -> None:
+        """Replaces the means of some samples by these rows, float32 [B, K]."""
+        self.mean[indices] = rows.to(self.mean.dtype)
 
     def merge(self) -> None:
         """Takes over what other processes of the run have seen (torchrun); nothing in a single process."""

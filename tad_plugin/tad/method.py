@@ -23,6 +23,7 @@ from tad_plugin.tad.geometry import CHUNK, MAX_DIM, check_features
 from tad_plugin.tad.mixture import ClassMixture, _fit_class_mixture, _posterior, fit_class_mixture
 from tad_plugin.tad.proposals import _propose_untrusted
 from tad_plugin.tad.threshold import THRESHOLD, _divide
+from tad_plugin.tad.top_predictions import TopEnsemble
 from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["TAD", "TADConfig"]
@@ -44,6 +45,7 @@ class TADConfig(Settings):
         consistency: largest weight of the consistency term. 0 disables it and its N x K memory [1.3].
         consistency_beta: decay of the running mean of predictions [1.3].
         consistency_rounds: rounds until the term has its full weight [1.3].
+        consistency_top: keeps the means of this many most likely classes of a sample only. 0 keeps all [1.3].
         recall: True relabels and recalls untrusted samples [1.4].
         recall_precision: estimated precision that recalled labels must reach [1.4].
         max_dim: wider features are projected to this many dimensions [1.4].
@@ -59,6 +61,7 @@ class TADConfig(Settings):
     consistency: float = setting(1.0, at_least=0)
     consistency_beta: float = setting(0.7, at_least=0, below=1)
     consistency_rounds: int = setting(5, at_least=1)
+    consistency_top: int = setting(0, at_least=0)
     recall: bool = True
     recall_precision: float = setting(RECALL_PRECISION, above=0, at_most=1)
     max_dim: int = setting(MAX_DIM, at_least=1)
@@ -264,7 +267,10 @@ class TAD(Callback):
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:
-        return TemporalEnsemble(n, k, self.config.consistency_beta, device=device)
+        config = self.config
+        if 0 < config.consistency_top < k:
+            return TopEnsemble(n, k, config.consistency_beta, top=config.consistency_top, device=device)
+        return TemporalEnsemble(n, k, config.consistency_beta, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Callback`."""
@@ -282,5 +288,6 @@ class TAD(Callback):
         self.history = [t.clone() for t in state["history"]]
         if state["ensemble"] is not None:
             mean = state["ensemble"]["mean"]
-            self.ensemble = self._make_ensemble(len(mean), mean.shape[1], mean.device)
+            k = int(state["ensemble"].get("num_classes", mean.shape[1]))  # older checkpoints keep all classes
+            self.ensemble = self._make_ensemble(len(mean), k, mean.device)
             self.ensemble.load_state_dict(state["ensemble"])
