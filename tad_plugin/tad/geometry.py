@@ -216,7 +216,7 @@ def _cosine(features: Tensor, anchors: Tensor) -> Tensor:
     parts = []
     for rows in features.split(CHUNK):
         value = torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-300) @ unit.T
-        parts.append(value.clamp(-1, 1).to(features.dtype))
+        parts.append(value.clamp_(-1, 1).to(features.dtype))
     return torch.cat(parts)
 
 
@@ -256,8 +256,9 @@ def _whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> t
     distances, cosines = [], []
     for rows in features.split(CHUNK):
         z = _whiten(rows, centre, cholesky)
-        squared = z.square().sum(1, keepdim=True) + white.square().sum(1) - 2 * z @ white.T
-        distances.append(squared.clamp_min(0).sqrt().to(features.dtype))
+        squared = z.square().sum(1, keepdim=True) + white.square().sum(1)
+        squared -= 2 * z @ white.T
+        distances.append(squared.clamp_min_(0).sqrt_().to(features.dtype))
         cosines.append(_cosine(z, white).to(features.dtype))
     return torch.cat(distances), torch.cat(cosines)
 

@@ -90,12 +90,15 @@ class _Scored(NamedTuple):
 
     @classmethod
     def of(cls, scores: Scores, state: SampleState) -> _Scored:
-        parts: list[tuple[Tensor, ...]] = []
-        for rows in torch.arange(len(state), device=scores.logits.device).split(CHUNK):
+        # Written in place: parts in a list would lie between the chunks and keep their memory from being used again.
+        losses, target_losses = torch.empty_like(state.weight), torch.empty_like(state.weight)
+        predicted = torch.empty_like(state.target)
+        for start in range(0, len(state), CHUNK):
+            rows = slice(start, start + CHUNK)
             logits = scores.logits[rows]
-            both = (F.cross_entropy(logits, y[rows], reduction="none") for y in (state.observed, state.target))
-            parts.append((*both, logits.argmax(1)))
-        losses, target_losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+            losses[rows] = F.cross_entropy(logits, state.observed[rows], reduction="none")
+            target_losses[rows] = F.cross_entropy(logits, state.target[rows], reduction="none")
+            predicted[rows] = logits.argmax(1)
         return cls(losses, target_losses, predicted, scores.features)
 
 
