@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from tad_plugin.core.registry import available_methods, load_method, make_callba
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, baseline_class
-from tad_plugin.errors import ConfigError, explain, missing_extra, unknown_name
+from tad_plugin.errors import ConfigError, FileFormatError, explain, missing_extra, unknown_name
 from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.experiments.arms import Arm, parse_arm
-from tad_plugin.experiments.config import PRESETS, RunConfig
+from tad_plugin.experiments.config import PRESETS, VERDICT, RunConfig
 from tad_plugin.nn.networks import NETWORKS
+from tad_plugin.utils.files import file_digest
+from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
 
 __all__ = ["Plan", "resolve", "settings_of"]
@@ -44,6 +48,8 @@ class Plan:
         image_size: height and width of the images in pixels; None keeps theirs.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
+        precision: precision of the networks that are matched and trained on real data.
+        compile: whether the networks that are matched are compiled.
         candidates: number of iterates from which held-out data choose the best.
         checkpoint_seconds: seconds between checkpoints.
         record: the same as plain values, for config.yaml: "arm", then the fields of :class:`RunConfig`.
@@ -64,6 +70,8 @@ class Plan:
     image_size: int | None
     seed: int
     device: str
+    precision: str
+    compile: bool
     candidates: int
     checkpoint_seconds: float
     record: Mapping[str, Any]
@@ -91,14 +99,22 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         raise unknown_name("dataset", config.dataset, [*DATASETS, "folder:PATH"])
     preset = _preset(config, baseline)
     said = dataclasses.asdict(config)
+    # They stand among the methods' settings.
+    verdict = {own: value for name, own in VERDICT.items() if (value := said.pop(name))}
+    said["methods"] = _with_verdict(said["methods"], verdict)
     device = _device(config.device)
+    check_precision(config.precision, device)
+    if config.compile and chosen.distil and not baseline.compiles:
+        do = "Leave --compile out, or choose --baseline dm or idm"
+        got = f"--baseline {config.baseline}, which differentiates twice"
+        raise ConfigError(explain("a loop whose networks can be compiled", got, do))
     methods = {
         k: {**preset["methods"].get(k, {}), **said["methods"].get(k, {})} for k in preset["methods"] | said["methods"]
     }
     record = {
         "arm": arm,
-        # Without image_size where it is not given: folders of versions that did not have it can be resumed.
-        **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) != ("image_size", None)},
+        # Without later settings where they are not given: folders of versions that lacked them can be resumed.
+        **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) not in _LATER},
         "loop": preset["loop"] | {k: v for k, v in said["loop"].items() if k != "preset"},
         "methods": methods,
         "device": device,
@@ -124,10 +140,16 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         image_size=config.image_size,
         seed=config.seed,
         device=device,
+        precision=config.precision,
+        compile=config.compile,
         candidates=config.candidates,
         checkpoint_seconds=config.checkpoint_seconds,
         record=record,
     )
+
+
+# Settings that came later, with the values that change nothing.
+_LATER = (("image_size", None), ("precision", "fp32"), ("compile", False))
 
 
 def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -154,6 +176,20 @@ def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
             own = dict(chosen.get(name, {}))
             chosen[name] = {**own, "scorer": {**settings["scorer"], **own.get("scorer", {})}}
     return chosen
+
+
+def _with_verdict(methods: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the methods, with those of a verdict and the sha256 of its file."""
+    own = {**methods.get("verdict", {}), **given}
+    if not own:
+        return dict(methods)
+    if not own.get("file"):
+        got = ", ".join(f"{name} {value!r}" for name, value in own.items())
+        raise ConfigError(explain("--verdict FILE", f"only {got}", "Name the file, or leave these settings out"))
+    path = Path(os.path.expanduser(str(own["file"])))
+    if not path.is_file():
+        raise FileFormatError(explain("a file of verdicts", f"no file at {path.absolute()}", "Correct --verdict"))
+    return {**methods, "verdict": {**own, "sha256": own.get("sha256") or file_digest(path)}}
 
 
 def _preset(config: RunConfig, baseline: type[Baseline]) -> dict[str, Any]:
@@ -217,6 +253,9 @@ def _check_needs(config: RunConfig, arm: Arm, noise: NoiseSpec) -> None:
         for package in method.packages:
             if find_spec(package) is None:
                 raise missing_extra(package, "reproduce", f"the method {name!r}")
+        if name == "verdict" and not config.verdict and not config.methods.get(name, {}).get("file"):
+            do = "Add --verdict FILE: csv, json, npz or pt"
+            raise ConfigError(explain("the file of the arm 'verdict'", "none", do))
         if method.needs_true_labels and config.dataset.startswith("folder:") and noise.kind == "none":
             do = "Put noise on labels that are right (--noise symmetric:0.4), or leave this arm out"
             expected = f"known true labels, which the method {name!r} needs"

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
@@ -32,6 +31,7 @@ __all__ = [
     "ledoit_wolf",
     "mahalanobis",
     "principal_axes",
+    "rows_at_once",
     "whitened_measures",
 ]
 
@@ -39,6 +39,8 @@ __all__ = [
 MAX_DIM = 128
 # Rows that are converted to float64 or measured at a time. Keeps what is temporary small for a million samples.
 CHUNK = 8192
+# Numbers of a chunk of rows x classes. With more than 256 classes a chunk has fewer rows.
+_CHUNK_NUMBERS = 2**21
 # Rows that principal axes are computed from. More rows hardly change the axes of wide features.
 _MAX_ROWS = 4096
 # From this many dimensions on, a CPU finds a few leading axes by Lanczos iterations: the same digits, 4 times faster.
@@ -55,6 +57,11 @@ class Anchors(NamedTuple):
 
     means: Tensor
     counts: Tensor
+
+
+def rows_at_once(num_classes: int) -> int:
+    """Rows whose distances to all classes are computed at a time."""
+    return max(1, min(CHUNK, _CHUNK_NUMBERS // num_classes))
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
@@ -320,6 +327,9 @@ def _leading_vectors(matrix: Tensor, count: int) -> Tensor:
     """Eigenvectors float64 [D, count] of a symmetric float64 matrix [D, D], by falling eigenvalue."""
     d = len(matrix)
     if matrix.device.type == "cpu" and d >= _LANCZOS_DIM and 4 * count <= d:
+        # SciPy takes a while to import, and most runs do not come here.
+        from scipy.sparse.linalg import ArpackError, eigsh
+
         try:
             # A fixed start: SciPy would draw one from NumPy's global generator.
             values, vectors = eigsh(matrix.numpy(), k=count, v0=np.ones(d))

@@ -24,7 +24,7 @@ def resident(field: str) -> int:
 @pytest.mark.filterwarnings("ignore::tad_plugin.errors.UnimodalClassWarning")
 def test_a_round_holds_at_most_two_tensors_of_n_times_k(monkeypatch: pytest.MonkeyPatch) -> None:
     n, k, d, generator = 40_000, 400, 16, torch.Generator().manual_seed(0)
-    for module in (geometry, feature_model, proposals, method):
+    for module in (geometry, feature_model, method):
         monkeypatch.setattr(module, "CHUNK", 1024)  # as small beside N as at a million samples
     monkeypatch.setattr(proposals, "_TEMPERATURE_SAMPLES", 300)
     labels = torch.arange(n) % k

@@ -28,6 +28,7 @@ from tad_plugin.distill.experts.buffer import room_for
 from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.errors import TadPluginError, explain
 from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.precision import current_precision, network_precision
 from tad_plugin.utils.seeds import expert_generator
 from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
 
@@ -78,7 +79,7 @@ class UnfinishedExperts:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         stop = SPAWN.Event()
-        begin = (_packed(task), str(task.data.images.device), self.path, threads_each(jobs), stop)
+        begin = (_packed(task), str(task.data.images.device), self.path, threads_each(jobs), stop, current_precision())
         with worker_pool(min(jobs, len(numbers)), _begin, begin, patience=PATIENCE) as pool:
             try:
                 self._futures = {n: pool.submit(_train, n) for n in numbers}
@@ -152,19 +153,19 @@ def _unpacked(packed: bytes, device: str) -> ExpertTask:
 # -- inside a process --------------------------------------------------------------------------------
 
 #: task, folder and stop signal of this process
-_HERE: tuple[ExpertTask, Path, Event] | None = None
+_HERE: tuple[ExpertTask, Path, Event, str] | None = None
 
 
-def _begin(packed: bytes, device: str, path: Path, threads: int, stop: Event) -> None:
+def _begin(packed: bytes, device: str, path: Path, threads: int, stop: Event, precision: str) -> None:
     global _HERE
     torch.set_num_threads(threads)
-    _HERE = (_unpacked(packed, device), path, stop)
+    _HERE = (_unpacked(packed, device), path, stop, precision)
 
 
 def _train(number: int) -> None:
     assert _HERE is not None
-    task, path, stop = _HERE
-    with FileLock(_lock(path, number)):
+    task, path, stop, precision = _HERE
+    with FileLock(_lock(path, number)), network_precision(precision, task.data.images.device):
         _train_alone(task, _slots(path, number), number, stop)
 
 
