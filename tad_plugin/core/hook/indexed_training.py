@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.distributed import merge_rows
 from tad_plugin.core.hook.given_loss import GivenLoss
 from tad_plugin.core.hook.images import as_images
 from tad_plugin.core.hook.indexed import IndexedDataset, SharedTargets, positions_of
@@ -160,6 +161,8 @@ class IndexedTraining:
         if self._seen is None:
             do = "Pass data=images to attach(), wrap the data with hook.dataset, or train with hook.loss"
             raise ConfigError(explain("something to score the network on", "no images and no losses", do))
+        # Each process has seen its own part of the data.
+        merge_rows(self._seen.logits, self._seen.visits)
         if missing := self._seen.missing():
             return f"no images, and {missing} samples that never went through hook.loss(logits, labels, idx) unmixed"
         return RecordedScores(self._seen.scores()), self.known

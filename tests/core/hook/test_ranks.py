@@ -26,7 +26,7 @@ def rank(number: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     found: dict[str, Any] = {}
-    for given in ("images", "wrapped"):
+    for given in ("images", "wrapped", "logits"):
         torch.manual_seed(0)
         net = DistributedDataParallel(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)))
         images = IMAGES if given == "images" else None
