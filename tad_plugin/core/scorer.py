@@ -19,7 +19,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import forward_size, halved
 from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import Settings, setting
@@ -66,7 +66,10 @@ def score_all(network: nn.Module, data: RealData) -> Scores:
     training = network.training
     network.eval()
     try:
-        parts = [features_and_logits(network, images) for _, images in data.batches(chunk_size(data.images.device))]
+        parts = halved(
+            lambda size: [features_and_logits(network, images) for _, images in data.batches(size)],
+            forward_size(data.images, network),
+        )
     finally:
         network.train(training)
     return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())

@@ -26,6 +26,7 @@ from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
+from tad_plugin.nn.passes import memory_budget
 from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
 from tad_plugin.utils.seeds import derived_seed
 
@@ -109,7 +110,8 @@ def train_planned(
         if found is not None:
             _check_buffer(place.path)
             return found
-        return _train(plan, experts, place, written, progress, jobs)
+        with memory_budget(plan.memory_budget):
+            return _train(plan, experts, place, written, progress, jobs)
 
 
 def _check_buffer(folder: Path) -> None:

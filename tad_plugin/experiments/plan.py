@@ -19,9 +19,12 @@ from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, RunConfig
 from tad_plugin.nn.networks import NETWORKS
+from tad_plugin.utils.machine import byte_count
 from tad_plugin.utils.settings import build_config
 
 __all__ = ["Plan", "resolve", "settings_of"]
+
+_LATER = (("image_size", None), ("storage", "auto"), ("memory_budget", ""))
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Plan:
         holdout: share of the real training data that is held out, in [0, 1).
         zca: whether images are whitened.
         image_size: height and width of the images in pixels; None keeps theirs.
+        storage: how the images are kept: "auto", "float32" or "uint8".
+        memory_budget: bytes that the run may use; None for what the machine has.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
         candidates: number of iterates from which held-out data choose the best.
@@ -62,6 +67,8 @@ class Plan:
     holdout: float
     zca: bool
     image_size: int | None
+    storage: str
+    memory_budget: int | None
     seed: int
     device: str
     candidates: int
@@ -97,8 +104,8 @@ def resolve(config: RunConfig, arm: str) -> Plan:
     }
     record = {
         "arm": arm,
-        # Without image_size where it is not given: folders of versions that did not have it can be resumed.
-        **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) != ("image_size", None)},
+        # Without these where they are not given: folders of versions that did not have them can be resumed.
+        **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) not in _LATER},
         "loop": preset["loop"] | {k: v for k, v in said["loop"].items() if k != "preset"},
         "methods": methods,
         "device": device,
@@ -122,6 +129,8 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         holdout=config.holdout,
         zca=record["zca"],
         image_size=config.image_size,
+        storage=config.storage,
+        memory_budget=byte_count(config.memory_budget, "--memory_budget") if config.memory_budget else None,
         seed=config.seed,
         device=device,
         candidates=config.candidates,

@@ -22,6 +22,7 @@ from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, pushed_forward, require_finite
 from tad_plugin.utils.arguments import finite_result, named_errors
+from tad_plugin.utils.image_store import Images
 
 __all__ = [
     "Embed",
@@ -203,7 +204,7 @@ def embedding_directions(
 @named_errors
 def dm_influence(
     embed: Embed,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,
@@ -280,7 +281,7 @@ def dm_influence(
 
 def class_mean_influence(
     embed: Embed,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,

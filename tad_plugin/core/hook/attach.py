@@ -25,6 +25,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import read_json, read_yaml
+from tad_plugin.utils.image_store import Images, ImageStore
 from tad_plugin.utils.machine import check_device
 from tad_plugin.utils.seeds import check_seed
 from tad_plugin.utils.settings import build_config
@@ -39,7 +40,7 @@ def attach(
     method: str | None = None,
     *,
     labels: Tensor | Sequence[int] | None = None,
-    data: Tensor | np.ndarray | Sequence[Any] | Dataset[Any] | None = None,
+    data: Tensor | np.ndarray | ImageStore | Sequence[Any] | Dataset[Any] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | str | Path | None = None,
@@ -63,7 +64,10 @@ def attach(
         method: "none", a registered method, or several joined by "+" in the order they act ("tad+iwd").
         labels: observed labels of all real samples, integers [N].
         data: normalised images [N,C,H,W] or [N,H,W] (a tensor, array or list; other real dtypes become float32), or a
-            map-style dataset of (image, label), which is read once. "none" reads no dataset.
+            map-style dataset of (image, label), which is read once. "none" reads no dataset. Images of any size: an
+            ``ImageStore`` of 8-bit pixels with their mean and std, whose pixels may be an ``np.memmap``. Of 8-bit
+            arrays in a file, and of 8-bit arrays and datasets above 2 GiB as float32, images are made when they are
+            needed, too; an item of such a dataset is read again each time.
         num_classes: K; by default the largest label + 1.
         seed: seeds the generators of the hook, the scorer and each method. The global generators are never touched.
         config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
@@ -158,7 +162,7 @@ def _spec(noise: NoiseSpec | str | None) -> NoiseSpec | None:
     return NoiseSpec.parse(noise)
 
 
-def _corrupt(real: RealData, spec: NoiseSpec, images: Tensor | None) -> None:
+def _corrupt(real: RealData, spec: NoiseSpec, images: Images | None) -> None:
     """Puts label noise on ``real``, whose labels become the true labels."""
     noisy = spec.apply(real.labels, real.num_classes, images=images, dataset=real.dataset or None)
     real.true_labels, real.labels = real.labels, noisy.labels.to(real.labels.device)

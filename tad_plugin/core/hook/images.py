@@ -1,7 +1,8 @@
-"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W]."""
+"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W], or as a store if they are large."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.arguments import holds_values
+from tad_plugin.utils.image_store import FLOAT_BYTES, Images, ImageStore
 from tad_plugin.utils.seeds import global_generators_kept
 
 __all__ = ["as_images", "is_dataset"]
@@ -19,6 +21,7 @@ __all__ = ["as_images", "is_dataset"]
 _EXPECTED = "`data` as a tensor, array or list of images [N,C,H,W], or a map-style dataset of (image, label)"
 # Normalised images have a mean near 0 and values of a few standard deviations.
 _FAR_MEAN, _FAR_VALUE = 3.0, 50.0
+_LOOKED_AT = 512
 
 
 def is_dataset(data: Any) -> bool:
@@ -28,14 +31,19 @@ def is_dataset(data: Any) -> bool:
     return not isinstance(data, list | tuple) or (len(data) > 0 and _is_pair(data[0]))
 
 
-def as_images(data: Any, count: int, *, read: bool = True) -> Tensor | None:
+def as_images(data: Any, count: int, *, read: bool = True) -> Images | None:
     """Normalised images float32 [N,C,H,W] of what a user gave; None for None.
 
     A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A dataset
     is read once, item by item, and the global generators are given back as they were.
 
+    No image of an :class:`ImageStore` is copied, nor of a ``np.memmap`` of uint8 or float32. Of uint8 arrays and
+    datasets that would take more than 2 GiB as float32 a store is made as well. The items of such a dataset are read
+    each time they are needed.
+
     Args:
-        data: a tensor, array or list of images; or a map-style dataset whose items are tuples (image, label).
+        data: a tensor, array or list of images; a store of them; or a map-style dataset whose items are tuples (image,
+            label).
         count: the number of labels, which a dataset must have as its length.
         read: False only looks at a dataset's type and length, and returns None for it.
 
@@ -52,12 +60,61 @@ def as_images(data: Any, count: int, *, read: bool = True) -> Tensor | None:
         if not read:
             return None
         with global_generators_kept():
-            data = [_image(data, i) for i in range(count)]
+            found = [_image(data, i) for i in range(min(count, 1))]
+            large = bool(found) and 4 * count * found[0].numel() > FLOAT_BYTES
+            found += [_image(data, i) for i in range(1, 0 if large else count)]
+        data = ImageStore(_Items(data, count, _shaped(found[0]).shape)) if large else found
+    store = _store(data)
+    if store is not None:
+        # A part tells whether they are normalised. A whole pass would take long.
+        _check(store[torch.linspace(0, len(store) - 1, min(len(store), _LOOKED_AT)).long()] if len(store) else store[:])
+        return store
     images = _tensor(data)
     if images.ndim == 3:
         images = images.unsqueeze(1)
     _check(images)
     return images
+
+
+def _store(data: Any) -> ImageStore | None:
+    """A store of images that are not to be copied; None for others."""
+    if isinstance(data, ImageStore):
+        return data
+    if not isinstance(data, np.ndarray | Tensor) or data.ndim not in (3, 4):
+        return None
+    mapped = isinstance(data, np.memmap) and data.dtype in (np.uint8, np.float32)
+    large = data.dtype in (np.uint8, torch.uint8) and 4 * math.prod(data.shape) > FLOAT_BYTES
+    # The values as they are: a user who wants them normalised gives a store with mean and std.
+    return ImageStore(data if data.ndim == 4 else data[:, None], scale=1) if mapped or large else None
+
+
+class _Items:
+    """The images of a map-style dataset, read when they are asked for."""
+
+    dtype = torch.float32
+
+    def __init__(self, data: Any, count: int, shape: torch.Size) -> None:
+        self.data, self.shape = data, torch.Size((count, *shape))
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        indices = range(self.shape[0])[rows] if isinstance(rows, slice) else rows.tolist()
+        with global_generators_kept():
+            found = [_shaped(_image(self.data, i)) for i in indices]
+        for i, image in zip(indices, found, strict=True):
+            if image.shape != self.shape[1:]:
+                do = "Resize all images to one size in the dataset"
+                expected = f"images of the shape of the first, {list(self.shape[1:])}"
+                raise InvalidInputError(explain(expected, f"{list(image.shape)} at item {i}", do))
+            if not bool(torch.isfinite(image).all()):
+                got, do = f"a NaN or infinite value in image {i}", "Leave out or repair this image"
+                raise InvalidInputError(explain("finite images", got, do))
+        return torch.stack(found) if found else torch.empty(0, *self.shape[1:])
+
+
+def _shaped(image: Tensor) -> Tensor:
+    """An image as float32 [C,H,W]."""
+    found = _tensor(image)
+    return found[None] if found.ndim == 2 else found
 
 
 def _is_pair(item: Any) -> bool:
@@ -131,5 +188,8 @@ def _check(images: Tensor) -> None:
         raise InvalidInputError(explain("finite images", f"a NaN or infinite value in image {first}", do))
     if (low >= 0 and high > low) or abs(mean) > _FAR_MEAN or max(-low, high) > _FAR_VALUE:
         got = f"mean {mean:.4g}, values from {low:.4g} to {high:.4g}"
-        do = "Normalise them as for your networks: (images - mean) / std of each channel"
+        do = (
+            "Normalise them as for your networks: (images - mean) / std of each channel. For 8-bit images pass"
+            " tad_plugin.data.ImageStore(images, mean, std)"
+        )
         warnings.warn(explain("normalised images", got, do), TadPluginWarning, stacklevel=6)
