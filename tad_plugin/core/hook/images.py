@@ -26,7 +26,7 @@ _LOOKED_AT = 512
 
 def is_dataset(data: Any) -> bool:
     """True if ``data`` must be read item by item: neither None, nor a tensor, array, or list of images."""
-    if data is None or isinstance(data, Tensor | np.ndarray):
+    if data is None or isinstance(data, Tensor | np.ndarray | ImageStore):
         return False
     return not isinstance(data, list | tuple) or (len(data) > 0 and _is_pair(data[0]))
 
