@@ -225,6 +225,7 @@ def _compare(values: Any) -> int:
     from tad_plugin.experiments import compare as c
     from tad_plugin.experiments.doubts import doubt_lines
     from tad_plugin.experiments.flags import check_distill_flags, check_picture_packages
+    from tad_plugin.experiments.launch import Failure
     from tad_plugin.experiments.report.page import html_page
     from tad_plugin.experiments.report.tables import markdown_table, summarise, text_table
     from tad_plugin.utils.files import atomic_write
@@ -238,7 +239,7 @@ def _compare(values: Any) -> int:
     check_distill_flags(dataclasses.replace(config, ipc=ipcs[0]), arms, values.shared)
     if values.pictures:
         check_picture_packages()
-    failures: list[c.Failure] = []
+    failures: list[Failure] = []
     results = c.compare(
         config,
         arms=arms,

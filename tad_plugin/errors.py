@@ -35,6 +35,7 @@ __all__ = [
     "TadPluginWarning",
     "UnimodalClassWarning",
     "UnknownNameError",
+    "WiringError",
     "explain",
     "missing_extra",
     "suggestion",
@@ -104,6 +105,10 @@ class ResumeError(TadPluginError, ValueError):
 
 class PatchError(TadPluginError, ValueError):
     """A patch does not fit a checkout."""
+
+
+class WiringError(TadPluginError, AssertionError):
+    """The wiring check found that a loop does not use the hook as a method needs it."""
 
 
 class DisconnectedGraphError(TadPluginError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests import ROOT
+from tests.warm import FORK, WITH_WORKERS
 
 # The same examples on every machine, and no deadline: a busy machine is no failure.
 settings.register_profile(
@@ -39,6 +41,14 @@ def global_rng_untouched() -> Iterator[None]:
     same = np.array_equal(before[1][0], after[1][0]) and before[1][1] == after[1][1]
     assert same, "NumPy's global generator was used"
     assert before[2] == after[2], "Python's global generator was used"
+
+
+@pytest.fixture
+def workers_as_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts worker processes as forks: in milliseconds, where a fresh interpreter imports for seconds."""
+    if FORK is not None:
+        for module in WITH_WORKERS:
+            monkeypatch.setattr(importlib.import_module(module), "SPAWN", FORK)
 
 
 @pytest.fixture

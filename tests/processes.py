@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
-from tests import ROOT
+from tests.warm import Process, start_program
 
 BOUND = 20.0
 """Seconds after a signal or the parent's death in which no process may be left; 5 hold on an idle machine."""
-
-# A background shell ignores SIGINT, and its children would inherit that. With 2 cores, 2 jobs have one thread each.
-MAIN = """if __name__ == "__main__":
-    import os, signal, sys
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.cpu_count = lambda: 2
-    from tad_plugin.cli import main
-    sys.exit(main())
-"""
 
 
 def members(group: int) -> list[int]:
@@ -49,16 +38,14 @@ def wait_until(condition: Callable[[], object], seconds: float) -> float:
 
 
 @contextmanager
-def command(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``tad-plugin`` with these arguments, as the leader of a new group. Afterwards the group is killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def command(*arguments: str, forks: bool = True) -> Iterator[Process]:
+    """``tad-plugin`` with these arguments, as the leader of a new group. Afterwards the group is killed.
+
+    Args:
+        arguments: those of the command line.
+        forks: its workers are forks; False starts them as a user's would, which takes seconds of imports for each.
+    """
+    process = start_program("tad_plugin.cli", *arguments, forks=forks)
     try:
         yield process
     finally:

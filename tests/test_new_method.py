@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests.warm import start_program
 
 METHOD = '''
 """Halves: a method of somebody else."""
@@ -66,16 +63,10 @@ def site(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
-def tad_plugin(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tad_plugin.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=site.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def tad_plugin(site: Path, *arguments: str) -> tuple[int, str]:
+    """Status and output of a process that has the folder on its path."""
+    process = start_program("tad_plugin.cli", *arguments, output=site.parent / "output", path=site)
+    return process.wait(), process.output.read_text()  # type: ignore[union-attr]
 
 
 def test_a_method_from_another_package_is_an_arm(site: Path) -> None:
@@ -87,20 +78,20 @@ def test_a_method_from_another_package_is_an_arm(site: Path) -> None:
     ).split()
     out = site.parent / "out"
     methods = ["--methods", json.dumps({"halves": {"every": 3}})]
-    done = tad_plugin(site, "compare", *settings, *methods, "--arms", "noisy,halves,halves+random", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    names = "noisy,halves,halves+random"
+    status, printed = tad_plugin(site, "compare", *settings, *methods, "--arms", names, "--out", str(out))
+    assert status == 0, printed
     results = {r["arm"]: r for r in json.loads((out / "results.json").read_text())}
     assert list(results) == ["noisy", "halves", "halves+random"]
     assert results["noisy"]["split"] is None and 0 < results["halves"]["split"]["recall"] < 0.5
     # its division by loss has a picture, without a line of code here that knows it
     pictures = {path.name for path in (out / "pictures").iterdir()}
     assert {"trusted-halves.png", "losses-halves.png"} <= pictures and "losses-noisy.png" not in pictures
-    bad = tad_plugin(
-        site, "compare", *settings, "--methods", '{"halves": {"every": 0}}', "--arms", "halves", "--out", "x"
-    )
-    assert bad.returncode != 0 and "halves.every" in bad.stderr
+    wrong = ["--methods", '{"halves": {"every": 0}}', "--arms", "halves", "--out", str(site.parent / "wrong")]
+    status, printed = tad_plugin(site, "compare", *settings, *wrong)
+    assert status == 2 and "halves.every" in printed
 
 
 def test_without_the_package_the_name_is_unknown(site: Path) -> None:
-    done = tad_plugin(site.parent, "compare", "--arms", "halves", "--out", str(site.parent / "out"))
-    assert done.returncode == 2 and "'halves'" in done.stderr
+    status, printed = tad_plugin(site.parent, "compare", "--arms", "halves", "--out", str(site.parent / "out"))
+    assert status == 2 and "'halves'" in printed

@@ -97,6 +97,7 @@ class Callback:
         decides_late: True if the method changes nothing before the first update, so that experts can be shared.
         uses_ipc: False if the method's decisions are the same for every IPC, so that runs of all IPC can share them.
         rival: True if the method is only there to compare with; pictures draw it in another colour.
+        acts_when: what a loop must do for the method to act, for the warning of a method that never did.
     """
 
     name: ClassVar[str] = "callback"
@@ -109,6 +110,7 @@ class Callback:
     decides_late: ClassVar[bool] = False
     uses_ipc: ClassVar[bool] = True
     rival: ClassVar[bool] = False
+    acts_when: ClassVar[str] = "See the method's documentation"
 
     def __init__(self, config: Any = None, *, seed: int = 0) -> None:
         if config is None and self.Config is not None:
@@ -116,6 +118,8 @@ class Callback:
         self.config = config
         #: the source of every draw of the callback; part of its checkpoint
         self.generator = seeded_generator(seed)
+        #: updates of the synthetic set that the loop announced, or None; the hook sets it
+        self.iterations: int | None = None
         #: receives the records of :meth:`report`; the hook sets it
         self.sink: Callable[[dict[str, Any]], None] | None = None
 
@@ -144,6 +148,16 @@ class Callback:
         Pictures are drawn from it. ``state`` is the saved state of a finished run.
         """
         return None
+
+    def acted(self, *, state: SampleState) -> bool:
+        """Whether the method has decided so far. Without any write to the state it has not."""
+        return state.version > 0
+
+    def decision(self, *, state: SampleState) -> str:
+        """What was decided, in words, for the line that ``hook.finish()`` prints."""
+        s, weight = state.summary(), state.weight[state.trusted]
+        span = f"{float(weight.min()):.2f} to {float(weight.max()):.2f}"
+        return f"{s['trusted']:,} of {s['samples']:,} trusted, {s['relabelled']:,} relabelled, weights {span}"
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:

@@ -24,7 +24,15 @@ from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import Settings, setting
 
-__all__ = ["Scorer", "ScorerConfig", "Scores", "features_and_logits", "score_all", "weighted_cross_entropy"]
+__all__ = [
+    "RecordedScores",
+    "Scorer",
+    "ScorerConfig",
+    "Scores",
+    "features_and_logits",
+    "score_all",
+    "weighted_cross_entropy",
+]
 
 
 @dataclass
@@ -33,6 +41,18 @@ class Scores:
 
     logits: Tensor
     features: Tensor
+
+
+class RecordedScores(nn.Module):
+    """Stands for a network whose outputs were noted while a loop trained it: it can be scored, not called.
+
+    Args:
+        scores: what :func:`score_all` gives.
+    """
+
+    def __init__(self, scores: Scores) -> None:
+        super().__init__()
+        self.scores = scores
 
 
 def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,16 +83,30 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 @torch.no_grad()
 def score_all(network: nn.Module, data: RealData) -> Scores:
     """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored."""
+    if isinstance(network, RecordedScores):
+        return network.scores
     training = network.training
     network.eval()
     try:
-        parts = halved(
-            lambda size: [features_and_logits(network, images) for _, images in data.batches(size)],
-            forward_size(data.images, network),
-        )
+        found = halved(lambda size: _scored(network, data, size), forward_size(data.images, network))
     finally:
         network.train(training)
-    return Scores(torch.cat([p[1] for p in parts]).float(), torch.cat([p[0] for p in parts]).float())
+    return found
+
+
+def _scored(network: nn.Module, data: RealData, size: int) -> Scores:
+    found: tuple[Tensor, Tensor] | None = None
+    first = 0
+    for _, images in data.batches(size):
+        parts = features_and_logits(network, images)
+        if found is None:  # written in place: a list of parts would take all of the memory twice
+            features, logits = (p.new_empty(len(data), p.shape[1], dtype=torch.float32) for p in parts)
+            found = features, logits
+        found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
+        first += len(images)
+    if found is None:
+        raise InvalidInputError(explain("at least one image to score", "none", "Pass the real images"))
+    return Scores(found[1], found[0])
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -107,4 +107,6 @@ def arm_hook(
         trains_on_real=plan.baseline.trains_on_real,
         log=log,
         start=False,
+        iterations=plan.loop.iterations,
+        announce=False,
     )

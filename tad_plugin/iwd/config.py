@@ -40,6 +40,7 @@ class IWDConfig(Settings):
         saturate: share of each class's best samples that get the same weight; at most ``ess``. 0 is a plain softmax.
         every: iterations between refreshes; 0 means 500 in mode "all" and 1 in mode "batch".
         early: mode "all" also refreshes at iterations early, 2 early, 4 early, ... below ``every``. 0 switches it off.
+            In a run of fewer than 20 early iterations, as announced, it is a twentieth of them, at least 1.
         networks: fresh networks per refresh of mode "all".
         warmup: refreshes before the first weights. Until then every weight is exactly 1.
         alpha: inner step size of the target "validation".

@@ -28,6 +28,8 @@ from tad_plugin.utils.image_store import image_rows
 
 __all__ = ["IWD"]
 
+# In an announced run the first early refresh comes before this part of it is over.
+_EARLY_SHARE = 20
 # Real images, at most, from which the statistics of a batch norm are taken for scoring.
 _STATISTICS = 1024
 
@@ -55,6 +57,10 @@ class IWD(Callback):
     needs_graph: ClassVar[bool] = True
     needs_images: ClassVar[bool] = True
     decides_late: ClassVar[bool] = True
+    acts_when: ClassVar[str] = (
+        "Call hook.before_update(loss, synthetic, network, labels=...) in each iteration, and announce short runs with"
+        " attach(iterations=...), so that more refreshes than iwd.warmup fit"
+    )
     config: IWDConfig
 
     def __init__(self, config: IWDConfig | None = None, *, seed: int = 0) -> None:
@@ -70,16 +76,22 @@ class IWD(Callback):
         # Shared by on_segment_term and on_segment of one iteration: the fold, and the gradient in S.
         self._terms: tuple[Fold, Tensor] | None = None
 
+    def acted(self, *, state: SampleState) -> bool:
+        """After the first refresh that set weights; always with ``ess=1``, which never does."""
+        return self.refreshes > self.config.warmup or self.config.ess == 1
+
     # -- when --------------------------------------------------------------------------------------
     def due(self, iteration: int) -> bool:
         """True if scores are refreshed in this iteration."""
         config = self.config
-        every = config.every or DEFAULT_EVERY[config.mode]
+        every, early = config.every or DEFAULT_EVERY[config.mode], config.early
         if iteration % every == 0:
             return True
-        if config.mode != "all" or not config.early or iteration >= every or iteration % config.early:
+        if self.iterations is not None:
+            early = min(early, max(1, self.iterations // _EARLY_SHARE))
+        if config.mode != "all" or not early or iteration >= every or iteration % early:
             return False
-        times = iteration // config.early
+        times = iteration // early
         return times & (times - 1) == 0
 
     def wants_graph(self, iteration: int) -> bool:

@@ -1,4 +1,4 @@
-"""State of a network that is trained over epochs, for checkpoints."""
+"""Networks in training: the state of one that is trained over epochs, and the one inside a wrapper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EpochTrainer"]
+__all__ = ["EpochTrainer", "inner_network"]
 
 
 class EpochTrainer:
@@ -41,3 +41,16 @@ class EpochTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.epoch = int(state["epoch"])
+
+
+def inner_network(network: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel and ``torch.compile``; else the network itself."""
+    inner = network
+    while True:
+        compiled = getattr(inner, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            inner = compiled
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:
+            return inner

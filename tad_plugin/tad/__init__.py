@@ -1,12 +1,14 @@
 """TAD (trust-aware diversion) as pure functions. README.md describes what each one computes.
 
-``mixture`` fits the losses of all classes, ``threshold`` divides the samples, ``geometry`` measures closeness to
-class anchors, ``proposals`` finds new labels for untrusted samples, ``calibration`` decides from which reliability
-they are recalled, and ``consistency`` steadies the training of the scorer. ``method`` is the callback.
+``mixture`` fits the losses of all classes, ``threshold`` divides the samples, ``geometry`` and ``feature_model``
+measure closeness to class anchors, ``proposals`` finds new labels for untrusted samples, ``calibration`` decides from
+which reliability they are recalled, and ``consistency`` steadies the training of the scorer. ``method`` is the
+callback.
 """
 
 from tad_plugin.tad.calibration import Calibration, calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
+from tad_plugin.tad.feature_model import FeatureModel, fit_features
 from tad_plugin.tad.geometry import (
     Anchors,
     class_anchors,
@@ -17,15 +19,7 @@ from tad_plugin.tad.geometry import (
     whitened_measures,
 )
 from tad_plugin.tad.mixture import ClassMixture, MixtureInit, fit_class_mixture
-from tad_plugin.tad.proposals import (
-    FeatureModel,
-    Reliability,
-    fit_features,
-    fit_temperature,
-    propose,
-    reliability,
-    reliability_score,
-)
+from tad_plugin.tad.proposals import Reliability, fit_temperature, propose, reliability, reliability_score
 from tad_plugin.tad.threshold import Division, divide
 
 __all__ = [

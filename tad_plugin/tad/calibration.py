@@ -39,15 +39,9 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.data.splits import shuffled_groups
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.tad.geometry import MAX_DIM, _principal_axes, check_samples
-from tad_plugin.tad.proposals import (
-    _fit_features,
-    _fit_temperature,
-    _propose,
-    _reliability_score,
-    check_projection,
-    predicted_labels,
-)
+from tad_plugin.tad.feature_model import Projected, _fit_features, check_projection
+from tad_plugin.tad.geometry import MAX_DIM, check_samples
+from tad_plugin.tad.proposals import _at, _fit_temperature, _propose, _score_of, predicted_labels
 from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["RECALL_PRECISION", "Calibration", "calibrate_threshold"]
@@ -148,8 +142,10 @@ def calibrate_threshold(
     features, targets, trusted = check_samples(features, targets, trusted, num_classes)
     check_projection(max_dim, axes, features.shape[1])
     n, where = len(features), features.device
+    # The projection sees no label, so both halves may share it.
+    seen = Projected.of(features, axes) if axes is not None else Projected.on_leading_axes(features, trusted, max_dim)
     return _calibrate_threshold(
-        features,
+        seen,
         targets,
         trusted,
         predicted_labels(predictions, n, num_classes).to(where),
@@ -157,17 +153,15 @@ def calibrate_threshold(
         num_classes,
         generator=generator,
         recall_precision=recall_precision,
-        max_dim=max_dim,
         corrected=corrected,
         noise_rate=noise_rate,
         temperature=temperature,
-        axes=axes,
         min_support=min_support,
     )
 
 
 def _calibrate_threshold(
-    features: Tensor,
+    seen: Projected,
     targets: Tensor,
     trusted: Tensor,
     predicted: Tensor,
@@ -176,27 +170,25 @@ def _calibrate_threshold(
     *,
     generator: torch.Generator,
     recall_precision: float,
-    max_dim: int,
     corrected: bool = True,
     noise_rate: float | None = None,
     temperature: float | None = None,
-    axes: Tensor | None = None,
     min_support: int = _MIN_SUPPORT,
 ) -> Calibration:
-    half = _halves(targets, trusted, generator)
-    if axes is None and features.shape[1] > max_dim and int(trusted.sum()) > 1:
-        # The projection sees no label, so both halves may share it.
-        axes = _principal_axes(features[trusted], max_dim)
-    distance = torch.empty(len(features), num_classes, dtype=torch.float32, device=features.device)
-    similar = torch.empty_like(distance)
+    half, where = _halves(targets, trusted, generator), targets.device
+    # The temperature is fitted on distances to the anchors of both halves. They are kept, and no other [N, K] tensor.
+    distance = torch.empty(len(targets), num_classes, dtype=torch.float32, device=where)
+    proposal, similar = torch.empty_like(targets), torch.empty_like(distance[:, 0])
     for side in (True, False):
         rows = half == side
-        model = _fit_features(features, targets, trusted & ~rows, num_classes, max_dim, axes)
-        distance[rows], similar[rows] = model.measure(features[rows])
+        model = _fit_features(seen, targets, trusted & ~rows, num_classes)
+        for at, distances, cosines in model._measured(seen.rows, rows.nonzero().flatten()):
+            chosen = _propose(distances, cosines, predicted[at])
+            distance[at], proposal[at], similar[at] = distances, chosen, _at(cosines, chosen)
     if temperature is None:
-        temperature = _fit_temperature(distance[trusted], targets[trusted])
-    proposal = _propose(distance, similar, predicted)
-    score = _reliability_score(distance, similar, proposal, temperature)
+        temperature = _fit_temperature(distance, targets, trusted.nonzero().flatten())
+    score = _score_of(distance, similar, proposal, temperature)
+    del distance
 
     made = proposal >= 0
     order = torch.argsort(score[made], descending=True, stable=True)
@@ -209,7 +201,7 @@ def _calibrate_threshold(
         last[:-1] = score[:-1] != score[1:]
     support = sure.cumsum(0)
     precision = (sure & right).cumsum(0).double() / support.clamp_min(1)
-    proposals = torch.arange(1, len(score) + 1, device=features.device)
+    proposals = torch.arange(1, len(score) + 1, device=where)
     agreement = agree.cumsum(0).double() / proposals
     if noise_rate is None:
         # A sample recalled under another label counts as wrong. Otherwise every recall would lower the estimate.
@@ -225,7 +217,7 @@ def _calibrate_threshold(
         threshold=_lowest(score, contradicting),
         threshold_agree=_lowest(score, confirming | contradicting),
         temperature=temperature,
-        axes=axes,
+        axes=seen.axes,
         noise_rate=noise_rate,
         scores=score[last],
         precision=precision[last].float(),

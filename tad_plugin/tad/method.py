@@ -17,9 +17,10 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import NonFiniteError, explain
 from tad_plugin.tad.calibration import RECALL_PRECISION, _calibrate_threshold
 from tad_plugin.tad.consistency import TemporalEnsemble, consistency_loss, ramp_up
-from tad_plugin.tad.geometry import MAX_DIM, check_features
+from tad_plugin.tad.feature_model import Projected, _seen
+from tad_plugin.tad.geometry import CHUNK, MAX_DIM, check_features
 from tad_plugin.tad.mixture import ClassMixture, _fit_class_mixture, _posterior, fit_class_mixture
-from tad_plugin.tad.proposals import _reliability
+from tad_plugin.tad.proposals import _propose_untrusted
 from tad_plugin.tad.threshold import THRESHOLD, _divide
 from tad_plugin.utils.settings import Settings, setting
 
@@ -71,6 +72,29 @@ class _Recall(NamedTuple):
     log: dict[str, float]
 
 
+class _Scored(NamedTuple):
+    """What a round needs of the scoring network's output: no [N, K] tensor.
+
+    ``losses`` and ``target_losses`` float32 [N], on the observed labels and on the current targets; ``predicted``
+    int64 [N]; ``features`` float32 [N, D].
+    """
+
+    losses: Tensor
+    target_losses: Tensor
+    predicted: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores, state: SampleState) -> _Scored:
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in torch.arange(len(state), device=scores.logits.device).split(CHUNK):
+            logits = scores.logits[rows]
+            both = (F.cross_entropy(logits, y[rows], reduction="none") for y in (state.observed, state.target))
+            parts.append((*both, logits.argmax(1)))
+        losses, target_losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(losses, target_losses, predicted, scores.features)
+
+
 class TAD(Callback):
     """Divides the real data into a trusted and an untrusted space each round, and recalls relabelled samples.
 
@@ -81,6 +105,10 @@ class TAD(Callback):
     name: ClassVar[str] = "tad"
     Config: ClassVar[type] = TADConfig
     needs_scorer: ClassVar[bool] = True
+    acts_when: ClassVar[str] = (
+        "Train each network for more epochs than tad.warmup and call hook.epoch_end(network) after each, or lower"
+        " tad.warmup"
+    )
     config: TADConfig
 
     def __init__(self, config: TADConfig | None = None, *, seed: int = 0) -> None:
@@ -96,6 +124,10 @@ class TAD(Callback):
         """The mean losses of the last rounds, and the class-wise mixture fitted to them."""
         losses = state["tad_loss"]
         return losses, fit_class_mixture(losses, state.observed, state.num_classes)
+
+    def acted(self, *, state: SampleState) -> bool:
+        """After the first round that divided the data."""
+        return bool((state.trust < 1).any())
 
     # -- events ------------------------------------------------------------------------------------
     def on_start(self, *, state: SampleState, data: RealData) -> None:
@@ -133,8 +165,9 @@ class TAD(Callback):
             NonFiniteError: the network gives NaN or infinite losses or features.
         """
         self.round += 1
-        scores = score_all(network, data)
-        losses = F.cross_entropy(scores.logits, state.observed, reduction="none")
+        # The logits [N, K] end here.
+        scored = _Scored.of(score_all(network, data), state)
+        losses = scored.losses
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
             got = f"{int(bad.sum())} non-finite, the first at sample {int(bad.nonzero()[0])}"
@@ -146,11 +179,11 @@ class TAD(Callback):
         if self.round <= self.config.warmup:
             self.report("round", round=self.round, warmup=True, trusted=len(state), untrusted=0, recalled=0, returned=0)
             return
-        self._divide_and_recall(state, data, scores, mean.double())
+        self._divide_and_recall(state, data, scored, mean.double())
 
     # -- one round ---------------------------------------------------------------------------------
     # Everything below comes from the state or was checked above, so the unchecked forms are called.
-    def _divide_and_recall(self, state: SampleState, data: RealData, scores: Scores, losses: Tensor) -> None:
+    def _divide_and_recall(self, state: SampleState, data: RealData, scored: _Scored, losses: Tensor) -> None:
         config, observed = self.config, state.observed
         mixture = _fit_class_mixture(losses, observed, state.num_classes)
         # The plain posterior would distrust the very lowest losses of a narrow low component.
@@ -165,13 +198,12 @@ class TAD(Callback):
         # Samples recalled before must pass the division with the loss on their target. Otherwise they return.
         earned = state["recall_score"]
         before = earned > 0
-        target_loss = F.cross_entropy(scores.logits, state.target, reduction="none")
-        standing = _posterior(mixture, target_loss, state.target, monotone=True) > config.threshold
+        standing = _posterior(mixture, scored.target_losses, state.target, monotone=True) > config.threshold
         kept = before & standing & ~trusted
         target = torch.where(kept, state.target, observed)
         weight = torch.where(kept, earned, weight)
 
-        recall = self._recall(state, scores, target, trusted, kept)
+        recall = self._recall(state, scored, target, trusted, kept)
         recalled = recall.chosen
         target = torch.where(recalled, recall.proposal, target)
         weight = torch.where(recalled, recall.score, weight)
@@ -195,16 +227,17 @@ class TAD(Callback):
             separation=mixture.separation.tolist(),
         )
 
-    def _recall(self, state: SampleState, scores: Scores, target: Tensor, trusted: Tensor, kept: Tensor) -> _Recall:
+    def _recall(self, state: SampleState, scored: _Scored, target: Tensor, trusted: Tensor, kept: Tensor) -> _Recall:
         """Chooses untrusted samples to recall, given the current targets and who is trusted or stays recalled."""
         config, observed, k = self.config, state.observed, state.num_classes
         if not config.recall:
             noise_rate = 1.0 - float(trusted.float().mean())
             log = {"rho": float("inf"), "rho_agree": float("inf"), "noise_rate": noise_rate}
             return _Recall(torch.zeros_like(trusted), observed, torch.zeros_like(state.trust), log)
-        features, predicted, space = check_features(scores.features), scores.logits.argmax(1), trusted | kept
+        predicted, space = scored.predicted, trusted | kept
+        seen = Projected.on_leading_axes(check_features(scored.features), space, config.max_dim)
         calibration = _calibrate_threshold(
-            features,
+            seen,
             target,
             space,
             predicted,
@@ -212,20 +245,19 @@ class TAD(Callback):
             k,
             generator=self.generator,
             recall_precision=config.recall_precision,
-            max_dim=config.max_dim,
         )
         # A class with one trusted sample has no anchor here, and its sample must not enter the projection.
-        lone = bool((torch.bincount(target[space], minlength=k) == 1).any())
-        axes = None if lone else calibration.axes
-        found = _reliability(features, target, space, predicted, k, calibration.temperature, config.max_dim, axes)
-        limit = torch.where(found.proposal == observed, calibration.threshold_agree, calibration.threshold)
-        chosen = ~space & (found.proposal >= 0) & (found.score >= limit)
+        if bool((torch.bincount(target[space], minlength=k) == 1).any()):
+            seen = _seen(seen.features, target, space, k, config.max_dim, None)
+        score, proposal = _propose_untrusted(seen, target, space, predicted, k, calibration.temperature)
+        limit = torch.where(proposal == observed, calibration.threshold_agree, calibration.threshold)
+        chosen = ~space & (proposal >= 0) & (score >= limit)
         log = {
             "rho": calibration.threshold,
             "rho_agree": calibration.threshold_agree,
             "noise_rate": calibration.noise_rate,
         }
-        return _Recall(chosen, found.proposal, found.score.clamp_min(_LEAST_WEIGHT), log)
+        return _Recall(chosen, proposal, score.clamp_min(_LEAST_WEIGHT), log)
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:

@@ -15,21 +15,12 @@ from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.tad.geometry import (
-    MAX_DIM,
-    _class_anchors,
-    _ledoit_wolf,
-    _principal_axes,
-    _whitened_measures,
-    check_samples,
-)
+from tad_plugin.tad.feature_model import Projected, _fit_features, _seen, check_projection
+from tad_plugin.tad.geometry import CHUNK, MAX_DIM, check_samples
 from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
-    "FeatureModel",
     "Reliability",
-    "check_projection",
-    "fit_features",
     "fit_temperature",
     "predicted_labels",
     "propose",
@@ -37,8 +28,6 @@ __all__ = [
     "reliability_score",
 ]
 
-# Fewest trusted samples of an anchor. A single sample is its own anchor, and its distance says nothing.
-_MIN_ANCHOR = 2
 # Most samples that a temperature is fitted on, evenly spaced. One number needs no more.
 _TEMPERATURE_SAMPLES = 5000
 
@@ -60,116 +49,6 @@ class Reliability:
     distance: Tensor
     cosine: Tensor
     temperature: float
-
-
-@dataclass(frozen=True)
-class FeatureModel:
-    """Anchors and shared covariance of the trusted samples. Build it with :func:`fit_features`.
-
-    Attributes:
-        anchors: float64 [K, D].
-        counts: int64 [K], trusted samples behind each anchor.
-        axes: float64 [D, d], the projection; None without one.
-        cholesky: float64 [d, d], factor of the shrunken covariance of the projected residuals; None without an anchor.
-    """
-
-    anchors: Tensor
-    counts: Tensor
-    axes: Tensor | None
-    cholesky: Tensor | None
-
-    @property
-    def available(self) -> Tensor:
-        """Bool [K]: classes with an anchor, that is with at least 2 trusted samples."""
-        return self.counts >= _MIN_ANCHOR
-
-    @named_errors
-    @finite_result
-    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the distance and the whitened cosine to each anchor.
-
-        Args:
-            features: float [M, D].
-
-        Returns:
-            Distance float32 [M, K], inf for a class without an anchor, and cosine float32 [M, K], -1 there.
-        """
-        shape = (len(features), len(self.counts))
-        far = torch.full(shape, torch.inf, dtype=torch.float32, device=features.device)
-        close = torch.full(shape, -1.0, dtype=torch.float32, device=features.device)
-        if self.cholesky is not None:
-            use = self.available
-            rows, anchors = _project(features, self.axes), _project(self.anchors[use], self.axes)
-            distance, similar = _whitened_measures(rows, anchors, self.cholesky)
-            far[:, use], close[:, use] = distance.float(), similar.float()
-        return far, close
-
-
-def check_projection(max_dim: int, axes: Tensor | None, dimensions: int) -> None:
-    """Checks the projection options of features with ``dimensions`` columns.
-
-    Raises:
-        InvalidInputError: ``max_dim`` below 1, or ``axes`` that are not [dimensions, d].
-    """
-    if max_dim < 1:
-        raise InvalidInputError(explain("max_dim >= 1", str(max_dim), f"Leave it at {MAX_DIM}"))
-    if axes is not None and (axes.ndim != 2 or len(axes) != dimensions):
-        expected = f"`axes` of shape [{dimensions}, d]"
-        raise InvalidInputError(explain(expected, f"shape {list(axes.shape)}", "Compute them from the same features"))
-
-
-@named_errors
-def fit_features(
-    features: Tensor,
-    targets: Tensor,
-    trusted: Tensor,
-    num_classes: int,
-    *,
-    max_dim: int = MAX_DIM,
-    axes: Tensor | None = None,
-) -> FeatureModel:
-    """Fits anchors and one shared covariance to the trusted samples [ours].
-
-    Classes with fewer than 2 trusted samples are left out.
-
-    Args:
-        features: float [N, D].
-        targets: integers [N] in [0, num_classes).
-        trusted: bool [N].
-        num_classes: K.
-        max_dim: wider features are projected to this many principal axes of the trusted samples.
-        axes: a projection [D, d] to use instead.
-
-    Raises:
-        InvalidInputError: a wrong shape, type or option; or trusted features that do not vary within any class.
-        InvalidLabelsError: targets out of range, of a wrong type or length.
-        NonFiniteError: NaN or infinite features.
-    """
-    features, targets, trusted = check_samples(features, targets, trusted, num_classes)
-    check_projection(max_dim, axes, features.shape[1])
-    return _fit_features(features, targets, trusted, num_classes, max_dim, axes)
-
-
-def _fit_features(
-    features: Tensor, targets: Tensor, trusted: Tensor, num_classes: int, max_dim: int, axes: Tensor | None
-) -> FeatureModel:
-    anchors, counts = _class_anchors(features, targets, trusted, num_classes)
-    index = (trusted & (counts >= _MIN_ANCHOR)[targets]).nonzero().flatten()
-    if len(index) == 0:
-        return FeatureModel(anchors, counts, axes, None)
-    inside = features[index]
-    if axes is None and features.shape[1] > max_dim:
-        axes = _principal_axes(inside, max_dim)
-    residuals = _project(inside, axes).double() - _project(anchors, axes)[targets[index]]
-    covariance, _ = _ledoit_wolf(residuals)
-    scale = covariance.diagonal().mean()
-    if not float(scale) > 0:
-        expected, got = "trusted features that vary within a class", "one point per class"
-        do = "The scorer's features have collapsed: lower its learning rate or train it again"
-        raise InvalidInputError(explain(expected, got, do))
-    # A feature that is always 0 (a dead unit) can make the estimate singular up to rounding.
-    jitter = 1e-9 * scale * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return FeatureModel(anchors, counts, axes, torch.linalg.cholesky(covariance + jitter))
 
 
 @named_errors
@@ -232,12 +111,22 @@ def reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temper
 
 
 def _reliability_score(distance: Tensor, cosine: Tensor, proposal: Tensor, temperature: float) -> Tensor:
-    at = proposal.clamp_min(0).unsqueeze(1)
-    logits = -distance.double().square() / (2 * temperature)
-    # softmax() would give NaN for a row of -inf (no anchor at all). Such a row is masked below.
-    share = (logits.gather(1, at).flatten() - logits.logsumexp(1)).exp()
-    score = share * (1 + cosine.gather(1, at).flatten().double()) / 2
-    return torch.where(proposal >= 0, score, 0.0).float().clamp(0, 1)
+    return _score_of(distance, _at(cosine, proposal), proposal, temperature)
+
+
+def _at(cosine: Tensor, proposal: Tensor) -> Tensor:
+    """The cosine [N] with the proposed class; any value without a proposal."""
+    return cosine.gather(1, proposal.clamp_min(0).unsqueeze(1)).flatten()
+
+
+def _score_of(distance: Tensor, similar: Tensor, proposal: Tensor, temperature: float) -> Tensor:
+    """:func:`reliability_score` with the cosine [N] at the proposal, chunk by chunk and only where there is one."""
+    score = torch.zeros(len(proposal), dtype=torch.float32, device=distance.device)
+    for rows in (proposal >= 0).nonzero().flatten().split(CHUNK):
+        logits = -distance[rows].double().square() / (2 * temperature)
+        share = (logits.gather(1, proposal[rows].unsqueeze(1)).flatten() - logits.logsumexp(1)).exp()
+        score[rows] = (share * (1 + similar[rows].double()) / 2).float().clamp(0, 1)
+    return score
 
 
 @named_errors
@@ -265,11 +154,12 @@ def fit_temperature(distance: Tensor, targets: Tensor) -> float:
     if len(distance) == 0 and len(targets) == 0:
         return 1.0
     targets = check_labels(targets, distance.shape[1], len(distance), "targets").to(distance.device)
-    return _fit_temperature(distance, targets)
+    return _fit_temperature(distance, targets, torch.arange(len(distance), device=distance.device))
 
 
-def _fit_temperature(distance: Tensor, targets: Tensor) -> float:
-    usable = torch.isfinite(distance.gather(1, targets.unsqueeze(1)).flatten()).nonzero().flatten()
+def _fit_temperature(distance: Tensor, targets: Tensor, index: Tensor) -> float:
+    """:func:`fit_temperature` on the samples ``index``, int64 [M]. No more rows than needed are copied."""
+    usable = index[torch.isfinite(distance[index, targets[index]])]
     if len(usable) == 0:
         return 1.0
     step = -(-len(usable) // _TEMPERATURE_SAMPLES)
@@ -334,27 +224,29 @@ def reliability(
     if temperature is not None and not temperature > 0:
         raise InvalidInputError(explain("a temperature > 0", str(temperature), "Leave it None to have it fitted"))
     predicted = predicted_labels(predictions, len(features), num_classes).to(features.device)
-    return _reliability(features, targets, trusted, predicted, num_classes, temperature, max_dim, axes)
-
-
-def _reliability(
-    features: Tensor,
-    targets: Tensor,
-    trusted: Tensor,
-    predicted: Tensor,
-    num_classes: int,
-    temperature: float | None,
-    max_dim: int,
-    axes: Tensor | None,
-) -> Reliability:
-    model = _fit_features(features, targets, trusted, num_classes, max_dim, axes)
+    seen = _seen(features, targets, trusted, num_classes, max_dim, axes)
+    model = _fit_features(seen, targets, trusted, num_classes)
     distance, similar = model.measure(features)
     if temperature is None:
         own = targets[trusted]
-        temperature = _fit_temperature(_leave_one_out(distance[trusted], own, model.counts), own)
+        left_out = _leave_one_out(distance[trusted], own, model.counts)
+        temperature = _fit_temperature(left_out, own, torch.arange(len(own), device=own.device))
     proposal = torch.where(trusted, -1, _propose(distance, similar, predicted))
     score = _reliability_score(distance, similar, proposal, temperature)
     return Reliability(score, proposal, distance, similar, temperature)
+
+
+def _propose_untrusted(
+    seen: Projected, targets: Tensor, trusted: Tensor, predicted: Tensor, num_classes: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Score float32 [N] and proposal int64 [N] as of :func:`reliability`, chunk by chunk: no [N, K] tensor is made."""
+    model = _fit_features(seen, targets, trusted, num_classes)
+    proposal = torch.full_like(targets, -1)
+    score = torch.zeros(len(targets), dtype=torch.float32, device=targets.device)
+    for at, distance, similar in model._measured(seen.rows, torch.arange(len(targets), device=targets.device)):
+        proposal[at] = torch.where(trusted[at], -1, _propose(distance, similar, predicted[at]))
+        score[at] = _reliability_score(distance, similar, proposal[at], temperature)
+    return score, proposal
 
 
 def _leave_one_out(distance: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
@@ -385,7 +277,3 @@ def predicted_labels(predictions: Tensor, length: int, num_classes: int) -> Tens
             raise InvalidInputError(explain(expected, f"shape {list(predictions.shape)}", "Pass one row per sample"))
         return predictions.detach().argmax(1)
     return check_labels(predictions, num_classes, length, "predictions")
-
-
-def _project(features: Tensor, axes: Tensor | None) -> Tensor:
-    return features if axes is None else features @ axes.to(features.dtype)

@@ -67,8 +67,9 @@ def start(arm: str, folder: Path) -> None:
     run(dataclasses.replace(CONFIG, baseline=baseline, loop=loop), name, folder)
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> None:
     """Runs the plan for two arms with a second phase."""
+    folder = Path(arguments[0])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for arm in ("mtt/tad+iwd", "datm/iwd"):
@@ -79,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,10 +41,10 @@ from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.run import run as run_experiment
-from tests import ROOT
 from tests.distill.experts.problems import loop_of, run, same, trained
 from tests.distill.killed_trajectories import CONFIG, PLAN
 from tests.problems import blobs, flip, plain_hook
+from tests.warm import start_program
 
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
 SOON = {"every": 2, "early": 0, "warmup": 0, "ess": 0.5, "held_out": 2}
@@ -413,11 +411,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     if not hasattr(os, "fork"):
         pytest.skip("attempts are forks")
     folder = tmp_path_factory.mktemp("killed")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.distill.killed_trajectories", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, {r.pop("arm"): r for r in map(json.loads, done.stdout.splitlines())}
+    process = start_program("tests.distill.killed_trajectories", str(folder), output=folder / "output")
+    lines = (folder / "output").read_text().splitlines() if process.wait() == 0 else []
+    assert lines, (folder / "output").read_text()
+    return folder, {r.pop("arm"): r for r in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize("arm", ["mtt/tad+iwd", "datm/iwd"])

@@ -112,6 +112,13 @@ PLAN: dict[str, Callable[[], None]] = {
 }
 
 
+def moments(arm: str) -> list[str]:
+    """Those at which an arm is killed. What comes after the last iteration is the same in all loops."""
+    if "/" in arm:
+        return ["first iterations", "writing a checkpoint", "refreshing", "finishing"]
+    return [name for name in PLAN if arm == "tad" or name != "scoring"]
+
+
 def start(arm: str, folder: Path) -> None:
     """Runs, or resumes, one arm."""
     baseline, _, name = arm.rpartition("/")
@@ -137,17 +144,18 @@ def attempt(
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path, arms: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Runs the plan for each arm."""
+    folder, arms = Path(arguments[0]), arguments[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for arm in arms:
         start(arm, folder / arm / "whole")
-        plan = {name: prepare for name, prepare in PLAN.items() if arm == "tad" or name != "scoring"}
+        plan = {name: PLAN[name] for name in moments(arm)}
         found = {name: attempt(arm, folder / arm / "killed", prepare) for name, prepare in plan.items()}
         found["last"] = attempt(arm, folder / arm / "killed", None)
         print(json.dumps({"arm": arm, **found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tad_plugin.errors import ConfigError, MissingExtraError, TadPluginError, UnknownNameError
-from tad_plugin.experiments import compare as module
-from tad_plugin.experiments.compare import Failure, compare, parse_numbers, parse_seeds, tasks_of
+from tad_plugin.experiments import launch as module
+from tad_plugin.experiments.compare import compare, parse_numbers, parse_seeds, tasks_of
 from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.launch import Failure
 from tad_plugin.experiments.report.pictures import draw_comparison
 from tad_plugin.experiments.run import run
 from tests.experiments.killed_runs import CONFIG
@@ -111,7 +112,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path, monkeypat
     assert len(compare(SMALL, **given)) == 4 and not (out / "failures.txt").exists()
 
 
-def test_runs_side_by_side_give_the_same_accuracies(tmp_path: Path) -> None:
+def test_runs_side_by_side_give_the_same_accuracies(tmp_path: Path, workers_as_forks: None) -> None:
     """In two processes; a run that cannot be loaded fails alone there too."""
     out = tmp_path / "two"
     (out / "random" / "ipc1" / "seed0").mkdir(parents=True)
@@ -119,7 +120,7 @@ def test_runs_side_by_side_give_the_same_accuracies(tmp_path: Path) -> None:
     failures: list[Failure] = []
     given: dict[str, Any] = {"arms": ["noisy", "random"], "seeds": [0], "ipcs": [1], "progress": False}
     found = compare(SMALL, **given, jobs=2, out=out, failures=failures)
-    assert [f.arm for f in failures] == ["random"] and "arm: there 'other'" in failures[0].message
+    assert [f.task.arm for f in failures] == ["random"] and "arm: there 'other'" in failures[0].message
     assert [r["accuracy"] for r in found] == [run(SMALL, "noisy", tmp_path / "alone")["accuracy"]]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from tad_plugin.experiments.compare import compare
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.lock import claimed_folder
 from tad_plugin.experiments.run import run
-from tests import ROOT
 from tests.experiments.killed_runs import CONFIG
+from tests.processes import wait_until
+from tests.warm import start_program
 
 SMALL = dataclasses.replace(CONFIG, iterations=2, eval_runs=1, candidates=1, checkpoint_seconds=60.0)
 HOLD = """
@@ -45,12 +45,12 @@ with claimed_folder(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    process = start_program("tests.warm", HOLD, str(tmp_path / "run"), output=tmp_path / "output")
+    wait_until(lambda: (tmp_path / "output").exists() and (tmp_path / "output").read_text(), 60)
+    assert (tmp_path / "output").read_text() == "held\n"
     yield process
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 

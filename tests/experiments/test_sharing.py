@@ -53,7 +53,7 @@ def synthetic(folder: Path) -> bytes:
     return (folder / "synthetic.safetensors").read_bytes()
 
 
-def test_a_comparison_trains_what_its_runs_have_in_common_once(tmp_path: Path) -> None:
+def test_a_comparison_trains_what_its_runs_have_in_common_once(tmp_path: Path, workers_as_forks: None) -> None:
     arms = ["noisy", "iwd", "tad", "tad+iwd", "oracle"]
     # Both IPC leave TAD the same minimum, so they share its experts.
     both = dataclasses.replace(SMALL, methods={**SMALL.methods, "tad": {**SMALL.methods["tad"], "min_per_class": 2}})

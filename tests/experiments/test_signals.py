@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tad_plugin.cli import main
 from tad_plugin.data.synthetic import SyntheticSet
@@ -56,9 +57,9 @@ EXPERTS = [
     "--dataset",
     "digits",
     "--per_class",
-    "60",
+    "40",
     "--width",
-    "8",
+    "4",
     "--epochs",
     "8",
     "--batch_train",
@@ -93,10 +94,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return found
 
 
-def stopped(arguments: list[str], under_way: str, number: int, to_group: bool, count: int, twice: bool = False) -> int:
+def stopped(
+    arguments: list[str],
+    under_way: str,
+    number: int,
+    to_group: bool,
+    count: int,
+    twice: bool = False,
+    forks: bool = True,
+) -> int:
     """The status of a command that got the signal when ``count`` files of that kind were there."""
     folder = Path(arguments[-1])
-    with command(*arguments, "--jobs", "2") as process:
+    with command(*arguments, "--jobs", "2", forks=forks) as process:
         wait_until(lambda: len(list(folder.glob(under_way))) >= count or process.poll() is not None, 120)
         before = len(members(process.pid))
         for _ in range(1 + twice):
@@ -110,14 +119,18 @@ def stopped(arguments: list[str], under_way: str, number: int, to_group: bool, c
 
 
 @pytest.mark.parametrize(
-    ("number", "to_group", "status"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, False, -signal.SIGKILL)],
+    ("number", "to_group", "status", "forks"),
+    [
+        (signal.SIGINT, True, 130, False),
+        (signal.SIGTERM, False, 143, True),
+        (signal.SIGKILL, False, -signal.SIGKILL, True),
+    ],
 )
 def test_a_stopped_comparison_leaves_no_process_and_goes_on_to_the_same_results(
-    tmp_path: Path, whole: list[Any], number: int, to_group: bool, status: int
+    tmp_path: Path, whole: list[Any], number: int, to_group: bool, status: int, forks: bool
 ) -> None:
     arguments = [*COMPARE, str(tmp_path / "out")]
-    assert stopped(arguments, "*/ipc1/*/log.jsonl", number, to_group, 2) == status
+    assert stopped(arguments, "*/ipc1/*/log.jsonl", number, to_group, 2, forks=forks) == status
     assert not (tmp_path / "out" / "results.json").exists()
     assert run(*arguments) == 0 and results(tmp_path / "out") == whole
 
@@ -127,10 +140,28 @@ def test_a_second_signal_ends_a_comparison_at_once(tmp_path: Path) -> None:
     assert stopped(arguments, "*/ipc1/*/log.jsonl", signal.SIGINT, True, 2, twice=True) == 130
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_experts_leave_no_process_and_become_the_same(tmp_path: Path, number: int, status: int) -> None:
-    folders = [tmp_path / "cut", tmp_path / "whole"]
-    assert stopped([*EXPERTS, str(folders[0])], f"{FOLDER}/expert-*/?.json", number, True, 2) == status
-    assert [run(*EXPERTS, str(folder)) for folder in folders] == [0, 0]
-    cut, uncut = ([p.read_bytes() for p in sorted(f.glob("replay_buffer_*.pt"))] for f in folders)
-    assert cut == uncut and cut
+@pytest.fixture(scope="module")
+def whole_experts(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("experts")
+    assert run(*EXPERTS, str(folder)) == 0
+    return experts_in(folder)
+
+
+def experts_in(folder: Path) -> list[bytes]:
+    assert not (folder / FOLDER).exists()
+    found = [p.read_bytes() for p in sorted(folder.glob("replay_buffer_*.pt"))]
+    assert found and len(torch.load(folder / "replay_buffer_0.pt", weights_only=True)) == 3
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "status"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGKILL, False, -signal.SIGKILL)],
+)
+def test_stopped_experts_leave_no_process_and_become_the_same(
+    tmp_path: Path, whole_experts: list[bytes], number: int, to_group: bool, status: int
+) -> None:
+    arguments = [*EXPERTS, str(tmp_path)]
+    assert stopped(arguments, f"{FOLDER}/expert-*/?.json", number, to_group, 2) == status
+    assert not (tmp_path / "buffer.json").exists()
+    assert run(*arguments) == 0 and experts_in(tmp_path) == whole_experts

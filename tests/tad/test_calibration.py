@@ -10,9 +10,10 @@ import torch
 
 from tad_plugin.errors import InvalidInputError, UnimodalClassWarning
 from tad_plugin.tad.calibration import calibrate_threshold
+from tad_plugin.tad.feature_model import fit_features
 from tad_plugin.tad.geometry import principal_axes
 from tad_plugin.tad.mixture import fit_class_mixture
-from tad_plugin.tad.proposals import fit_features, propose, reliability, reliability_score
+from tad_plugin.tad.proposals import propose, reliability, reliability_score
 from tad_plugin.tad.threshold import divide
 
 

@@ -16,8 +16,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
 from tad_plugin.errors import InvalidInputError, InvalidLabelsError, NonFiniteError, NotEnoughSamplesError
+from tad_plugin.tad.feature_model import fit_features
 from tad_plugin.tad.geometry import class_anchors, cosine, ledoit_wolf, mahalanobis, principal_axes
-from tad_plugin.tad.proposals import fit_features, fit_temperature, propose, reliability, reliability_score
+from tad_plugin.tad.proposals import fit_temperature, propose, reliability, reliability_score
 
 
 def clusters(classes=4, each=40, dims=6, gap=4.0, seed=0, dtype=torch.float32):

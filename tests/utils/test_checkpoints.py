@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -17,7 +15,7 @@ from tad_plugin.errors import FileFormatError, InvalidInputError, TadPluginWarni
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.files import file_digest, read_json
 from tad_plugin.utils.seals import sealed_json
-from tests import ROOT
+from tests.warm import start_program
 
 
 def test_a_whole_tree_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -236,8 +234,6 @@ print(last)
 
 
 def test_killed_at_any_moment_there_is_a_valid_checkpoint_and_a_matching_log(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLER, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 0
+    process = start_program("tests.warm", KILLER, str(tmp_path / "run"), output=tmp_path / "output")
+    assert process.wait() == 0, (tmp_path / "output").read_text()
+    assert int((tmp_path / "output").read_text()) > 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from tad_plugin.errors import DiskSpaceError, FileWriteError, InvalidInputError, TadPluginError
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.write_errors import check_path, named_write_error, writing_to
-from tests import ROOT
+from tests.warm import start_program
 
 # Each writer under a limit of 4 KiB per file, as on a full disk: torch and safetensors raise errors of their own.
 LIMITED = """
@@ -39,10 +37,9 @@ print(sorted(p.name for p in folder.rglob("*") if p.is_file()))
 
 
 def test_every_writer_names_a_full_disk_and_leaves_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split("\n")[:4] == ["named"] * 3 + ["[]"]
+    (tmp_path / "files").mkdir()
+    process = start_program("tests.warm", LIMITED, str(tmp_path / "files"), output=tmp_path / "output")
+    assert process.wait() == 0 and (tmp_path / "output").read_text().splitlines() == ["named"] * 3 + ["[]"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096  # only there
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from tad_plugin.core.diagnostics import InfluenceDiagnostics, SplitDiagnostics
 from tad_plugin.core.hook.hook import Hook
-from tad_plugin.core.hook.images import as_images
+from tad_plugin.core.hook.images import as_images, is_dataset
+from tad_plugin.core.hook.wiring import WiringCheck
 from tad_plugin.core.observer import Observer
 from tad_plugin.core.registry import make_callbacks, method_names
 from tad_plugin.core.scorer import ScorerConfig
@@ -22,6 +23,7 @@ from tad_plugin.core.state import SampleState
 from tad_plugin.data.labels import integers_of
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.real import RealData
+from tad_plugin.data.samples import labels_of
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import read_json, read_yaml
@@ -30,6 +32,7 @@ from tad_plugin.utils.machine import check_device
 from tad_plugin.utils.seeds import check_seed
 from tad_plugin.utils.settings import build_config
 from tad_plugin.utils.torch_modes import default_modes
+from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["add_arguments", "attach"]
 
@@ -57,17 +60,23 @@ def attach(
     args: argparse.Namespace | None = None,
     progress: bool = False,
     start: bool = True,
+    scoring_transform: Callable[[Any], Any] | None = None,
+    draw: str = "uniform",
+    iterations: int | None = None,
+    announce: bool = True,
 ) -> Hook:
     """Makes the hook of a training script: ``hook = attach("tad", labels=..., data=..., num_classes=10, seed=0)``.
 
     Args:
-        method: "none", a registered method, or several joined by "+" in the order they act ("tad+iwd").
-        labels: observed labels of all real samples, integers [N].
+        method: "none", a registered method, or several joined by "+" in the order they act ("tad+iwd"). "check" decides
+            nothing: it tells whether the loop uses the hook as a method needs it (``core/hook/wiring.py``).
+        labels: observed labels of all real samples, integers [N]. A dataset given as ``data`` that has ``targets`` or
+            ``labels`` tells them itself.
         data: normalised images [N,C,H,W] or [N,H,W] (a tensor, array or list; other real dtypes become float32), or a
-            map-style dataset of (image, label), which is read once. "none" reads no dataset. Images of any size: an
-            ``ImageStore`` of 8-bit pixels with their mean and std, whose pixels may be an ``np.memmap``. Of 8-bit
-            arrays in a file, and of 8-bit arrays and datasets above 2 GiB as float32, images are made when they are
-            needed, too; an item of such a dataset is read again each time.
+            map-style dataset of (image, label) or of mappings. A dataset is read once, or in batches whenever a method
+            asks if its images take more than 1 GiB. "none" reads no dataset. Images of any size: an ``ImageStore`` of
+            8-bit pixels with their mean and std, whose pixels may be an ``np.memmap``. An ``np.memmap`` stays in its
+            file, and 8-bit arrays stay 8-bit where they would take more than 2 GiB as float32.
         num_classes: K; by default the largest label + 1.
         seed: seeds the generators of the hook, the scorer and each method. The global generators are never touched.
         config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
@@ -87,6 +96,12 @@ def attach(
         args: a namespace with the flags of :func:`add_arguments`; explicit arguments win over it.
         progress: show a progress bar while the scorer trains.
         start: False leaves ``hook.start()`` to the caller (resuming loops).
+        scoring_transform: how a dataset's image is made for scoring, without augmentation. It takes the place of the
+            dataset's ``transform``; if it has none, it is applied to the image that the dataset gives.
+        draw: "uniform" weights losses. "weighted" draws by weight instead, in ``hook.sample`` and the samplers, and
+            weights no loss; draws are then with replacement.
+        iterations: updates of the synthetic set that the loop will make. IWD fits its schedule to a short run.
+        announce: ``hook.finish()`` prints a line for each method.
 
     Returns:
         The Hook; with "none" every handle is an identity.
@@ -107,7 +122,14 @@ def attach(
         noise = noise if noise is not None else (getattr(args, "tad_noise", "") or None)
     method = "none" if method is None else method
     if labels is None:
-        raise InvalidInputError(explain("`labels` of all real samples", "none", "Pass labels=labels_all"))
+        labels = labels_of(data) if is_dataset(data) else None
+    if labels is None:
+        do = "Pass labels=labels_all, in the order of the dataset"
+        raise InvalidInputError(explain("`labels` of all real samples", "none", do))
+    if draw not in ("uniform", "weighted"):
+        do = 'Pass "uniform" or "weighted"'
+        raise InvalidInputError(explain('`draw` "uniform" or "weighted"', repr(draw), do))
+    iterations = None if iterations is None else check_whole("iterations", iterations, 1)
     seed = check_seed(seed)
     # Copies: writing into the caller's labels later changes nothing here.
     observed = integers_of(labels).clone()
@@ -118,7 +140,8 @@ def attach(
     corrupted = spec is not None and spec.kind != "none"
     names = method_names(method)
     # "none" looks at no image of a dataset, unless the noise depends on them.
-    images = as_images(data, len(observed), read=bool(names) or (spec is not None and spec.kind == "instance"))
+    needed = (bool(names) and names != ["check"]) or (spec is not None and spec.kind == "instance")
+    images = as_images(data, len(observed), read=needed, transform=scoring_transform, seed=seed)
     # Images [N,0] stand for "labels only". All else that is known still reaches the methods.
     shown = images if images is not None else torch.zeros(observed.numel(), 0, device=observed.device)
     # RealData checks images and labels, and nothing after it checks them again.
@@ -126,7 +149,11 @@ def attach(
     if spec is not None and corrupted:
         _corrupt(real, spec, images)
     settings = _read_config(config)
-    callbacks = make_callbacks(method, settings, seed=seed)
+    if "check" in names and len(names) > 1:
+        raise ConfigError(explain('"check" alone', repr(method), "Check the loop first, then attach the methods"))
+    callbacks = make_callbacks("none" if names == ["check"] else method, settings, seed=seed)
+    if names == ["check"]:
+        callbacks = [WiringCheck()]
     where = None if device is None else check_device(device)
     if where is not None and images is not None and callbacks:
         _move(real, where)
@@ -145,6 +172,11 @@ def attach(
         log=log,
         state_path=state,
         corrupted=corrupted,
+        draw=draw,
+        iterations=iterations,
+        source=data if is_dataset(data) else None,
+        scoring_transform=scoring_transform,
+        announce=announce,
     )
     if state is not None and Path(state).exists():
         hook.adopt(state)

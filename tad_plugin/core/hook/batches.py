@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tad_plugin.core.class_weights import batch_weights
 from tad_plugin.core.indices import check_indices
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, explain
@@ -29,6 +30,7 @@ class Batches:
         state: the sample state.
         enabled: whether a method is on.
         wants_graph: whether the weights of this iteration must carry a graph.
+        drawn: samples are drawn by their weights, so that every usable sample of a batch weighs the same.
 
     Attributes:
         noted: draws that :meth:`drawn` noted.
@@ -36,10 +38,13 @@ class Batches:
         weighted: indices whose weights carry the graph.
     """
 
-    def __init__(self, state: SampleState, enabled: bool, wants_graph: Callable[[], bool]) -> None:
+    def __init__(
+        self, state: SampleState, enabled: bool, wants_graph: Callable[[], bool], *, drawn: bool = False
+    ) -> None:
         self.state = state
         self.enabled = enabled
         self.wants_graph = wants_graph
+        self.by_weight = drawn
         self.noted: list[Tensor] = []
         self.offset: Tensor | None = None
         self.weighted: list[Tensor] = []
@@ -125,6 +130,13 @@ class Batches:
             do = "Pass the indices of exactly these rows, in their order, and hook.targets(indices) as labels"
             raise InvalidInputError(explain(expected, str(int(labels[row])), do))
 
+    def _matching(self, index: Tensor) -> Tensor:
+        state = self.state
+        if not self.by_weight:
+            return state.weights(index)
+        usable = state.trusted[index] & (state.weight[index] > 0)
+        return batch_weights(torch.ones_like(state.weight[index]), state.target[index], usable, state.num_classes)
+
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Matching weights float32 [B], mean 1 over the batch's samples of each class; see :meth:`SampleState.weights`.
 
@@ -134,7 +146,7 @@ class Batches:
         index = self._checked(indices)
         if not self.enabled:
             return torch.ones(len(index), dtype=torch.float32, device=self.state.device)
-        w = self.state.weights(index)
+        w = self._matching(index)
         if self.wants_graph():
             if self.offset is None:
                 self.offset = torch.zeros(
@@ -185,7 +197,7 @@ class Batches:
             return loss
         index = self.indices(len(logits), indices)
         self._check_labels(index, labels)
-        weights = self.state.weights(index).to(logits.device)
+        weights = self._matching(index).to(logits.device)
         # Another reduction would round differently. The baseline's bits must stay while nothing is weighted.
         if bool((weights == 1).all()):
             return loss

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.hook.usage import Usage
+from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, StateMismatchError, TadPluginWarning, explain
 
-__all__ = ["check_needs", "new_methods", "warn_undecided"]
+__all__ = ["check_needs", "finish_lines", "new_methods"]
 
 
 def check_needs(callback: Callback, data: RealData, trains_on_real: bool) -> None:
@@ -25,8 +27,8 @@ def check_needs(callback: Callback, data: RealData, trains_on_real: bool) -> Non
         do = "Pass data=images [N,C,H,W]"
         if not callback.needs_images:
             do += (
-                ", or trains_on_real=True if your loop trains a network through hook.loader and hook.criterion"
-                " and calls hook.epoch_end"
+                " or a dataset, or trains_on_real=True if your loop trains a network with hook.loss (or hook.loader and"
+                " hook.criterion) and calls hook.epoch_end"
             )
         expected = f"`data` for the method {callback.name!r}, which looks at the real images"
         raise ConfigError(explain(expected, "labels only", do))
@@ -73,10 +75,26 @@ def new_methods(
     return new
 
 
-def warn_undecided(callbacks: Sequence[Callback]) -> None:
-    """Warns that the loop's networks were trained too briefly for these methods to divide the data."""
-    scorers = ", ".join(c.name for c in callbacks if c.needs_scorer)
-    if scorers:
-        do = "Train each network for more epochs than the method's warm-up takes, or lower the warm-up"
-        got = "none: every sample is trusted with its label and weight 1"
-        warnings.warn(explain(f"decisions of {scorers}", got, do), TadPluginWarning, stacklevel=3)
+def finish_lines(callbacks: Sequence[Callback], state: SampleState, usage: Usage, *, decided: bool, waits: str) -> str:
+    """One line for each method: what it decided, and how often the loop asked.
+
+    Args:
+        callbacks: the methods.
+        state: the sample state.
+        usage: the counts.
+        decided: the state came from a file, or the methods were told that they are done.
+        waits: why the loop's network was not scored, or "".
+
+    Warns:
+        TadPluginWarning: a method that never acted: every sample has its label and weight 1.
+    """
+    lines = []
+    for callback in callbacks:
+        acted = decided or callback.acted(state=state)
+        what = callback.decision(state=state) if acted else "nothing: every sample keeps its label and weight 1"
+        lines.append(f"tad_plugin: {callback.name} decided {what}. Asked: {usage.text()}.")
+        if not acted:
+            do = callback.acts_when + (f". So far: {waits}" if waits else "")
+            got = "none: every sample is trusted with its label and weight 1"
+            warnings.warn(explain(f"a decision of {callback.name!r}", got, do), TadPluginWarning, stacklevel=4)
+    return "\n".join(lines)

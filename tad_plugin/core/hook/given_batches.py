@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.hook.usage import Usage
 from tad_plugin.errors import InvalidInputError, explain
 
 __all__ = ["GivenBatch", "GivenBatches"]
@@ -53,8 +54,9 @@ class _Pass:
 class GivenBatches:
     """The batches in flight of all wrapped loaders of a hook."""
 
-    def __init__(self) -> None:
+    def __init__(self, usage: Usage | None = None) -> None:
         self._passes: list[_Pass] = []
+        self._usage = Usage() if usage is None else usage
         #: number of loaders that were wrapped
         self.loaders = 0
 
@@ -70,6 +72,7 @@ class GivenBatches:
         self._passes.append(current)
         try:
             for indices, batch in batches:
+                self._usage.note("loader", len(indices))
                 current.batches.append(GivenBatch(indices, list(_label_tensors(batch, len(indices)))))
                 yield batch
             # A loop that takes batches ahead still computes the last ones' losses.
@@ -150,8 +153,8 @@ def _refuse(pairs: list[tuple[_Pass, GivenBatch]], labels: Tensor, rows: int, ex
         raise InvalidInputError(explain(f"a batch of {size} logits", str(rows), do))
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != size:
         do = (
-            "A method weights samples with one label each. Pass the labels as the loader gave them; for MixUp, CutMix"
-            " or soft labels weight the loss of each sample with hook.state.training_weights(indices) yourself"
+            "Pass the labels as the loader gave them. For MixUp, CutMix or soft labels let the index travel with the"
+            " batch: hook.dataset(dataset) and hook.loss(logits, labels, idx, partner=...)"
         )
         got = f"{labels.dtype} of shape {list(labels.shape)}"
         raise InvalidInputError(explain(f"hard labels as integers [{size}]", got, do))

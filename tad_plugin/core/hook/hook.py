@@ -6,179 +6,83 @@ Without a method every handle is an identity and draws no random number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from time import perf_counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tad_plugin.core.callback import Callback
 from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.events import Learning, Match, Segment
-from tad_plugin.core.hook.batches import Batches
-from tad_plugin.core.hook.checks import check_needs, new_methods, warn_undecided
-from tad_plugin.core.hook.loader import RealTraining, TrustedCriterion
-from tad_plugin.core.hook.segments import Segments
-from tad_plugin.core.observer import Observer
-from tad_plugin.core.scorer import Scorer, ScorerConfig
-from tad_plugin.core.state import SampleState
-from tad_plugin.core.state_file import read_state_file
-from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, explain
-from tad_plugin.utils.arguments import named_errors
-from tad_plugin.utils.progress import bar
-from tad_plugin.utils.seeds import scorer_seed, seeded_generator
-from tad_plugin.utils.torch_modes import default_modes
+from tad_plugin.core.hook.indexed import IndexedDataset
+from tad_plugin.core.hook.loader import TrustedCriterion
+from tad_plugin.core.hook.method_run import MethodRun
+from tad_plugin.core.hook.samplers import ClassIndices, ClassSampler, PoolSampler, drawn_by_weight
+from tad_plugin.nn.training import inner_network
 
 __all__ = ["Hook"]
 
 C = TypeVar("C")
 
 
-class Hook:
-    """Connects a loop with the methods. Made by :func:`tad_plugin.attach`.
-
-    Attributes:
-        state: the SampleState.
-        data: the real data, or None without images (``images`` of shape [N,0] stand for "labels only").
-        callbacks: the methods.
-        enabled: False for ``attach("none")``.
-        generator: CPU generator of the hook's own draws.
-        iteration: updates of the synthetic set so far.
-        scoring_seconds: seconds spent in scoring and in the methods' decisions so far.
-        batches: what was drawn since the last update.
-        segments: the trajectory segment that a script is reporting.
-        training: wrappers for a loop that trains networks on the real data.
-    """
-
-    def __init__(
-        self,
-        state: SampleState,
-        data: RealData | None,
-        callbacks: Sequence[Callback],
-        *,
-        method: str = "none",
-        seed: int = 0,
-        trains_on_real: bool = False,
-        scorer: ScorerConfig | None = None,
-        observers: Sequence[Observer] = (),
-        log: Callable[[dict[str, Any]], None] | None = None,
-        state_path: str | Path | None = None,
-        corrupted: bool = False,
-    ) -> None:
-        self.state = state
-        if data is None:
-            data = RealData(torch.zeros(len(state), 0), state.observed.cpu(), state.num_classes)
-        self.data = data if data.images.numel() else None
-        # on_start gets labels, ipc and noise rate even without images.
-        self._known = data
-        self.method = method
-        self.callbacks = list(callbacks)
-        self.enabled = bool(callbacks)
-        self.generator = seeded_generator(seed)
-        self.events = CallbackList(self.callbacks, list(observers), log)
-        self.trains_on_real = trains_on_real
-        self.scorer_config = scorer or ScorerConfig()
-        self.scorer: Scorer | None = None
-        self.scoring_seconds = 0.0
-        self.state_path = state_path
-        self.iteration, self._expert, self._seed = 0, -1, seed
-        self.batches = Batches(state, self.enabled, self.wants_graph)
-        self.segments = Segments(self.data, self.wants_graph)
-        # Labels that attach() corrupted must reach a training loop with and without a method.
-        given = data.true_labels if corrupted else state.observed
-        self.training = RealTraining(state, given, active=self.enabled or corrupted)
-        self._started = self._decided = False
-        for callback in self.callbacks:
-            check_needs(callback, data, trains_on_real)
-
-    @contextmanager
-    def _scoring(self) -> Iterator[None]:
-        began = perf_counter()
-        with default_modes():
-            yield
-        self.scoring_seconds += perf_counter() - began
-
-    # -- starting ----------------------------------------------------------------------------------
-    def start(
-        self, *, progress: bool = False, checkpoint: Callable[[], None] | None = None, epochs: int | None = None
-    ) -> Hook:
-        """Fires on_start. If a method needs a scorer and the loop trains none, trains the plugin's own.
-
-        :func:`attach` calls it. A loop that resumes calls ``attach(..., start=False)``, loads, then starts.
-
-        Args:
-            progress: show a progress bar (needs tqdm).
-            checkpoint: called after on_start and after each scorer epoch.
-            epochs: scorer epochs, by default ``scorer.epochs``.
-        """
-        if not self.enabled:
-            return self
-        if not self._started:
-            with self._scoring():
-                self.events.start(self.state, self._known)
-            self._started = True
-            if checkpoint is not None:
-                checkpoint()
-        if not (self.trains_on_real or self._decided) and any(c.needs_scorer for c in self.callbacks):
-            if self.scorer is None:
-                self.scorer = self._make_scorer()
-            remaining = (self.scorer_config.epochs if epochs is None else epochs) - self.scorer.epoch
-            for _ in bar(range(max(0, remaining)), "scorer", progress):
-                self._scorer_epoch(self.scorer)
-                if checkpoint is not None:
-                    checkpoint()
-        return self
-
-    @default_modes()
-    def _make_scorer(self) -> Scorer:
-        return Scorer(self._images(), self.scorer_config, seed=scorer_seed(self._seed))
-
-    def _images(self) -> RealData:
-        if self.data is None:
-            raise ConfigError(explain("`data` for scoring with a network", "none", "Pass data=images to attach()"))
-        return self.data
-
-    def _scorer_epoch(self, scorer: Scorer) -> None:
-        with self._scoring():
-            scorer.run_epoch(self.state, self.events)
-
-    def adopt(self, path: str | Path) -> None:
-        """Takes over a saved state. Its methods have decided already, so they are not started and nothing is scored.
-
-        A method that the file does not know starts on the loaded state. Raises FileFormatError, StateMismatchError or
-        ConfigError for a file that does not fit (:func:`new_methods`).
-        """
-        header, saved = read_state_file(path)
-        new = new_methods(header["configs"], self.callbacks, self.method, path)
-        self.state.load_state_dict(saved, source=f"the file {path}")
-        if header["configs"]:
-            for callback in new:
-                callback.on_start(state=self.state, data=self._known)
-            self._started = self._decided = True
+class Hook(MethodRun):
+    """Connects a loop with the methods: the handles that a loop calls. Made by :func:`tad_plugin.attach`."""
 
     # -- which samples -----------------------------------------------------------------------------
     def sample(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Up to n indices (int64) of usable samples of class c, without replacement. See :meth:`SampleState.sample`.
 
-        ``generator`` is a CPU generator of the loop, by default the hook's own, seeded by ``attach(seed=...)``.
+        ``generator`` is a CPU generator of the loop, by default the hook's own, seeded by ``attach(seed=...)``. With
+        ``attach(draw="weighted")`` and unequal weights: n indices with replacement, in proportion to the weights.
         """
-        return self.state.sample(c, n, self.generator if generator is None else generator)
+        self.usage.note("sample")
+        generator = self.generator if generator is None else generator
+        if self.by_weight and n >= 1 and not bool(((w := self.state.weight[(p := self.state.pool(c))]) == 1).all()):
+            return drawn_by_weight(p, w, n, generator)
+        return self.state.sample(c, n, generator)
 
     def pool(self, c: int) -> Tensor:
         """Indices (int64) of usable samples with target c, ascending."""
+        self.usage.note("pool")
         return self.state.pool(c)
 
     def pools(self) -> list[list[int]]:
         """Usable indices of each class, for ``indices_class`` of the public codebases. See :meth:`Batches.pools`."""
+        self.usage.note("pools")
         return self.batches.pools()
+
+    def class_indices(self, c: int) -> ClassIndices:
+        """The usable indices of class c as a sequence that follows the pool; see :class:`ClassIndices`."""
+        return ClassIndices(self.state, c, self.usage)
+
+    def batch_sampler(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> PoolSampler:
+        """Batches of today's usable samples, for ``DataLoader(..., batch_sampler=...)``. See :class:`PoolSampler`."""
+        how: dict[str, Any] = {"generator": generator, "by_weight": self.by_weight, "usage": self.usage}
+        return PoolSampler(self.state, batch_size, shuffle=shuffle, drop_last=drop_last, **how)
+
+    def class_sampler(
+        self,
+        per_class: int,
+        *,
+        classes: Sequence[int] | None = None,
+        batches: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ClassSampler:
+        """Batches with ``per_class`` samples of each class, for a DataLoader. See :class:`ClassSampler`."""
+        how: dict[str, Any] = {"generator": generator, "by_weight": self.by_weight, "usage": self.usage}
+        return ClassSampler(self.state, per_class, classes=classes, batches=batches, **how)
 
     def drawn(self, indices: Tensor | Sequence[int]) -> None:
         """Notes a draw [B] for handles that are called without indices. See :meth:`Batches.drawn`."""
+        self.usage.note("drawn")
         self.batches.drawn(indices)
 
     def kept(self, rows: Tensor | Sequence[int]) -> None:
@@ -188,21 +92,28 @@ class Hook:
     # -- which label, which weight -------------------------------------------------------------------
     def targets(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Target labels int64 [B]. Raises InvalidInputError for bad indices."""
+        self.usage.note("targets")
         return self.state.targets(indices)
 
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Matching weights float32 [B], mean 1 per class; the one line in a loop. See :meth:`Batches.weights`."""
-        return self.batches.weights(indices)
+        found = self.batches.weights(indices)
+        self.usage.note("weights", len(found))
+        return self.usage.watch(found)
 
     def reweight(self, rows: Tensor, indices: Tensor | Sequence[int] | None = None) -> Tensor:
         """Rows [B,...] times their matching weights, for a plain mean. See :meth:`Batches.reweight`."""
-        return self.batches.reweight(rows, indices)
+        found = self.batches.reweight(rows, indices)
+        self.usage.note("reweight", len(found))
+        return self.usage.watch(found) if found is not rows else rows
 
     def weighted_loss(
         self, loss: Tensor, logits: Tensor, labels: Tensor, indices: Tensor | Sequence[int] | None = None
     ) -> Tensor:
         """Mean cross-entropy with matching weights, a scalar. See :meth:`Batches.weighted_loss`."""
-        return self.batches.weighted_loss(loss, logits, labels, indices)
+        found = self.batches.weighted_loss(loss, logits, labels, indices)
+        self.usage.note("weighted_loss", len(logits))
+        return found
 
     def matched_gradient(
         self,
@@ -213,11 +124,64 @@ class Hook:
         indices: Tensor | Sequence[int] | None = None,
     ) -> list[Tensor]:
         """``gradient``, with a graph in the matching weights where needed. See :meth:`Batches.matched_gradient`."""
-        return self.batches.matched_gradient(gradient, network, images, labels, indices)
+        found = self.batches.matched_gradient(gradient, network, images, labels, indices)
+        self.usage.note("matched_gradient", len(images))
+        return found
 
     # -- a loop that trains networks on the real data ------------------------------------------------
+    def dataset(
+        self,
+        dataset: Any,
+        *,
+        label: int | str | None = None,
+        key: str = "index",
+        positions: Tensor | Sequence[int] | None = None,
+    ) -> IndexedDataset:
+        """The dataset, whose samples now carry their index and the label of today. See :class:`IndexedDataset`.
+
+        Args:
+            dataset: map-style, of all samples of attach() in their order, or a Subset of such a one.
+            label: position or key of the label in a sample, if it is not the second part or under a usual key.
+            key: the key under which a mapping gets its index.
+            positions: int64 [M], the sample of each item, for other datasets.
+        """
+        return self.indexed.dataset(dataset, label, key, positions)
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        indices: Tensor | Sequence[int],
+        *,
+        partner: Tensor | Sequence[int] | None = None,
+        share: Tensor | float | None = None,
+        criterion: Any = None,
+        again: bool = False,
+    ) -> Tensor:
+        """The weighted loss of a batch of :meth:`dataset`, on the labels that it is given; see :class:`GivenLoss`.
+
+        Without a method it is ``criterion(logits, labels)``. Every batch is checked.
+
+        Args:
+            logits: [B,K].
+            labels: int64 [B], the samples' own labels; or float [B,K], soft, smoothed or mixed.
+            indices: int64 [B], as they came with the batch.
+            partner: int64 [B], the samples that were mixed in: ``idx.roll(1, 0)`` for torchvision's CutMix and MixUp.
+            share: share of each row's own sample, a number or [B]. Mixed labels [B,K] tell it themselves.
+            criterion: cross-entropy by default; or a loss module with a ``reduction``.
+            again: the batch is evaluated once more (sharpness-aware training).
+
+        Raises:
+            InvalidInputError: indices or labels that are not those of the rows; mixed labels without ``partner``.
+        """
+        scorer = self.trains_on_real and self.enabled and not self._decided
+        events = self.events if scorer else None
+        return self.indexed.loss(logits, labels, indices, partner, share, criterion, events, again)
+
     def loader(self, loader: DataLoader[Any]) -> Any:
         """The loader, which now notes the sample indices of each batch; the same object without a method."""
+        if self.training.active:
+            self.indexed.scores_on(getattr(loader, "dataset", None))
         return self.training.loader(loader)
 
     def criterion(self, criterion: C) -> C | TrustedCriterion:
@@ -225,38 +189,7 @@ class Hook:
         # After a file has decided, only its weights and targets enter.
         return self.training.criterion(criterion, CallbackList() if self._decided else self.events)
 
-    def begin_expert(self) -> None:
-        """Call before training each expert. Resets per-network state and keeps decisions.
-
-        If attach() got a state path, the state so far is written there, so that an interrupted run leaves it.
-        """
-        if self.enabled and not self._decided:
-            if self._expert >= 0 and self.state_path is not None:
-                self.save_state(self.state_path)
-            self._expert += 1
-            self.events.position(expert=self._expert)
-            self.events.scorer_start(self.state)
-
-    def epoch_end(self, network: nn.Module) -> None:
-        """Call after each epoch of a network that the loop trains on the real data. No effect if :attr:`decided`."""
-        if self.enabled and not self._decided:
-            with self._scoring():
-                self.events.scorer_epoch(self.state, _inner(network), self._images())
-
-    @property
-    def decided(self) -> bool:
-        """True if the scoring methods will not decide again: the state came from a file, or :meth:`settle` ran."""
-        return self._decided
-
-    def settle(self) -> None:
-        """Call when the loop's training on the real data is over. From then on :meth:`epoch_end` has no effect."""
-        self._decided = True
-
     # -- before the synthetic set is updated ---------------------------------------------------------
-    def wants_graph(self) -> bool:
-        """Whether this iteration's weights (or segment target) carry a graph for a method."""
-        return self.enabled and self.events.wants_graph(self.iteration)
-
     def before_update(
         self,
         loss: Tensor,
@@ -280,27 +213,22 @@ class Hook:
             labels: labels of the synthetic images, int64 [M] or soft [M,K].
             kind, fresh_network, expand, last, distance, learning: see :class:`tad_plugin.Match`.
         """
+        self.usage.note("before_update")
         if not self.enabled:
             return
         self.events.position(iteration=self.iteration)
         batches, tensors = self.batches, (synthetic,) if isinstance(synthetic, Tensor) else tuple(synthetic)
         about = (self.iteration, kind, fresh_network, self.data, expand, last, distance, learning)
-        match = Match(loss, batches.leaf(), batches.positions(), tensors, labels, _inner(network), *about)
+        match = Match(loss, batches.leaf(), batches.positions(), tensors, labels, inner_network(network), *about)
         with self._scoring():
             self.events.match(self.state, match)
         batches.forget()
         if last:
             self._next_iteration()
 
-    def _next_iteration(self) -> None:
-        self.batches.forget()
-        self.iteration += 1
-        every = self.scorer_config.refresh_every
-        if self.scorer is not None and every and self.iteration % every == 0:
-            self._scorer_epoch(self.scorer)
-
     def before_segment_update(self, segment: Segment) -> None:
         """As :meth:`before_update`, for trajectory matching. Sets the segment's ``iteration`` and ``data``."""
+        self.usage.note("before_segment_update")
         if self.enabled:
             segment.iteration, segment.data = self.iteration, self.data
             self.events.position(iteration=self.iteration)
@@ -326,6 +254,7 @@ class Hook:
         logits: bool = False,
     ) -> Tensor:
         """Call when a segment has been drawn; returns the target to use from here on. See :meth:`Segments.begin`."""
+        self.usage.note("begin_segment")
         segment = (images, labels, start, target, trajectory, start_epoch, epochs)
         return self.segments.begin(*segment, iteration=self.iteration, logits=logits)
 
@@ -349,52 +278,3 @@ class Hook:
             self.before_segment_update(segment)
         elif self.enabled:
             self._next_iteration()
-
-    # -- end, files and resume -----------------------------------------------------------------------
-    def finish(self) -> None:
-        """Fires on_end. If attach() got a state path, writes the state there.
-
-        Warns (TadPluginWarning) if the loop's networks were to divide the data and none was trained long enough.
-        """
-        if self.enabled:
-            self.events.end(self.state)
-            if self.trains_on_real and not self._decided and self.state.untouched():
-                warn_undecided(self.callbacks)
-        if self.state_path is not None:
-            self.save_state(self.state_path)
-
-    def save_state(self, path: str | Path) -> None:
-        """Writes the SampleState with the methods' settings in its header (atomic)."""
-        self.state.save(path, configs={c.name: c.settings() for c in self.callbacks})
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue with the same bits."""
-        return {
-            "state": self.state.state_dict(),
-            "callbacks": self.events.state_dict(),
-            "position": dict(self.events.fields),
-            "scorer": self.scorer.state_dict() if self.scorer is not None else None,
-            "generator": self.generator.get_state(),
-            "iteration": self.iteration,
-            "started": self._started,
-            "decided": self._decided,
-            "scoring_seconds": self.scoring_seconds,
-        }
-
-    @named_errors
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`, of any device. Raises StateMismatchError, ConfigError: other data, methods."""
-        self.state.load_state_dict(state["state"])
-        self.events.load_state_dict(state["callbacks"], self.state.device)
-        self.events.position(**state["position"])
-        if state["scorer"] is not None:
-            self.scorer = self._make_scorer()
-            self.scorer.load_state_dict(state["scorer"])
-        self.generator.set_state(state["generator"].cpu())
-        self.iteration = int(state["iteration"])
-        self._started, self._decided = bool(state["started"]), bool(state["decided"])
-        self.scoring_seconds = float(state["scoring_seconds"])
-
-
-def _inner(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, nn.DataParallel) else network

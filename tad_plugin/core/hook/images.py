@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from tad_plugin.data.dataset_images import DatasetImages
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.arguments import holds_values
 from tad_plugin.utils.image_store import FLOAT_BYTES, Images, ImageStore
-from tad_plugin.utils.seeds import global_generators_kept
 
-__all__ = ["as_images", "is_dataset"]
+__all__ = ["KEEP_BYTES", "as_images", "is_dataset"]
+
+KEEP_BYTES = 2**30
+"""Bytes of float32 images of a dataset that attach() keeps in memory; more are read when they are asked for."""
+# Images of a larger dataset that are looked at for their normalisation.
+_FEW = 64
 
 _EXPECTED = "`data` as a tensor, array or list of images [N,C,H,W], or a map-style dataset of (image, label)"
 # Normalised images have a mean near 0 and values of a few standard deviations.
 _FAR_MEAN, _FAR_VALUE = 3.0, 50.0
-_LOOKED_AT = 512
 
 
 def is_dataset(data: Any) -> bool:
@@ -31,21 +36,32 @@ def is_dataset(data: Any) -> bool:
     return not isinstance(data, list | tuple) or (len(data) > 0 and _is_pair(data[0]))
 
 
-def as_images(data: Any, count: int, *, read: bool = True) -> Images | None:
+def as_images(
+    data: Any,
+    count: int,
+    *,
+    read: bool = True,
+    transform: Callable[[Any], Any] | None = None,
+    seed: int = 0,
+    keep_bytes: int = KEEP_BYTES,
+) -> Images | None:
     """Normalised images float32 [N,C,H,W] of what a user gave; None for None.
 
-    A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A dataset
-    is read once, item by item, and the global generators are given back as they were.
+    A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A store
+    stays as it is. The images of a dataset are read once if they fit into ``keep_bytes``. Otherwise they are read
+    whenever a method asks for them, in batches. See :class:`DatasetImages`.
 
-    No image of an :class:`ImageStore` is copied, nor of a ``np.memmap`` of uint8 or float32. Of uint8 arrays and
-    datasets that would take more than 2 GiB as float32 a store is made as well. The items of such a dataset are read
-    each time they are needed.
+    No image of an ``np.memmap`` of uint8 or float32 is copied. Of uint8 arrays that would take more than 2 GiB as
+    float32 a store is made as well.
 
     Args:
-        data: a tensor, array or list of images; a store of them; or a map-style dataset whose items are tuples (image,
-            label).
+        data: a tensor, array or list of images; an ImageStore; or a map-style dataset whose items are tuples
+            (image, label) or mappings with an image.
         count: the number of labels, which a dataset must have as its length.
         read: False only looks at a dataset's type and length, and returns None for it.
+        transform: how a dataset's image is made for scoring.
+        seed: seeds the reading of a dataset.
+        keep_bytes: largest size of a dataset's images that are kept in memory.
 
     Raises:
         InvalidInputError: another kind, shape or length, channels last, or a NaN or infinite value.
@@ -59,15 +75,17 @@ def as_images(data: Any, count: int, *, read: bool = True) -> Images | None:
         _check_dataset(data, count)
         if not read:
             return None
-        with global_generators_kept():
-            found = [_image(data, i) for i in range(min(count, 1))]
-            large = bool(found) and 4 * count * found[0].numel() > FLOAT_BYTES
-            found += [_image(data, i) for i in range(1, 0 if large else count)]
-        data = ImageStore(_Items(data, count, _shaped(found[0]).shape)) if large else found
+        items = DatasetImages(data, prepare=_tensor, transform=transform, seed=seed)
+        large = 4 * math.prod(items.shape) > keep_bytes
+        data = ImageStore(items) if large else items[:]
+    elif transform is not None:
+        do = "Pass the dataset as data=, or transform the images yourself"
+        raise InvalidInputError(explain("a dataset whose images scoring_transform makes", type(data).__name__, do))
     store = _store(data)
     if store is not None:
         # A part tells whether they are normalised. A whole pass would take long.
-        _check(store[torch.linspace(0, len(store) - 1, min(len(store), _LOOKED_AT)).long()] if len(store) else store[:])
+        few = torch.linspace(0, max(0, len(store) - 1), min(len(store), _FEW)).long()
+        _check(store[few])
         return store
     images = _tensor(data)
     if images.ndim == 3:
@@ -88,36 +106,9 @@ def _store(data: Any) -> ImageStore | None:
     return ImageStore(data if data.ndim == 4 else data[:, None], scale=1) if mapped or large else None
 
 
-class _Items:
-    """The images of a map-style dataset, read when they are asked for."""
-
-    dtype = torch.float32
-
-    def __init__(self, data: Any, count: int, shape: torch.Size) -> None:
-        self.data, self.shape = data, torch.Size((count, *shape))
-
-    def __getitem__(self, rows: Any) -> Tensor:
-        indices = range(self.shape[0])[rows] if isinstance(rows, slice) else rows.tolist()
-        with global_generators_kept():
-            found = [_shaped(_image(self.data, i)) for i in indices]
-        for i, image in zip(indices, found, strict=True):
-            if image.shape != self.shape[1:]:
-                do = "Resize all images to one size in the dataset"
-                expected = f"images of the shape of the first, {list(self.shape[1:])}"
-                raise InvalidInputError(explain(expected, f"{list(image.shape)} at item {i}", do))
-            if not bool(torch.isfinite(image).all()):
-                got, do = f"a NaN or infinite value in image {i}", "Leave out or repair this image"
-                raise InvalidInputError(explain("finite images", got, do))
-        return torch.stack(found) if found else torch.empty(0, *self.shape[1:])
-
-
-def _shaped(image: Tensor) -> Tensor:
-    """An image as float32 [C,H,W]."""
-    found = _tensor(image)
-    return found[None] if found.ndim == 2 else found
-
-
 def _is_pair(item: Any) -> bool:
+    if isinstance(item, dict):
+        return True
     return isinstance(item, tuple | list) and len(item) >= 2 and isinstance(item[0], Tensor | np.ndarray)
 
 
@@ -132,22 +123,6 @@ def _check_dataset(data: Any, count: int) -> None:
     if length != count:
         do = "Pass the dataset that the labels belong to, in the same order"
         raise InvalidInputError(explain(f"`data` of {count} images, one per label", f"{length} items", do))
-
-
-def _image(data: Any, i: int) -> Tensor:
-    """The image of item ``i`` of a dataset."""
-    try:
-        item = data[i]
-    except Exception as error:  # the user's own code: whatever it raises
-        got = f"{type(error).__name__} at item {i}: {error}"
-        raise InvalidInputError(explain(_EXPECTED, got, "Make data[i] return (image, label)")) from error
-    if not _is_pair(item):
-        got = f"{type(data).__name__} whose item {i} is a {type(item).__name__}"
-        if isinstance(item, tuple | list):
-            got += f" of {len(item)}" + (f", first a {type(item[0]).__name__}" if item else "")
-        do = "Make data[i] return (image, label) with a tensor as image (for example with torchvision's ToTensor)"
-        raise InvalidInputError(explain(_EXPECTED, got, do))
-    return torch.as_tensor(item[0])
 
 
 def _tensor(data: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from tad_plugin.core.dispatch import CallbackList
 from tad_plugin.core.hook.given_batches import GivenBatches
+from tad_plugin.core.hook.usage import Usage
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.arguments import named_errors
@@ -165,6 +166,7 @@ class TrustedCriterion(nn.Module):
         given: the batches in flight.
         events: fires on_scorer_batch, and on_scorer_again if a batch is evaluated once more.
         labels: int64 [N], the labels that the loader gives. By default the observed ones.
+        usage: counts the losses.
 
     Raises:
         InvalidInputError: the criterion cannot give one loss per sample.
@@ -177,6 +179,7 @@ class TrustedCriterion(nn.Module):
         given: GivenBatches,
         events: CallbackList,
         labels: Tensor | None = None,
+        usage: Usage | None = None,
     ) -> None:
         super().__init__()
         if criterion is not F.cross_entropy and getattr(criterion, "reduction", None) not in ("mean", "sum"):
@@ -188,6 +191,7 @@ class TrustedCriterion(nn.Module):
         self._given = given
         self._events = events
         self._labels = state.observed if labels is None else labels.to(state.device)
+        self._usage = Usage() if usage is None else usage
 
     @named_errors
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,8 +213,10 @@ class TrustedCriterion(nn.Module):
         state, indices = self._state, batch.indices.to(self._state.device)
         weights = state.training_weights(indices).to(logits.device)
         loss = self._weighted(logits, state.targets(indices).to(logits.device), weights)
+        if not again:
+            self._usage.note("criterion", len(indices))
         fire = self._events.scorer_again if again else self._events.scorer_batch
-        return fire(state, indices, logits, loss)
+        return self._usage.watch(fire(state, indices, logits, loss))
 
     def _weighted(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         if self.criterion is F.cross_entropy:
@@ -236,14 +242,16 @@ class RealTraining:
     Args:
         state: the sample state.
         labels: int64 [N], the labels that the loader gives.
+        usage: counts what the wrappers give and take.
         active: False makes both wrappers identities.
     """
 
-    def __init__(self, state: SampleState, labels: Tensor | None, *, active: bool) -> None:
+    def __init__(self, state: SampleState, labels: Tensor | None, usage: Usage, *, active: bool) -> None:
         self.state = state
         self.labels = labels
+        self.usage = usage
         self.active = active
-        self.given = GivenBatches()
+        self.given = GivenBatches(usage)
 
     def loader(self, loader: DataLoader[Any]) -> Any:
         """The :class:`IndexedLoader` of a loader, or the same object."""
@@ -253,4 +261,4 @@ class RealTraining:
         """The :class:`TrustedCriterion` of a criterion, or the same object."""
         if not self.active:
             return criterion
-        return TrustedCriterion(criterion, self.state, self.given, events, self.labels)
+        return TrustedCriterion(criterion, self.state, self.given, events, self.labels, self.usage)

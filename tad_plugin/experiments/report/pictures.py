@@ -7,8 +7,8 @@ from typing import Any
 
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.experiments.compare import Task
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.launch import Task
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.comparison import plot_comparison

@@ -137,7 +137,7 @@ def test_data_that_are_no_images_are_named(method: str, number: int) -> None:
 
 
 BAD_ITEMS = [
-    lambda i: IMAGES[i], lambda i: IMAGES[i].numpy(), lambda i: {"image": IMAGES[i]}, lambda i: (IMAGES[i],),
+    lambda i: IMAGES[i], lambda i: IMAGES[i].numpy(), lambda i: {"picture": IMAGES[i]}, lambda i: (), lambda i: [1, 2],
     lambda i: ("path.png", 0), lambda i: None, lambda i: 1 / 0, lambda i: (torch.zeros(1, 8, 8 + i // 59), 0),
     lambda i: (torch.zeros(64), 0),
 ]  # fmt: skip

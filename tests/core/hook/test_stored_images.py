@@ -85,25 +85,25 @@ class Pairs(Dataset):  # type: ignore[type-arg]
         return self.images[i], 0
 
 
-def test_a_large_dataset_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch, global_rng_untouched: None) -> None:
-    monkeypatch.setattr(given, "FLOAT_BYTES", 1000)
-    monkeypatch.setattr(given, "_LOOKED_AT", 5)
+def test_a_large_dataset_is_read_when_it_is_needed(global_rng_untouched: None) -> None:
     data = Pairs(list(IMAGES))
-    hook = attach("tad", labels=LABELS, data=data, num_classes=3, config=SMALL, start=False)
-    assert hook.data is not None and data.read == 6
-    assert torch.equal(hook.data.images[torch.tensor([4, 2])], IMAGES[[4, 2]]) and data.read == 8
-    hook.start()
+    store = given.as_images(data, 60, keep_bytes=1000)
+    assert isinstance(store, ImageStore) and data.read == 60  # looked at: at most 64
+    assert torch.equal(store[torch.tensor([4, 2])], IMAGES[[4, 2]]) and data.read == 62
+    hook = made("tad", store)
+    assert hook.data is not None and hook.data.images is store
     assert torch.equal(hook.state.weight, made("tad", IMAGES).state.weight)
+    small = given.as_images(Pairs(list(IMAGES)), 60)
+    assert isinstance(small, torch.Tensor) and torch.equal(small, IMAGES)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, 8, 9), torch.full((1, 8, 8), torch.nan), torch.zeros(2, 8, 8)])
 def test_items_that_do_not_fit_are_named_when_they_are_read(bad: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(given, "FLOAT_BYTES", 1000)
-    monkeypatch.setattr(given, "_LOOKED_AT", 5)
-    data = Pairs([*IMAGES[:7], bad, *IMAGES[8:]])
-    hook = attach("tad", labels=LABELS, data=data, num_classes=3, config=SMALL, start=False)
+    monkeypatch.setattr(given, "_FEW", 5)
+    store = given.as_images(Pairs([*IMAGES[:7], bad, *IMAGES[8:]]), 60, keep_bytes=1000)
+    assert store is not None
     with pytest.raises(InvalidInputError, match="7"):
-        hook.start()
+        made("tad", store)
 
 
 def test_a_store_of_another_length_is_named() -> None:

@@ -75,8 +75,9 @@ def attempt(folder: Path, prepare: Callable[[], None] | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> None:
     """Runs the plan."""
+    folder = Path(arguments[0])
     torch.set_num_threads(1)
     run_experts(CONFIG, EXPERTS, "tad", folder / "whole")
     found = {name: attempt(folder / "killed", prepare) for name, prepare in PLAN.items()}
@@ -85,4 +86,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

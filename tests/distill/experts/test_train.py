@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,9 +27,9 @@ from tad_plugin.distill.experts.trainer import ExpertTrainer, expert_network
 from tad_plugin.errors import DiskSpaceError, ResumeError, StateMismatchError, TadPluginWarning
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.utils.seeds import expert_generator
-from tests import ROOT
 from tests.distill.experts.training import Even, all_of, config, data, hook_of, plain, same
 from tests.problems import PLAIN, blobs, flip
+from tests.warm import start_program
 
 
 def test_no_method_is_bit_identical_to_a_method_that_changes_nothing_and_draws_nothing(
@@ -240,10 +237,9 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
 
 
 def test_killed_in_the_middle_of_an_expert_the_command_line_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.distill.experts.killed_experts", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
-    statuses = json.loads(found.stdout.splitlines()[-1])
+    process = start_program("tests.distill.experts.killed_experts", str(tmp_path), output=tmp_path / "output")
+    assert process.wait() == 0, (tmp_path / "output").read_text()
+    statuses = json.loads((tmp_path / "output").read_text().splitlines()[-1])
     assert statuses == {
         "in the first expert": -9,
         "writing a file": -9,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -32,8 +28,7 @@ from tad_plugin.distill.experts.workers import (
 )
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginError
 from tad_plugin.utils.seeds import expert_generator
-from tests import ROOT
-from tests.distill.experts.training import Even, Term, all_of, config, data, hook_of, plain, same
+from tests.distill.experts.training import Even, Term, config, data, hook_of, plain, same
 
 
 def test_side_by_side_they_are_the_same_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,28 +51,6 @@ def test_side_by_side_they_are_the_same_experts(tmp_path: Path, monkeypatch: pyt
     losses = [[(r["expert"], r["loss"]) for r in records if r.get("event") == "expert"] for records in (one, several)]
     assert losses[0] == losses[1] and [n for n, _ in losses[0]] == [-1, 0, 1, 2]
     assert not (tmp_path / "two" / FOLDER).exists()
-
-
-def test_killed_with_its_processes_at_work_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    flags = (
-        "experts --per_class 60 --width 16 --epochs 12 --batch_train 16 --experts 3 --arm noisy --noise symmetric:0.4"
-    )
-    command = [sys.executable, "-m", "tad_plugin.cli", *flags.split(), "--checkpoint_seconds", "0.0", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = subprocess.Popen([*command, str(cut), "--jobs", "2"], env=environment, stderr=subprocess.DEVNULL)
-    deadline = monotonic() + 120
-    while len(list((cut / FOLDER).glob("expert-*/?.json"))) < 2 and process.poll() is None:
-        assert monotonic() < deadline
-        sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(list((cut / FOLDER).glob("expert-*/?.json"))) >= 2 and not (cut / "buffer.json").exists()
-    for folder in (cut, whole):
-        subprocess.run([*command, str(folder)], env=environment, check=True, capture_output=True)
-    assert len(all_of(cut)) == 3 and not (cut / FOLDER).exists()
-    for path in buffer_files(whole):
-        assert path.read_bytes() == (cut / path.name).read_bytes()
 
 
 class After:
@@ -118,7 +91,7 @@ def test_an_expert_that_was_stopped_goes_on_in_another_process(tmp_path: Path, d
     assert unfinished.take(1) is None
 
 
-def test_what_goes_wrong_in_a_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_process_is_told(tmp_path: Path, workers_as_forks: None) -> None:
     with pytest.raises(NonFiniteError, match="nan"):
         train_experts(data(), config(lr=1e30, epochs=1), tmp_path / "a", plain(data()), jobs=2)
     unfinished, dead = UnfinishedExperts(tmp_path), Future[None]()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tad_plugin.experiments.report.comparison import plot_comparison
 from tad_plugin.experiments.report.synthetic import plot_synthetic
 from tad_plugin.experiments.report.tables import Row, summarise
 from tad_plugin.experiments.report.trust import plot_loss_histogram, plot_trusted_space
-from tests import ROOT
+from tests.warm import start_program
 
 Drawn = list[Figure]
 
@@ -278,8 +277,9 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
-        "import sys, tad_plugin.experiments.report.trust as p; "
+        "import sys; assert 'matplotlib' not in sys.modules; import tad_plugin.experiments.report.trust as p; "
         f"p.plot_trusted_space([{{'trusted': 5}}], r'{tmp_path / 't.png'}'); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+    process = start_program("tests.warm", code, output=tmp_path / "output")
+    assert process.wait() == 0, (tmp_path / "output").read_text()
