@@ -240,8 +240,7 @@ def dm_influence(
         weights: current weights [N] >= 0; None for 1.
         normalise: True if the loss divides by the sum of the weights, False if by their number.
             :meth:`SampleState.weights` has mean 1 over a batch's samples of a class, so True fits it.
-        divisor: n_c for the scale, such as the loop's real batch size per class; None for the n_c above, over the
-            samples given. The ranking inside a class does not depend on it.
+        divisor: n_c for the scale; None for the n_c above. The ranking inside a class does not depend on it.
         eta: step size of S > 0.
         chunk_size: real images per forward pass.
 
