@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.events import Match, Segment
-from tad_plugin.core.hook.attach import add_arguments, attach
+from tad_plugin.core.hook.attach import add_arguments, attach, attach_dataset
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.observer import Observer
 from tad_plugin.core.state import SampleState
@@ -31,4 +31,5 @@ __all__ = [
     "__version__",
     "add_arguments",
     "attach",
+    "attach_dataset",
 ]

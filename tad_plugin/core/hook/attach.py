@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tad_plugin.core.diagnostics import InfluenceDiagnostics, SplitDiagnostics
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.hook.images import as_images, is_dataset
+from tad_plugin.core.hook.indexed import IndexedDataset
 from tad_plugin.core.hook.wiring import WiringCheck
 from tad_plugin.core.observer import Observer
 from tad_plugin.core.registry import make_callbacks, method_names
@@ -34,7 +35,7 @@ from tad_plugin.utils.settings import build_config
 from tad_plugin.utils.torch_modes import default_modes
 from tad_plugin.utils.whole_numbers import check_whole
 
-__all__ = ["add_arguments", "attach"]
+__all__ = ["add_arguments", "attach", "attach_dataset"]
 
 
 @named_errors
@@ -183,6 +184,21 @@ def attach(
     if start:
         hook.start(progress=progress)
     return hook
+
+
+def attach_dataset(method: str | None, data: Any, **settings: Any) -> tuple[IndexedDataset, Hook]:
+    """The dataset with indices, and its hook: ``attach(method, data=data, ...)`` and ``hook.dataset(data)`` in one.
+
+    ``train_set, hook = attach_dataset("tad", train_set, scoring_transform=plain)`` stands before the DataLoader. Its
+    batches then end with their indices, and ``hook.loss(logits, labels, idx)`` is their weighted loss.
+
+    Args:
+        method: as in :func:`attach`.
+        data: a map-style dataset of all samples.
+        settings: further arguments of :func:`attach`.
+    """
+    hook = attach(method, data=data, **settings)
+    return hook.dataset(data), hook
 
 
 def _spec(noise: NoiseSpec | str | None) -> NoiseSpec | None:

@@ -124,6 +124,8 @@ class GivenLoss:
             do = "Pass the labels of the batch as a tensor"
             raise InvalidLabelsError(explain("labels as a tensor", type(labels).__name__, do))
         self.usage.note("loss", len(logits))
+        if share is None and not labels.is_floating_point():
+            pair = None  # hard labels: nothing was mixed into this batch
         if not self.enabled:
             return self._plain(logits, labels, pair, share, criterion), index
         self.follow()
@@ -140,15 +142,11 @@ class GivenLoss:
         if pair is None or labels.is_floating_point():
             return loss
         other: Tensor = criterion(logits, self.state.observed[pair].to(labels.device))
-        share = self._share(share)
         return share * loss + (1 - share) * other
 
-    @staticmethod
-    def _share(share: Any) -> Any:
-        if share is None:
-            do = "Pass share=lam, or the mixed labels [B,K] instead of hard ones"
-            raise InvalidInputError(explain("the share of each row's own sample", "none", do))
-        return share
+    def _one(self, weight: Tensor, more: Tensor | None = None) -> bool:
+        """Whether all weights are 1. Then the script's own loss keeps its bits; another reduction rounds otherwise."""
+        return bool((weight == 1).all() if more is None else ((weight == 1) & (more == 1)).all())
 
     def follow(self) -> None:
         """Notes the targets before the last change, which batches that were read ahead still have."""
@@ -176,8 +174,11 @@ class GivenLoss:
         weight = self.weights(index).to(logits.device)
         rows, scale = losses_of(criterion, logits, target), _class_weights(criterion, target)
         if pair is None:
+            if self._one(weight):
+                loss: Tensor = criterion(logits, target)
+                return loss
             return _reduced(criterion, weight * rows, weight * scale)
-        s = torch.as_tensor(self._share(share), device=logits.device).expand(len(rows))
+        s = torch.as_tensor(share, device=logits.device).expand(len(rows))
         other = self._now[pair].to(logits.device)
         more = self.weights(pair).to(logits.device) * (1 - s)
         total = s * weight * scale + more * _class_weights(criterion, other)
@@ -193,6 +194,9 @@ class GivenLoss:
         if pair is None:
             if share is None:
                 _refuse_mixed(labels)
+            if self._one(weight):
+                loss: Tensor = criterion(logits, labels)
+                return loss
             return _reduced(criterion, weight * losses_of(criterion, logits, labels), weight)
         own, other = self._now[index], self._now[pair]
         s, first, second, left = mixed_parts(labels, own.to(labels.device), other.to(labels.device), share)
@@ -204,7 +208,11 @@ class GivenLoss:
             do = "Pass the indices of the samples that were mixed in as partner: idx.roll(1, 0) for torchvision"
             expected = f"labels mixed of samples {int(index[row])} and {int(pair[row])}"
             raise InvalidLabelsError(explain(expected, got, do))
-        more = self.weights(pair).to(logits.device) * (1 - s)
+        more = self.weights(pair).to(logits.device)
+        if self._one(weight, more):
+            loss = criterion(logits, labels)
+            return loss
+        more = more * (1 - s)
         rows = s * weight * losses_of(criterion, logits, first) + more * losses_of(criterion, logits, second)
         return _reduced(criterion, rows, s * weight + more)
 

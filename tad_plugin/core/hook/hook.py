@@ -45,11 +45,13 @@ class Hook(MethodRun):
     def pool(self, c: int) -> Tensor:
         """Indices (int64) of usable samples with target c, ascending."""
         self.usage.note("pool")
+        self.usage.late_pools += self.iteration > 0
         return self.state.pool(c)
 
     def pools(self) -> list[list[int]]:
         """Usable indices of each class, for ``indices_class`` of the public codebases. See :meth:`Batches.pools`."""
         self.usage.note("pools")
+        self.usage.late_pools += self.iteration > 0
         return self.batches.pools()
 
     def class_indices(self, c: int) -> ClassIndices:
@@ -167,7 +169,8 @@ class Hook(MethodRun):
             labels: int64 [B], the samples' own labels; or float [B,K], soft, smoothed or mixed.
             indices: int64 [B], as they came with the batch.
             partner: int64 [B], the samples that were mixed in: ``idx.roll(1, 0)`` for torchvision's CutMix and MixUp.
-            share: share of each row's own sample, a number or [B]. Mixed labels [B,K] tell it themselves.
+            share: share of each row's own sample, a number or [B]. Mixed labels [B,K] tell it themselves; hard labels
+                without it are of their samples alone, so that a loop may mix only some of its batches.
             criterion: cross-entropy by default; or a loss module with a ``reduction``.
             again: the batch is evaluated once more (sharpness-aware training).
 

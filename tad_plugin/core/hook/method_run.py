@@ -202,7 +202,7 @@ class MethodRun:
         either they take the logits that went through :meth:`loss`, as soon as every sample has some.
         """
         self.usage.note("epoch_end")
-        if self.enabled and not self._decided:
+        if self.enabled and not self._decided and self.check is None:
             with self._scoring():
                 found = self.indexed.scored(inner_network(network))
                 self._waits = found if isinstance(found, str) else ""

@@ -20,13 +20,14 @@ class Usage:
         watched: tensors that the hook returned with a graph.
         used: how many of them a backward pass came through.
         largest: samples of the largest batch.
+        late_pools: calls of ``pool`` and ``pools`` after the first update of the synthetic set.
     """
 
     def __init__(self, *, watching: bool = False) -> None:
         self.calls: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
         self.watching = watching
-        self.watched = self.used = self.largest = 0
+        self.watched = self.used = self.largest = self.late_pools = 0
 
     def note(self, handle: str, samples: int = 0) -> None:
         """Counts one call, with this number of samples."""

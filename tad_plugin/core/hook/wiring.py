@@ -121,15 +121,22 @@ def wiring_table(usage: Usage, check: WiringCheck, *, trains_on_real: bool, iter
         _counts(usage, (*_LABELS, *_BY_CLASS)),
         "" if labels else "Train on hook.targets(idx), or draw by class with hook.sample(c, ...): a method may relabel",
     )
-    if calls["pools"] == 1 and iteration > 1 and not _any(usage, ("sample", "pool", "class_indices", "class_sampler")):
-        line("pools of today", "pools 1", "Ask hook.pools() in each iteration, or use hook.class_indices(c)")
+    early = calls["pools"] + calls["pool"]
+    others = ("sample", "class_indices", "class_sampler", "batch_sampler", *indexed)
+    if early and iteration > 1 and not (usage.late_pools or _any(usage, others)):
+        do = "Ask hook.pools() in each iteration, or use hook.class_indices(c)"
+        line("pools of today", f"{early:,} calls before the first update, none after it", do)
     weighted = _any(usage, _WEIGHTS)
     if not segments or weighted:
         asks = "Weight each real sample: hook.loss(logits, labels, idx), hook.reweight(rows, idx) or hook.weights(idx)"
         line("weights asked", _counts(usage, _WEIGHTS), "" if weighted else asks)
     if usage.watched or check.without:
-        lost = usage.watched - usage.used
-        use = "" if not lost else "Use what the hook returned in the loss on which backward() is called"
+        # A loop may also compute a loss to look at it.
+        use = (
+            ""
+            if 10 * usage.used >= 9 * usage.watched
+            else "Use what the hook returned in the loss on which backward() is called"
+        )
         line("weights reach a loss", f"{usage.used:,} of {usage.watched:,}", use)
     for given, asked, handle in (("dataset reads", "loss", "hook.loss"), ("loader", "criterion", "the criterion")):
         read, seen = samples[given], samples[asked]

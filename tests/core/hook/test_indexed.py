@@ -205,6 +205,9 @@ def test_mixing_by_hand_with_two_index_vectors() -> None:
     expected = by_hand(hook.state, logits, idx.tolist(), partner.tolist(), share)
     found = hook.loss(logits, hook.targets(idx), idx, partner=partner, share=share)
     assert value(found) == pytest.approx(expected, **CLOSE)
+    # Hard labels without a share: nothing was mixed into this batch.
+    unmixed = hook.loss(logits, hook.targets(idx), idx, partner=partner)
+    assert value(unmixed) == pytest.approx(by_hand(hook.state, logits, idx.tolist()), **CLOSE)
     # The usual form of such loops: two losses. Both batches hold the same samples, so it is the same.
     y = hook.targets(idx)
     two = share * hook.loss(logits, y, idx) + (1 - share) * hook.loss(logits, y[partner], idx[partner])
@@ -328,7 +331,7 @@ def test_batches_are_checked() -> None:
         lambda: hook.loss(logits, y.tolist(), idx),
         lambda: hook.loss(logits[0], y[:1], idx[:1]),
         lambda: hook.loss(logits, torch.ones(8, K + 1), idx),
-        lambda: hook.loss(logits, y, idx, partner=other),
+        lambda: hook.loss(logits, y, idx, partner=idx[:7], share=0.5),
     ):
         with pytest.raises(InvalidInputError):
             bad()
