@@ -180,6 +180,9 @@ class ImageStore:
                 raise IndexError(index)
             return self[torch.tensor([index % len(self)])][0]
         if isinstance(index, Tensor):
+            if index.ndim != 1:
+                do = "Ask for rows with a slice, a mask [N] or positions [B]"
+                raise InvalidInputError(explain("rows of images", f"a tensor of shape {list(index.shape)}", do))
             index = (index.nonzero().flatten() if index.dtype == torch.bool else index).to(self._at)
             # Offset from the end, as in a tensor.
             index = torch.where(index < 0, index + len(self), index)
