@@ -35,7 +35,7 @@ MTT = {"baseline": "mtt"}
     ("change", "without", "with_effect"),
     [
         ({"root": "/data"}, {}, {"dataset": "cifar10"}),
-        ({"root": "/data"}, {"dataset": "folder:x"}, {"dataset": "svhn"}),
+        ({"root": "/data"}, {"dataset": "digits"}, {"dataset": "folder:x"}),
         ({"methods": TAD}, {"arms": ["noisy", "iwd"]}, {"arms": ["noisy", "tad+iwd"]}),
         ({"methods": IWD}, {"arms": ["tad"]}, {"arms": ["iwd"]}),
         ({"methods": SCORER}, {"arms": ["noisy", "oracle"]}, {"arms": ["loss-prune"]}),
