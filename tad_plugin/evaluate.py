@@ -23,6 +23,7 @@ from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.settings import Settings, setting
 from tad_plugin.utils.torch_modes import default_modes
+from tad_plugin.utils.transfers import upload
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
@@ -142,8 +143,8 @@ def train_on_synthetic(
         if epoch == config.epochs // 2 + 1:
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.1
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for indices in order.split(config.batch_size):
+        order = torch.randperm(len(images), generator=generator)
+        for indices in upload(order.split(config.batch_size), images.device):
             batch = images[indices]
             if augmentation.strategies:
                 batch = augmentation(batch, generator=generator)
@@ -174,7 +175,7 @@ def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
 
     def hits(size: int) -> int:
         parts = zip(images.split(size), labels.split(size), strict=True)
-        return sum(int((network(x).argmax(1) == y).sum()) for x, y in parts)
+        return int(torch.stack([(network(x).argmax(1) == y).sum() for x, y in parts]).sum())
 
     return 100.0 * halved(hits, forward_size(images, network)) / len(labels)
 

@@ -9,8 +9,12 @@ The device is called ``meta``: for ``cuda``, a CUDA build of torch asks the driv
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["DEVICE", "MixedDevicesError", "emulated_device"]
+__all__ = ["DEVICE", "MixedDevicesError", "Transfers", "counted", "emulated_device"]
 
 DEVICE = torch.device("meta")
 
@@ -28,8 +32,71 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 _STRICT = ("aten::cat", "aten::stack", "aten::mm", "aten::addmm", "aten::bmm", "aten::index_add", "aten::index_add_")
 
 
+@dataclass(eq=False)
+class Transfers:
+    """Counts by operation and place in the package.
+
+    Attributes:
+        waiting: what makes Python wait for the device: copies to it or from it, and values that are read.
+        queued: copies to the device that do not wait (``non_blocking``).
+        kernels: operations that compute on the device.
+    """
+
+    waiting: Counter[str] = field(default_factory=Counter)
+    queued: Counter[str] = field(default_factory=Counter)
+    kernels: int = 0
+
+
 class MixedDevicesError(RuntimeError):
     """An operation that a real device would refuse."""
+
+
+# Where operations are noted, inside :func:`counted`.
+_NOTES: list[Transfers] = []
+
+# Operations whose result has a size that depends on values, so that a device must finish first.
+_SIZED_BY_VALUES = ("nonzero", "bincount", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal")
+# Operations that compute nothing.
+_VIEWS = {
+    *(
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+    ),
+    *("detach", "detach_", "as_strided", "split", "split_with_sizes", "unbind", "reshape", "_reshape_alias"),
+    *(
+        "unfold",
+        "diagonal",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "movedim",
+    ),
+}
+
+
+def _note(kind: str, *, waits: bool = True) -> None:
+    if not _NOTES:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and "/tad_plugin/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    place = "elsewhere"
+    if frame is not None:
+        place = f"{frame.f_code.co_filename.rpartition('/tad_plugin/')[2]}:{frame.f_lineno}"
+    for notes in _NOTES:
+        (notes.waiting if waits else notes.queued)[f"{kind} at {place}"] += 1
 
 
 class _There(Tensor):
@@ -57,15 +124,19 @@ class _There(Tensor):
         return _compute(func, args, kwargs or {})
 
     def __int__(self) -> int:
+        _note("read")
         return int(self.raw)
 
     def __float__(self) -> float:
+        _note("read")
         return float(self.raw)
 
     def __index__(self) -> int:
+        _note("read")
         return self.raw.__index__()
 
     def tolist(self) -> Any:
+        _note("read")
         return self.raw.tolist()
 
     def numpy(self, **_: Any) -> Any:  # type: ignore[override]
@@ -94,11 +165,18 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if name == "aten::_to_copy":
         kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
         found = func(_raw(args[0]), **kept)
+        up, down = asked and not isinstance(args[0], _There), given is not None and isinstance(args[0], _There)
+        if up or (down and not asked):
+            _note("copy up" if up else "copy down", waits=not (up and kwargs.get("non_blocking")))
         return _There(found) if asked or (given is None and isinstance(args[0], _There)) else found
     if name == "aten::copy_":
         func(_raw(args[0]), _raw(args[1]))
+        if isinstance(args[0], _There) != isinstance(args[1], _There) and (args[1].ndim or isinstance(args[1], _There)):
+            _note("copy up" if isinstance(args[0], _There) else "copy down")
         return args[0]
     if name == "aten::_local_scalar_dense":
+        if isinstance(args[0], _There):
+            _note("read")
         return func(_raw(args[0]))
     if name == "aten::_efficientzerotensor" and asked:  # the tangent of a constant
         return _There(torch.zeros(args[0], dtype=kwargs.get("dtype")))
@@ -106,6 +184,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     on_device = asked or any(isinstance(x, _There) for x in flat)
     if on_device:
         _check(name, args, flat)
+        _count(name, args)
     values, more = tree_unflatten([_raw(x) for x in flat], form)
     if asked:
         more["device"] = "cpu"
@@ -116,6 +195,21 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     # An operation in place returns the tensor that it was given.
     known = {id(x.raw): x for x in flat if isinstance(x, _There)}
     return tree_map(lambda x: known.get(id(x), _There(x)) if isinstance(x, Tensor) else x, found)
+
+
+def _count(name: str, args: tuple[Any, ...]) -> None:
+    short = name.removeprefix("aten::")
+    if _NOTES and short not in _VIEWS:
+        for notes in _NOTES:
+            notes.kernels += 1
+    if short in _SIZED_BY_VALUES:
+        _note(short)
+    if name in _INDEXING:
+        indices = [i for i in tree_flatten(args[1])[0] if isinstance(i, Tensor)]
+        if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            _note("choice by a mask")
+        if isinstance(args[0], _There) and not all(isinstance(i, _There) for i in indices):
+            _note("copy up")
 
 
 def _check(name: str, args: tuple[Any, ...], flat: list[Any]) -> None:
@@ -129,6 +223,17 @@ def _check(name: str, args: tuple[Any, ...], flat: list[Any]) -> None:
         here = [x for x in here if x.ndim]
     if here:
         raise MixedDevicesError(f"{name}: tensors on {DEVICE} and CPU tensors {[list(x.shape) for x in here]}")
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Transfers]:
+    """Context that counts what goes between the host and the emulated device, and what runs on it."""
+    notes = Transfers()
+    _NOTES.append(notes)
+    try:
+        yield notes
+    finally:
+        _NOTES.remove(notes)
 
 
 @contextlib.contextmanager

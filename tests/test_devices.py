@@ -18,10 +18,12 @@ from tad_plugin import attach
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.evaluate import EvaluateConfig, accuracy, evaluate
 from tad_plugin.utils.checkpoints import moved
 from tad_plugin.utils.seeds import expert_generator
+from tests.distill.experts.problems import TRAINING, loop_of, run
 from tests.emulated_device import DEVICE, MixedDevicesError, emulated_device
 from tests.problems import PLAIN, blobs, distilled, dm_loop, flip
 
@@ -154,6 +156,32 @@ def test_an_expert_resumes_from_a_checkpoint_on_the_cpu(there: There, method: st
     resumed.load_state_dict(saved["trainer"])
     train(resumed, again, 1)
     assert same(resumed.state_dict(), expected.state_dict())
+    assert same(again.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mtt_resumes_from_a_checkpoint_on_the_cpu(there: There, method: str) -> None:
+    """Stopped between two refreshes of IWD, with momentum in use."""
+    whole = there.hook(method, trains_on_real=True)
+    assert whole.data is not None
+    whole.begin_expert()
+    expert = ExpertTrainer(ExpertConfig(**TRAINING), whole.data, whole, expert_generator(0, 0))
+    for _ in range(3):
+        expert.run_epoch()
+        whole.epoch_end(expert.network)
+    whole.settle()
+    experts = Experts([[expert.trajectory]])
+    first = loop_of(there.images, there.labels, 3, whole, experts)
+    run(first, 1)
+    saved = moved({"hook": whole.state_dict(), "loop": first.state_dict()}, "cpu")
+    expected = run(first, 2, 1)
+    again = there.hook(method, trains_on_real=True, start=False)
+    again.load_state_dict(saved["hook"])
+    again.start()
+    again.settle()
+    resumed = loop_of(there.images, there.labels, 3, again, experts, seed=8)
+    resumed.load_state_dict(saved["loop"])
+    assert same(run(resumed, 2, 1), expected)
     assert same(again.state_dict(), whole.state_dict())
 
 

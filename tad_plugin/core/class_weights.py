@@ -97,10 +97,14 @@ def batch_weights(weight: Tensor, target: Tensor, trusted: Tensor, num_classes: 
         trusted: bool [B].
         num_classes: K.
     """
-    if bool((trusted & (weight == weight[:1])).all()):
+    even_weights = (trusted & (weight == weight[:1])).all()
+    # On the CPU the answer is at hand. An accelerator computes both, because reading it would wait.
+    if weight.device.type == "cpu" and bool(even_weights):
         return torch.ones_like(weight)
     even = trusted.double()
     own = weight.double() * even
     own = torch.where((_sums(own, target, num_classes) > 0)[target], own, even)
-    scale = torch.bincount(target, minlength=num_classes).double() / _sums(own, target, num_classes).clamp_min(1e-300)
-    return torch.where(trusted, (own * scale[target]).float(), torch.zeros_like(weight))
+    count = _sums(torch.ones_like(own), target, num_classes)
+    scale = count / _sums(own, target, num_classes).clamp_min(1e-300)
+    found = torch.where(trusted, (own * scale[target]).float(), torch.zeros_like(weight))
+    return torch.where(even_weights, torch.ones_like(weight), found)

@@ -10,9 +10,36 @@ from torch import Tensor
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.utils.arguments import holds_values
 
-__all__ = ["check_indices"]
+__all__ = ["check_indices", "known_indices", "on_host"]
 
 _WAY_OUT = "Pass the positions of the samples in the dataset, as integers or as a bool mask of all samples"
+
+
+def known_indices(indices: Tensor, length: int, host: Tensor | None = None) -> Tensor:
+    """Notes that indices lie in [0, length), so that :func:`check_indices` need not wait for their device.
+
+    The note holds for this tensor while nothing is written into it. Returns the tensor.
+
+    Args:
+        indices: int64 [B] on any device.
+        length: number of samples.
+        host: the same on the CPU, if it is at hand; see :func:`on_host`.
+    """
+    if host is indices:  # no circle of references
+        host = None
+    indices._tad_known = (length, indices._version, host)  # type: ignore[attr-defined]
+    return indices
+
+
+def on_host(indices: Tensor) -> Tensor:
+    """The indices on the CPU, without a transfer if :func:`known_indices` was given them."""
+    _, version, host = getattr(indices, "_tad_known", (0, 0, None))
+    return indices.cpu() if host is None or version != indices._version else host
+
+
+def _is_known(indices: Tensor, length: int | None) -> bool:
+    most, version, _ = getattr(indices, "_tad_known", (None, 0, None))
+    return most is not None and most == length and version == indices._version
 
 
 def check_indices(
@@ -37,6 +64,9 @@ def check_indices(
     Raises:
         InvalidInputError: another type, shape or number, none at all, or one out of range.
     """
+    device = torch.device(device)
+    if isinstance(indices, Tensor) and _is_known(indices, length) and count in (None, len(indices)):
+        return indices if indices.device.type == device.type else indices.to(device)
     try:
         given = torch.as_tensor(indices).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -6,6 +6,7 @@ so the hook trains this small network before distillation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -198,10 +199,10 @@ class Scorer(EpochTrainer):
         """
         config, n = self.config, len(self.data)
         self.network.train()
-        order = torch.randperm(n, generator=self.generator).to(self.data.images.device)
-        batches = order.split(config.batch_size or max(8, min(128, n // 50)))
+        order = torch.randperm(n, generator=self.generator)
+        batches = state.placed(order.split(config.batch_size or max(8, min(128, n // 50))))
         weights = state.training_weights()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=state.device)
         for step, indices in enumerate(batches):
             progress = min(1.0, (self.epoch + step / len(batches)) / config.epochs)
             # Refreshes after the schedule continue with a small constant rate.
@@ -214,18 +215,25 @@ class Scorer(EpochTrainer):
             logits = self.network(images)
             loss = weighted_cross_entropy(logits, state.target[indices], weights[indices])
             loss = events.scorer_batch(state, indices, logits, loss)
-            if not bool(torch.isfinite(loss)):
-                got = f"{float(loss.detach())} in epoch {self.epoch}"
-                do = "Lower scorer.lr, and check the images for NaN"
-                raise NonFiniteError(explain("a finite scorer loss", got, do))
+            # An accelerator is asked once per epoch, because each answer would wait.
+            if loss.device.type == "cpu":
+                self._check(float(loss.detach()))
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            total += float(loss.detach()) * len(indices)
+            total += loss.detach().double() * len(indices)
+        mean = self._check(float(total) / n)
         self.epoch += 1
         events.position(scorer_epoch=self.epoch)
         events.scorer_epoch(state, self.network, self.data)
-        return total / n
+        return mean
+
+    def _check(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            got = f"{loss} in epoch {self.epoch}"
+            do = "Lower scorer.lr, and check the images for NaN"
+            raise NonFiniteError(explain("a finite scorer loss", got, do))
+        return loss
 
 
 def _strategy(name: str, data: RealData) -> str:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from tad_plugin.core.class_weights import batch_weights, check_means, product_of_factors
 from tad_plugin.core.fields import check_classes, check_factor, check_field, check_rows
-from tad_plugin.core.indices import check_indices
+from tad_plugin.core.indices import check_indices, known_indices
+from tad_plugin.core.pools import Pools
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
 from tad_plugin.data.labels import check_labels, integers_of, label_digest
 from tad_plugin.data.real import RealData
-from tad_plugin.data.splits import class_members
 from tad_plugin.errors import (
-    EmptyClassError,
     InvalidInputError,
     InvalidLabelsError,
     StateMismatchError,
@@ -29,7 +28,7 @@ from tad_plugin.errors import (
 )
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.machine import check_device
-from tad_plugin.utils.whole_numbers import check_whole
+from tad_plugin.utils.transfers import upload
 
 __all__ = ["SampleState"]
 
@@ -102,7 +101,7 @@ class SampleState:
         # Each method's factor of the weight. Factors multiply.
         self._factors: dict[str, Tensor] = {}
         self.version = 0
-        self._pools: tuple[int, list[Tensor]] | None = None
+        self._pools: tuple[int, Pools] | None = None
 
     # -- description -------------------------------------------------------------------------------
     @property
@@ -237,12 +236,12 @@ class SampleState:
 
     def pools(self) -> list[Tensor]:
         """One tensor per class: int64 indices of its usable samples, ascending. Copies: writing into them is safe."""
-        return [pool.clone() for pool in self._current_pools()]
+        return [pool.clone() for pool in self._current_pools().members]
 
-    def _current_pools(self) -> list[Tensor]:
+    def _current_pools(self) -> Pools:
         """The pools themselves, rebuilt only after a write."""
         if self._pools is None or self._pools[0] != self.version:
-            self._pools = self.version, class_members(self.target, self.num_classes, self.usable())
+            self._pools = self.version, Pools(self.target, self.num_classes, self.usable())
         return self._pools[1]
 
     def pool(self, c: int) -> Tensor:
@@ -251,7 +250,7 @@ class SampleState:
         Raises:
             InvalidInputError: c is not a class.
         """
-        return self._current_pools()[check_whole("a class", c, 0, self.num_classes)].clone()
+        return self._current_pools().of(c).clone()
 
     def sample(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         """Up to n indices of class c, drawn without replacement. A smaller pool is returned whole and shuffled.
@@ -267,16 +266,19 @@ class SampleState:
             EmptyClassError: the pool is empty.
             InvalidInputError: c is not a class, n is no whole number of at least 1, or no CPU generator.
         """
-        pool = self._current_pools()[check_whole("a class", c, 0, self.num_classes)]
-        n = check_whole("n", n, 1)
-        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            do = "Pass torch.Generator().manual_seed(...)"
-            raise InvalidInputError(explain("a CPU generator", repr(generator), do))
-        if len(pool) == 0:
-            do = "Lower the threshold or raise min_per_class of the method"
-            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
-        order = torch.randperm(len(pool), generator=generator)[:n]
-        return pool[order.to(pool.device)]
+        return self.placed([self.draw(c, n, generator)])[0]
+
+    def draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
+        """As :meth:`sample`, but the indices are on the CPU. :meth:`placed` moves those of several classes at once."""
+        return self._current_pools().draw(c, n, generator)
+
+    def draw_any(self, n: int, generator: torch.Generator) -> Tensor:
+        """Up to n usable samples of any class, without replacement, int64 on the CPU."""
+        return self._current_pools().draw_any(n, generator)
+
+    def placed(self, drawn: Sequence[Tensor]) -> list[Tensor]:
+        """Moves indices int64 [B] that :meth:`draw` gave to the state's device, in one copy that does not wait."""
+        return [known_indices(t, len(self), host) for t, host in zip(upload(drawn, self.device), drawn, strict=True)]
 
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Weights for a matching loss: float32 [B], mean 1 over the batch's samples of each target class.

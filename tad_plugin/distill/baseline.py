@@ -6,6 +6,7 @@ its own through the entry-point group ``tad_plugin.baselines``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -111,6 +112,8 @@ class Baseline:
     Config: ClassVar[type[BaselineConfig]] = BaselineConfig
     #: True if the loop trains networks on the real data through the hook, so that no separate scorer is needed
     trains_on_real: ClassVar[bool] = False
+    #: True if torch.compile can compile its networks: it differentiates a network once at most
+    compiles: ClassVar[bool] = False
     #: Protocol defaults (fields of RunConfig); they override the dataset preset.
     preset: ClassVar[Mapping[str, Any]] = {}
     #: fields of EvaluateConfig that the protocol fixes
@@ -185,6 +188,9 @@ class Baseline:
         do = "Override Baseline.step"
         raise TypeError(explain(f"{type(self).__name__} to define step()", "a class without it", do))
 
+    def compile(self) -> None:
+        """Override it, with :attr:`compiles`, to compile the matched networks. Called before the first step."""
+
     def result(self) -> SyntheticSet:
         """A detached copy of the current synthetic set."""
         return self.synthetic.detached()
@@ -200,7 +206,11 @@ class Baseline:
             EmptyClassError: the class has no usable sample.
             NotEnoughSamplesError: it has fewer than n, and ``full_batches`` is set.
         """
-        found = self.hook.sample(c, n, self.generator)
+        return self.hook.state.placed([self.draw_on_host(c, n)])[0]
+
+    def draw_on_host(self, c: int, n: int) -> Tensor:
+        """As :meth:`draw`, but the indices are on the CPU. ``hook.state.placed`` moves those of all classes at once."""
+        found = self.hook.draw(c, n, self.generator)
         if self.config.full_batches and len(found) < n:
             do = "Lower batch_real, or set full_batches to false: such a class then gives all its samples"
             raise NotEnoughSamplesError(explain(f"{n} usable samples of class {c} for a batch", str(len(found)), do))
@@ -303,8 +313,10 @@ def initial_images(
     return torch.cat(rows).clone(), labels
 
 
-def check_loss(loss: Tensor, iteration: int) -> None:
-    """Raises NonFiniteError if a matching loss is NaN or infinite."""
-    if not bool(torch.isfinite(loss)):
+def check_loss(loss: Tensor | float, iteration: int) -> float:
+    """The value of a matching loss, in one transfer. Raises NonFiniteError if it is NaN or infinite."""
+    value = float(loss)
+    if not math.isfinite(value):
         do = "Lower lr_img; the last checkpoint of the run is intact"
-        raise NonFiniteError(explain("a finite matching loss", f"{float(loss)} at iteration {iteration}", do))
+        raise NonFiniteError(explain("a finite matching loss", f"{value} at iteration {iteration}", do))
+    return value

@@ -118,36 +118,34 @@ class MeanMatching(Baseline):
                 gradient.unflatten(0, (classes, -1))[part] = torch.autograd.grad(loss, own)[0]
             losses.append(loss if keep else loss.detach())
         total = torch.stack(losses).sum()
-        check_loss(total.detach(), iteration)
+        value = check_loss(total.detach(), iteration)
         self.hook.before_update(total, images, network, labels=self.synthetic.labels, **event)
         images.grad = torch.autograd.grad(total, images)[0] if keep else gradient
-        return float(total.detach())
+        return value
+
+    def _draws(self) -> tuple[list[Tensor], list[Draw | None]]:
+        """Indices of one real batch per class, and its augmentation draw. The indices are moved in one copy."""
+        drawn: list[Tensor] = []
+        draws: list[Draw | None] = []
+        height, width = (int(v) for v in self.data.images.shape[-2:])
+        device = self.data.images.device
+        for c in range(self.data.num_classes):
+            drawn.append(self.draw_on_host(c, self.config.batch_real))
+            draw = None
+            if self.augmentation.strategies:
+                draw = self.augmentation.draw(
+                    len(drawn[-1]), (height, width), generator=self.generator, siamese=True, device=device
+                )
+            draws.append(draw)
+        return self.hook.state.placed(drawn), draws
 
     def real_means(self, network: Any) -> tuple[Tensor, list[Draw | None]]:
         """(Weighted) mean embedding of one real batch per class, [K,D], and the augmentation draw of each class."""
-        drawn: list[Tensor] = []
-        draws: list[Draw | None] = []
-        wanted, size = self.config.batch_real, self.data.images.shape[-2:]
-
-        def batches() -> Iterator[Tensor]:
-            for c in range(self.data.num_classes):
-                indices = self.draw(c, wanted)
-                drawn.append(indices)
-                draw = None
-                if self.augmentation.strategies:
-                    draw = self.augmentation.draw(
-                        len(indices),
-                        (size[0], size[1]),
-                        generator=self.generator,
-                        siamese=True,
-                        device=self.data.images.device,
-                    )
-                draws.append(draw)
-                yield self.augmented(self.data.images[indices], draw)
-
+        drawn, draws = self._draws()
+        batches = (self.augmented(self.data.images[indices], draw) for indices, draw in zip(drawn, draws, strict=True))
         means = []
         stream = math.inf if batch_statistics(network) else self.stream
-        for c, found in enumerate(embedded_batches(network.embed, batches(), stream)):
+        for c, found in enumerate(embedded_batches(network.embed, batches, stream)):
             rows, indices = self.picked(network, c, found, drawn[c])
             means.append(self.hook.reweight(rows, indices).mean(0))
         return torch.stack(means), draws

@@ -261,13 +261,14 @@ class DATM(MTT):
         """True if the loss is at most the threshold."""
         return loss <= self.config.threshold
 
-    def _update(self, iteration: int) -> None:
-        super()._update(iteration)
+    def _update(self, iteration: int) -> float:
+        rate = super()._update(iteration)
         decay = self.config.ema_decay
         if decay:
             self._averaged += 1
             for average, value in zip(self._averages, self._learned(), strict=True):
                 average.mul_(decay).add_(value.detach(), alpha=1 - decay)
+        return rate
 
     def _learned(self) -> list[Tensor]:
         return [self.synthetic.images, self.rate, *([] if self.logits is None else [self.logits])]

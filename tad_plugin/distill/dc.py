@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.nn.passes import pass_size
 from tad_plugin.utils.settings import setting
+from tad_plugin.utils.transfers import read, upload
 
 __all__ = ["DC", "DSA", "LOOPS", "PRESETS", "DCConfig", "DSAConfig"]
 
@@ -123,6 +124,22 @@ def _run_settings(name: str) -> dict[int, dict[str, Any]]:
     }
 
 
+class RealBatch(NamedTuple):
+    """A real batch of one class.
+
+    Attributes:
+        indices: int64 [B], on the device of the data.
+        transform: its augmentation, which its synthetic images share.
+        weights: matching weights float32 [B]; None without a method.
+        plain: True if all weights are 1.
+    """
+
+    indices: Tensor
+    transform: Callable[[Tensor], Tensor]
+    weights: Tensor | None = None
+    plain: bool = True
+
+
 class DC(Baseline):
     """Gradient matching. The network and its training state are part of the resume state."""
 
@@ -161,14 +178,14 @@ class DC(Baseline):
         # next one is built: the same bits in a fraction of the memory.
         keep = self.hook.wants_graph()
         gradient, losses = torch.zeros_like(images), []
-        for c in range(self.data.num_classes):
+        for c, batch in enumerate(self._batches()):
             own = images[c * ipc : (c + 1) * ipc]
-            loss = self._class_loss(c, own)
+            loss = self._class_loss(c, own, batch)
             if not keep:
                 (gradient[c * ipc : (c + 1) * ipc],) = torch.autograd.grad(loss, own)
             losses.append(loss if keep else loss.detach())
         total = torch.stack(losses).sum()
-        check_loss(total.detach(), iteration)
+        value = check_loss(total.detach(), iteration)
         self.hook.before_update(
             total,
             images,
@@ -181,21 +198,32 @@ class DC(Baseline):
         # Only with respect to the images: backward() would also compute the unused gradient of the network.
         images.grad = torch.autograd.grad(total, images)[0] if keep else gradient
         self.optimizer.step()
-        return {"loss": float(total.detach())}
+        return {"loss": value}
 
-    def _class_loss(self, c: int, own: Tensor) -> Tensor:
+    def _batches(self) -> list[RealBatch]:
+        """One real batch per class. Indices and weights of all classes are moved together."""
+        drawn, transforms = [], []
+        for c in range(self.data.num_classes):
+            drawn.append(self.draw_on_host(c, self.config.batch_real))
+            transforms.append(self._siamese(len(drawn[-1])))
+        indices = self.hook.state.placed(drawn)
+        if not self.hook.enabled:
+            return [RealBatch(i, t) for i, t in zip(indices, transforms, strict=True)]
+        weights = [self.hook.weights(i) for i in indices]
+        # A plain mean while all weights are 1, for the bits of the baseline: a weighted sum rounds differently.
+        plain = read(*((w.detach() == 1).all() for w in weights))
+        parts = zip(indices, transforms, weights, map(bool, plain), strict=True)
+        return [RealBatch(*part) for part in parts]
+
+    def _class_loss(self, c: int, own: Tensor, given: RealBatch) -> Tensor:
         """Distance between the gradients of a real batch of class c and of its synthetic images ``own``."""
-        indices = self.draw(c, self.config.batch_real)
-        transform = self._siamese(len(indices))
+        transform, weights = given.transform, given.weights
 
         def batch() -> tuple[Tensor, Tensor]:
-            return transform(self.data.images[indices]), self.hook.targets(indices)
+            return transform(self.data.images[given.indices]), self.hook.targets(given.indices)
 
-        weights = self.hook.weights(indices) if self.hook.enabled else None
-        # A plain mean while all weights are 1, for the bits of the baseline: a weighted sum rounds differently.
-        plain = weights is None or bool((weights == 1).all())
         real = mean_gradient(
-            self.network, self.parameters, *batch(), None if plain else weights, chunk_size=self._chunk
+            self.network, self.parameters, *batch(), None if given.plain else weights, chunk_size=self._chunk
         )
         if weights is not None and weights.requires_grad:
             derivative = _DERIVATIVES[self.config.weight_derivative]
@@ -224,9 +252,9 @@ class DC(Baseline):
             self._train_network()
         if self._norms:
             # Few synthetic images give poor statistics. They are computed on real images and frozen.
-            drawn = [self.hook.sample(c, _NORM_IMAGES, self.generator) for c in range(self.data.num_classes)]
+            drawn = [self.hook.draw(c, _NORM_IMAGES, self.generator) for c in range(self.data.num_classes)]
             with torch.no_grad():
-                self.network(self.data.images[torch.cat(drawn)])
+                self.network(self.data.images[self.hook.state.placed([torch.cat(drawn)])[0]])
             for norm in self._norms:
                 norm.eval()
 
@@ -237,8 +265,8 @@ class DC(Baseline):
         # Batch norm needs the whole batch in one pass for its statistics.
         chunk = self.config.batch_train if self._norms else self._chunk
         for _ in range(self.inner):
-            order = torch.randperm(len(images), generator=self.generator).to(images.device)
-            for part in order.split(self.config.batch_train):
+            order = torch.randperm(len(images), generator=self.generator)
+            for part in upload(order.split(self.config.batch_train), images.device):
                 batch = images[part]
                 if self.augmentation.strategies:
                     batch = self.augmentation(batch, generator=self.generator)

@@ -52,6 +52,7 @@ class DM(MeanMatching):
     """Distribution matching."""
 
     name: ClassVar[str] = "dm"
+    compiles: ClassVar[bool] = True
     Config: ClassVar[type[BaselineConfig]] = DMConfig
 
     def __init__(
@@ -61,6 +62,10 @@ class DM(MeanMatching):
         self.optimizer = torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum)
         # Redrawing the parameters of one module is cheaper than building a new module, and gives the same bits.
         self.network = self.fresh_network(torch.Generator().manual_seed(0)).train().requires_grad_(False)
+
+    def compile(self) -> None:
+        """See :class:`Baseline`."""
+        self.network.features.compile()  # type: ignore[operator, union-attr]
 
     def step(self, iteration: int) -> Mapping[str, Any]:
         """See :class:`Baseline`. Raises the errors of :meth:`MeanMatching.match`."""

@@ -10,6 +10,7 @@ Class means of embeddings are matched as in DM, with three changes:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tad_plugin.core.events import Learning
 from tad_plugin.core.hook.hook import Hook
+from tad_plugin.core.indices import known_indices
 from tad_plugin.data.mosaic import check_factor, decode, expand, mosaic
 from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
@@ -136,6 +138,7 @@ class IDM(MeanMatching):
     """
 
     name: ClassVar[str] = "idm"
+    compiles: ClassVar[bool] = True
     Config: ClassVar[type[BaselineConfig]] = IDMConfig
     preset: ClassVar[Mapping[str, Any]] = {"lr_img": IDMConfig.lr_img}
     presets: ClassVar[Mapping[str, Mapping[int, Mapping[str, Any]]]] = PRESETS
@@ -148,6 +151,7 @@ class IDM(MeanMatching):
             synthetic = replace(synthetic, decode=f"partition:{config.factor}")
         super().__init__(config, data, hook, synthetic, generator)
         self.velocity = torch.zeros_like(synthetic.images, requires_grad=False)
+        self._compiled = False
         self.queue = [self._learner(generator) for _ in range(config.start_networks)]
         # On a CPU, small groups of classes keep the graph in the cache. A mosaic counts as several images.
         self.passes, tiles = pass_size(data.images, config.width), config.ipc * config.factor**2
@@ -171,6 +175,12 @@ class IDM(MeanMatching):
         parts = [super(IDM, cls).initial_images(config, data, hook, generator) for _ in range(tiles)]
         return mosaic([images for images, _ in parts], config.factor) if tiles > 1 else parts[0][0], parts[0][1]
 
+    def compile(self) -> None:
+        """See :class:`Baseline`. Networks that join the queue later are compiled too."""
+        self._compiled = True
+        for learner in self.queue:
+            learner.network.features.compile()  # type: ignore[operator, union-attr]
+
     def step(self, iteration: int) -> Mapping[str, Any]:
         """Updates the images on each matched network, then trains networks of the queue; see :class:`Baseline`.
 
@@ -178,7 +188,7 @@ class IDM(MeanMatching):
             EmptyClassError, NotEnoughSamplesError: see :meth:`Baseline.draw`.
             NonFiniteError: the matching loss or the loss of a network is NaN or infinite.
         """
-        config = self.config
+        config, steps = self.config, self.config.train_steps
         if iteration and iteration % config.accuracy_window == 0:
             for learner in self.queue:
                 learner.reset()
@@ -188,9 +198,11 @@ class IDM(MeanMatching):
             self.queue.append(self._learner(self.generator))
         chosen = self._some(config.matched_networks)
         losses = [self._update(learner, iteration, last=learner is chosen[-1]) for learner in chosen]
-        for learner in self._some(config.trained_networks):
-            for _ in range(config.train_steps):
-                self._learn(learner, iteration)
+        trained = [self._learn(n, iteration) for n in self._some(config.trained_networks) for _ in range(steps)]
+        if trained and trained[0].device.type != "cpu":
+            # An accelerator is asked once for all networks, about their accuracies too.
+            (total,) = Learner.count(self.queue, torch.stack(trained).sum())
+            _check_learning(total, iteration)
         if config.score_every and (iteration + 1) % config.score_every == 0:
             self.hook.epoch_end(self.queue[0].network)
         return {"loss": sum(losses) / len(losses), "networks": len(self.queue), "accuracy": self.queue[0].accuracy}
@@ -237,7 +249,7 @@ class IDM(MeanMatching):
             labels = self.data.labels[self.hook.pool(c)[: len(indices)]]
         losses = F.cross_entropy(network.classifier(rows), labels, reduction="none")
         kept = losses.topk(min(self.config.easiest, len(losses)), largest=False).indices
-        return rows[kept], indices[kept]
+        return rows[kept], known_indices(indices[kept], len(self.hook.state))
 
     def _class_losses(
         self, network: Any, weight: float, own: Tensor, means: Tensor, draws: list[Draw | None], first: int
@@ -259,8 +271,10 @@ class IDM(MeanMatching):
 
     # -- the networks --------------------------------------------------------------------------------
     def _learner(self, generator: torch.Generator) -> Learner:
-        config = self.config
-        return Learner(self.fresh_network(generator), config.lr_net, config.net_momentum, config.net_weight_decay)
+        config, network = self.config, self.fresh_network(generator)
+        if self._compiled:
+            network.features.compile()  # type: ignore[operator, union-attr]
+        return Learner(network, config.lr_net, config.net_momentum, config.net_weight_decay)
 
     def _some(self, count: int) -> list[Learner]:
         order = torch.randperm(len(self.queue), generator=self.generator)
@@ -271,29 +285,24 @@ class IDM(MeanMatching):
         chosen = self.queue[int(torch.randint(len(self.queue), (1,), generator=generator))]
         return copy.deepcopy(chosen.network).requires_grad_(True)
 
-    def _usable(self) -> Tensor:
-        """Indices int64 of all usable real samples, sorted by class."""
-        return torch.cat(self.hook.state.pools())
-
-    def _learn(self, learner: Learner, iteration: int) -> None:
-        """Takes one training step on real images, with the targets and weights of the hook."""
-        network, usable = learner.learning(), self._usable()
-        chosen = torch.randperm(len(usable), generator=self.generator)[: self.config.batch_train]
-        indices = usable[chosen.to(usable.device)]
+    def _learn(self, learner: Learner, iteration: int) -> Tensor:
+        """Takes one training step on real images, with the targets and weights of the hook. Returns the loss."""
+        network, state = learner.learning(), self.hook.state
+        (indices,) = state.placed([state.draw_any(self.config.batch_train, self.generator)])
         images = self.data.images[indices]
         targets = self.hook.targets(indices)
         # Batch norm needs the whole batch in one pass for its statistics.
         whole = any(isinstance(m, _BatchNorm) for m in network.modules())
         logits = network(images) if whole else embed_in_passes(network, images, self.passes)
         loss = F.cross_entropy(logits, targets)
-        loss = self.hook.weighted_loss(loss, logits, targets, indices)
+        loss = self.hook.batches.reduced(loss, logits, targets, indices)
         # Methods follow the oldest network only: running means of predictions must not mix networks.
         if self.hook.enabled and self.config.score_every and learner is self.queue[0] and not self.hook.decided:
             loss = self.hook.events.scorer_batch(self.hook.state, indices, logits, loss)
-        if not bool(torch.isfinite(loss)):
-            got = f"{float(loss.detach())} at iteration {iteration}"
-            raise NonFiniteError(explain("a finite loss of a network on real data", got, "Lower lr_net"))
+        if loss.device.type == "cpu":
+            _check_learning(float(loss.detach()), iteration)
         learner.step(loss, logits, targets)
+        return loss.detach()
 
     # -- resume --------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -313,3 +322,10 @@ class IDM(MeanMatching):
             learner = self._learner(torch.Generator().manual_seed(0))
             learner.load_state_dict(saved)
             self.queue.append(learner)
+
+
+def _check_learning(loss: float, iteration: int) -> None:
+    """Raises NonFiniteError if a loss on real data is NaN or infinite."""
+    if not math.isfinite(loss):
+        got = f"{loss} at iteration {iteration}"
+        raise NonFiniteError(explain("a finite loss of a network on real data", got, "Lower lr_net"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tad_plugin.errors import explain
 from tad_plugin.utils.image_store import Images, in_parts
 
-__all__ = ["MOST_SPREAD", "out_of_range", "spread_of"]
+__all__ = ["MOST_SPREAD", "out_of_range", "spread_of", "too_wide"]
 
 # 83 sets of 40 to 200 updates that had learned spread 1.1 to 1.9 times as real images, one that had not 8.8 times.
 MOST_SPREAD = 5.0
@@ -36,7 +36,12 @@ def out_of_range(images: Tensor, usual: float, lr_img: float, when: str) -> str 
         lr_img: the learning rate of the images, for the message.
         when: "at iteration 7".
     """
-    times = float(images.detach().std()) / usual
+    return too_wide(float(images.detach().std()), usual, lr_img, when)
+
+
+def too_wide(spread: float, usual: float, lr_img: float, when: str) -> str | None:
+    """:func:`out_of_range` for a ``spread`` that is known: the standard deviation of all pixels."""
+    times = spread / usual
     if times <= MOST_SPREAD:  # False for NaN
         return None
     got = f"{times:.3g} times that {when}, out of their range"

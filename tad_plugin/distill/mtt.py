@@ -8,6 +8,7 @@ rate are updated so that the student ends where the segment ends.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,14 @@ from tad_plugin.distill.baseline import Baseline, BaselineConfig, Place, check_l
 from tad_plugin.distill.experts.buffer import Trajectory
 from tad_plugin.distill.experts.source import PHASES, ExpertCycle, Experts, expert_config, expert_phase
 from tad_plugin.distill.experts.train import buffer_slots
-from tad_plugin.distill.image_range import out_of_range, spread_of
-from tad_plugin.distill.student import FORMS, Student, flat_parameters, matching_loss, plan_steps
+from tad_plugin.distill.image_range import spread_of, too_wide
+from tad_plugin.distill.limited_step import LimitedStep
+from tad_plugin.distill.student import FORMS, Student, check_moves, flat_parameters, matching_loss, plan_steps
 from tad_plugin.errors import ConfigError, NonFiniteError, TadPluginWarning, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.passes import pass_size
 from tad_plugin.utils.settings import setting
+from tad_plugin.utils.transfers import read
 
 __all__ = ["MTT", "PRESETS", "MTTConfig"]
 
@@ -154,7 +157,7 @@ class MTT(Baseline):
     ) -> None:
         super().__init__(config, data, hook, synthetic, generator)
         synthetic.images.requires_grad_(True)
-        self.rate = torch.tensor(config.lr_teacher, device=data.images.device, requires_grad=True)
+        self.rate = torch.full((), config.lr_teacher, device=data.images.device, requires_grad=True)
         self.optimizers = [
             torch.optim.SGD([synthetic.images], lr=config.lr_img, momentum=config.momentum),
             torch.optim.SGD([self.rate], lr=config.lr_lr, momentum=config.momentum),
@@ -233,16 +236,19 @@ class MTT(Baseline):
         wanted = self.hook.wants_graph()
         target.requires_grad_(wanted)
         tensors = (self.synthetic.images, self.training_labels(), self.rate)
-        loss = matching_loss(self.student, start, target, *tensors, steps, form=config.form)
-        check_loss(loss.detach(), iteration)
+        loss = matching_loss(self.student, start, target, *tensors, steps, form=config.form, moving=True)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            check_moves(start, target)
+        check_loss(value, iteration)
         self.hook.before_segment_update(self._segment(loss, start, target, number, trajectory, first, wanted))
-        kept = self.accepts(float(loss.detach()))
+        kept = self.accepts(value)
         if kept:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            self._update(iteration)
-        return {"loss": float(loss.detach()), "rate": float(self.rate.detach()), "start_epoch": first, "kept": kept}
+        rate = self._update(iteration) if kept else float(self.rate.detach())
+        return {"loss": value, "rate": rate, "start_epoch": first, "kept": kept}
 
     def start_range(self, iteration: int) -> tuple[int, int]:
         """The range [low, high) of start epochs in this iteration."""
@@ -284,58 +290,44 @@ class MTT(Baseline):
             checkpoints=torch.stack([flat_parameters(p, start.device) for p in along]) if wanted else None,
         )
 
-    def _update(self, iteration: int) -> None:
+    def _update(self, iteration: int) -> float:
+        """One step of every optimiser. Returns the synthetic learning rate. A device is asked once, for everything."""
         gradients = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        if not all(g is not None and bool(torch.isfinite(g).all()) for g in gradients):
+        finite = torch.stack([torch.isfinite(g).all() for g in gradients if g is not None]).all()
+        images, rate, *others = self.optimizers
+        steps = [
+            LimitedStep("lr_img", images, torch.full_like(self.rate.detach(), self._usual)),
+            LimitedStep("lr_lr", rate, self.rate.detach().clone()),
+        ]
+        flags = read(finite, *(step.fits for step in steps), *self._measures())
+        if not flags[0] or any(g is None for g in gradients):
+            for step in steps:
+                step.undo()
             got, do = f"NaN or infinite ones at iteration {iteration}", "Lower lr_img and lr_lr"
             raise NonFiniteError(explain("finite gradients of the matching loss", got, f"{do}; {_INTACT}"))
-        longest = torch.tensor(self._usual, device=self.rate.device), self.rate.detach().clone()
-        images, rate, *others = self.optimizers
-        self._take_step("lr_img", images, longest[0], iteration)
-        self._take_step("lr_lr", rate, longest[1], iteration)
         for optimizer in others:  # of soft labels
             optimizer.step()
-        now, limit = float(self.rate.detach()), self.config.rate_limit * self.config.lr_teacher
+        now, *spread = flags[3:]
+        for step in [step for step, fits in zip(steps, flags[1:3], strict=True) if not fits]:
+            message = step.shorten(f"at iteration {iteration}")
+            now, *spread = read(*self._measures())
+            if step.name not in self._lowered:
+                self._lowered.add(step.name)
+                warnings.warn(message, TadPluginWarning, stacklevel=2)
+        limit = self.config.rate_limit * self.config.lr_teacher
         if not 0 < now <= limit:
             got = f"{now:.3g} at iteration {iteration}"
             do = f"Lower lr_lr (now {self.config.lr_lr:g}) or lr_img, or raise lr_teacher; {_INTACT}"
             raise NonFiniteError(explain(f"a synthetic learning rate in (0, {limit:g}]", got, do))
-        if self._warned:
-            return
-        message = out_of_range(self.synthetic.images, self._usual, self.config.lr_img, f"at iteration {iteration}")
-        if message is not None:
+        wide = too_wide(spread[0], self._usual, self.config.lr_img, f"at iteration {iteration}") if spread else None
+        if wide is not None:
             self._warned = True
-            warnings.warn(message, TadPluginWarning, stacklevel=2)
+            warnings.warn(wide, TadPluginWarning, stacklevel=2)
+        return now
 
-    def _take_step(self, name: str, optimizer: torch.optim.Optimizer, most: Tensor, iteration: int) -> None:
-        """One step of an optimizer's tensor. A step longer than ``most`` is taken again with a lower rate. [ours]
-
-        Gradients are divided by the squared length of the expert's segment. Experts of a small dataset move little, so
-        one step of published length makes the synthetic learning rate negative, or takes the images out of range.
-        It is shortened to a tenth of ``most``, and the lower rate holds from then on.
-
-        Args:
-            name: setting of the learning rate, for the warning.
-            most: root mean square of the longest step allowed, a scalar: the standard deviation of real images, or
-                the synthetic learning rate itself.
-        """
-        (group,) = optimizer.param_groups
-        (tensor,) = group["params"]
-        before = tensor.detach().clone()
-        optimizer.step()
-        if bool((tensor.detach() - before).square().mean().sqrt() < most):
-            return
-        old, slope = float(group["lr"]), float(tensor.grad.square().mean().sqrt())
-        with torch.no_grad():
-            tensor.copy_(before)
-        optimizer.state.clear()  # its momentum is made of steps of the old length
-        group["lr"] = min(old / 2, _SHORTENED * float(most) / max(slope, torch.finfo(torch.float32).tiny))
-        optimizer.step()
-        if name not in self._lowered:
-            self._lowered.add(name)
-            got = f"{name} {old:g} at iteration {iteration}, which does not fit these experts"
-            do = f"It is lowered to {group['lr']:.1e}. Set a lower {name}, or train experts that move more"
-            warnings.warn(explain(f"steps no longer than {float(most):.3g}", got, do), TadPluginWarning, stacklevel=3)
+    def _measures(self) -> list[Tensor]:
+        """What is watched after a step: the synthetic learning rate, and the spread of the images until it warned."""
+        return [self.rate.detach(), *([] if self._warned else [self.synthetic.images.detach().std()])]
 
     # -- the second phase ----------------------------------------------------------------------------
     def _experts(self) -> Experts:
@@ -386,8 +378,6 @@ class MTT(Baseline):
             self.cycle.load_state_dict(state["cycle"])
 
 
-# Length of a shortened step, as a share of the longest one allowed.
-_SHORTENED = 0.1
 _INTACT = "the last checkpoint of the run is intact"
 
 

@@ -33,8 +33,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tad_plugin.errors import InvalidInputError, explain, unknown_name
 from tad_plugin.nn.augment import Augmentation, Draw
+from tad_plugin.utils.transfers import upload
 
-__all__ = ["FORMS", "Student", "StudentStep", "flat_parameters", "matching_loss", "plan_steps", "student_end"]
+__all__ = [
+    "FORMS",
+    "Student",
+    "StudentStep",
+    "check_moves",
+    "flat_parameters",
+    "matching_loss",
+    "plan_steps",
+    "student_end",
+]
 
 FORMS = ("constant", "plain")
 
@@ -86,14 +96,30 @@ def plan_steps(
             chunks = list(torch.randperm(count, generator=generator).split(min(batch_syn or count, count)))
         indices, draw = chunks.pop(), None
         if augmentation.strategies:
-            draw = augmentation.draw(len(indices), image_size, generator=generator, siamese=False, device=device)
-        steps.append(StudentStep(indices.to(device), draw))
-    return steps
+            draw = augmentation.draw(len(indices), image_size, generator=generator, siamese=False)
+        steps.append(StudentStep(indices, draw))
+    return _moved(steps, device)
+
+
+def _moved(steps: Sequence[StudentStep], device: torch.device | str) -> list[StudentStep]:
+    """The steps with all their tensors on ``device``, moved in one copy."""
+    drawn = [(step.draw, {} if step.draw is None else step.draw.values) for step in steps]
+    flat = [t for step, (_, values) in zip(steps, drawn, strict=True) for t in (step.indices, *values.values())]
+    there = iter(upload(flat, device))
+    found = []
+    for draw, values in drawn:
+        indices, own = next(there), {name: next(there) for name in values}
+        found.append(StudentStep(indices, None if draw is None else Draw(draw.strategies, draw.siamese, own)))
+    return found
 
 
 def flat_parameters(parameters: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """Concatenates parameters, in the order given, into a float32 vector [P] on ``device``."""
-    return torch.cat([p.detach().to(device, torch.float32).reshape(-1) for p in parameters])
+    """Concatenates parameters, in the order given, into a float32 vector [P] on ``device``.
+
+    Parameters on the CPU go up in one copy that does not wait.
+    """
+    vector = torch.cat([p.detach().to(torch.float32).reshape(-1) for p in parameters])
+    return upload([vector], device)[0].to(device)
 
 
 class Student:
@@ -152,6 +178,7 @@ def matching_loss(
     steps: Sequence[StudentStep],
     *,
     form: str = "constant",
+    moving: bool = False,
 ) -> Tensor:
     """|theta_T - target|^2 / |start - target|^2, a scalar >= 0 with a graph to images, label logits and rate.
 
@@ -164,6 +191,8 @@ def matching_loss(
         rate: synthetic learning rate, a scalar tensor.
         steps: the student's steps.
         form: "constant" or "plain". The constant form has second derivatives in ``target`` only.
+        moving: True leaves out the check that the expert moves, which waits for the device. The loss of an expert that
+            does not is NaN or infinite; :func:`check_moves` then tells why.
 
     Raises:
         InvalidInputError: there is no step, a vector has another length, or the expert does not move.
@@ -174,12 +203,18 @@ def matching_loss(
         expected, got = f"steps and two vectors of {size} parameters", f"{len(steps)}, {start.shape} and {target.shape}"
         raise InvalidInputError(explain(expected, got, "Pass experts of the network that is matched on"))
     distance = (start.detach() - target).square().sum()
-    if not float(distance.detach()) > 0:
+    if not moving:
+        check_moves(start, target)
+    end = student_end(student, start, images, labels, rate, steps, form=form)
+    return (end - target).square().sum() / distance
+
+
+def check_moves(start: Tensor, target: Tensor) -> None:
+    """Raises InvalidInputError if an expert has the same parameters at both ends of a segment, or NaN."""
+    if not float((start.detach() - target.detach()).square().sum()) > 0:
         do = "Train the experts again: files written on a CPU by code that saves live parameters hold one epoch only"
         got = "the same parameters at both, or NaN"
         raise InvalidInputError(explain("an expert that moves between its start and its target", got, do))
-    end = student_end(student, start, images, labels, rate, steps, form=form)
-    return (end - target).square().sum() / distance
 
 
 def student_end(

@@ -8,6 +8,7 @@ from typing import Any
 
 from tad_plugin.data.datasets import STORAGES
 from tad_plugin.evaluate import EvaluateConfig
+from tad_plugin.utils.precision import PRECISIONS
 from tad_plugin.utils.settings import Settings, setting
 
 __all__ = ["MAY_DIFFER", "PRESETS", "RunConfig"]
@@ -67,6 +68,9 @@ class RunConfig(Settings):
         candidates: number of iterates (evenly spaced, the last one included) from which held-out data choose the best.
         seed: seed of everything: noise, split, initial images, networks.
         device: auto, cpu or cuda.
+        precision: of the networks that are matched and trained on real data: fp32, tf32 (on CUDA) or bf16. Scores of
+            the methods and evaluations are fp32 in any case.
+        compile: compile the networks that are matched (torch.compile), in loops without second derivatives: dm, idm.
         checkpoint_seconds: seconds between checkpoints.
 
     Raises:
@@ -98,6 +102,8 @@ class RunConfig(Settings):
     candidates: int = setting(3, at_least=1)
     seed: int = setting(0, at_least=0)
     device: str = "auto"
+    precision: str = setting("fp32", one_of=PRECISIONS)
+    compile: bool = False
     checkpoint_seconds: float = setting(20.0, at_least=0)
 
     def check(self) -> None:

@@ -28,11 +28,12 @@ from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.nn.passes import memory_budget
 from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
+from tad_plugin.utils.precision import network_precision
 from tad_plugin.utils.seeds import derived_seed
 
 __all__ = ["NOT_FOR_EXPERTS", "experts_record", "plan_experts", "run_experts", "train_planned"]
 
-NOT_FOR_EXPERTS = {"baseline", "iterations", "lr_img", "loop", "candidates"} | {
+NOT_FOR_EXPERTS = {"baseline", "iterations", "lr_img", "loop", "candidates", "compile"} | {
     f.name for f in dataclasses.fields(RunConfig) if f.name.startswith("eval_")
 }
 """Settings of :class:`RunConfig` that only a distillation uses."""
@@ -110,7 +111,7 @@ def train_planned(
         if found is not None:
             _check_buffer(place.path)
             return found
-        with memory_budget(plan.memory_budget):
+        with memory_budget(plan.memory_budget), network_precision(plan.precision, plan.device):
             return _train(plan, experts, place, written, progress, jobs)
 
 

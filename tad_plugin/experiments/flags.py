@@ -35,6 +35,8 @@ NOT_FOR_EVALUATION = {
     "methods",
     "candidates",
     "checkpoint_seconds",
+    "precision",
+    "compile",
 }
 """Settings of :class:`RunConfig` without effect on an evaluation, which takes fresh networks and the set's own
 normalisation."""

@@ -20,11 +20,10 @@ from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, RunConfig
 from tad_plugin.nn.networks import NETWORKS
 from tad_plugin.utils.machine import byte_count
+from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
 
 __all__ = ["Plan", "resolve", "settings_of"]
-
-_LATER = (("image_size", None), ("storage", "auto"), ("memory_budget", ""))
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Plan:
         memory_budget: bytes that the run may use; None for what the machine has.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
+        precision: precision of the networks that are matched and trained on real data.
+        compile: whether the networks that are matched are compiled.
         candidates: number of iterates from which held-out data choose the best.
         checkpoint_seconds: seconds between checkpoints.
         record: the same as plain values, for config.yaml: "arm", then the fields of :class:`RunConfig`.
@@ -71,6 +72,8 @@ class Plan:
     memory_budget: int | None
     seed: int
     device: str
+    precision: str
+    compile: bool
     candidates: int
     checkpoint_seconds: float
     record: Mapping[str, Any]
@@ -99,12 +102,17 @@ def resolve(config: RunConfig, arm: str) -> Plan:
     preset = _preset(config, baseline)
     said = dataclasses.asdict(config)
     device = _device(config.device)
+    check_precision(config.precision, device)
+    if config.compile and chosen.distil and not baseline.compiles:
+        do = "Leave --compile out, or choose --baseline dm or idm"
+        got = f"--baseline {config.baseline}, which differentiates twice"
+        raise ConfigError(explain("a loop whose networks can be compiled", got, do))
     methods = {
         k: {**preset["methods"].get(k, {}), **said["methods"].get(k, {})} for k in preset["methods"] | said["methods"]
     }
     record = {
         "arm": arm,
-        # Without these where they are not given: folders of versions that did not have them can be resumed.
+        # Without later settings where they are not given: folders of versions that lacked them can be resumed.
         **{k: preset[k] if v is None else v for k, v in said.items() if (k, v) not in _LATER},
         "loop": preset["loop"] | {k: v for k, v in said["loop"].items() if k != "preset"},
         "methods": methods,
@@ -133,10 +141,18 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         memory_budget=byte_count(config.memory_budget, "--memory_budget") if config.memory_budget else None,
         seed=config.seed,
         device=device,
+        precision=config.precision,
+        compile=config.compile,
         candidates=config.candidates,
         checkpoint_seconds=config.checkpoint_seconds,
         record=record,
     )
+
+
+# Settings that came later, with the values that change nothing.
+_LATER = (
+    ("image_size", None), ("precision", "fp32"), ("compile", False), ("storage", "auto"), ("memory_budget", ""),
+)  # fmt: skip
 
 
 def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tad_plugin.experiments.sharing import shared_decisions, shared_experts, sha
 from tad_plugin.nn.passes import memory_budget
 from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.machine import command_line, reset_peak_memory, versions
+from tad_plugin.utils.precision import network_precision
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.seeds import derived_seed, generator_of
 
@@ -99,7 +100,8 @@ class Run:
             holdout = (splits.holdout_images, splits.holdout_labels)
         hook = arm_hook(plan, splits, noisy, experts=self._own_experts(), log=self.folder.log)
         state = RunState(self.folder, hook, device=plan.device, every=plan.checkpoint_seconds)
-        loop = self._distil(splits, noisy, hook, state)
+        with network_precision(plan.precision, plan.device):
+            loop = self._distil(splits, noisy, hook, state)
         accuracy, chosen = self._evaluate(splits, loop, holdout, state)
         self._keep(hook, loop)
         results = self._results(splits, noisy, hook, loop, state, accuracy, chosen)
@@ -132,6 +134,8 @@ class Run:
         loop = cls(plan.loop, data, hook, start, generator, *extra)
         if saved is not None and saved[0]["loop"] is not None:
             loop.load_state_dict(saved[0]["loop"])
+        if plan.compile:
+            loop.compile()
         state.restore_candidates(loop)
         state.loop = loop
         total, kept = plan.loop.iterations, self._candidate_iterations()

@@ -22,6 +22,7 @@ from torch import Tensor
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
 from tad_plugin.nn import operations
 from tad_plugin.utils.settings import Settings, setting
+from tad_plugin.utils.transfers import upload
 
 __all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Augmentation", "Draw", "default_strategy"]
 
@@ -195,11 +196,13 @@ class Augmentation(Settings):
             pick = torch.randint(len(strategies), (1,), generator=generator, device=generator.device)
             strategies = (strategies[int(pick)],)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        where = torch.device("cpu") if siamese else torch.device(device)
         values: dict[str, Tensor] = {}
         for strategy in strategies:
-            drawn = self._numbers(strategy, 1 if siamese else n, size, generator)
-            values.update({name: value.to(where) for name, value in drawn.items()})
+            values.update(self._numbers(strategy, 1 if siamese else n, size, generator))
+        where = torch.device("cpu") if siamese else torch.device(device)
+        if where.type != generator.device.type:
+            moved = upload(list(values.values()), where) if generator.device.type == "cpu" else values.values()
+            values = dict(zip(values, (value.to(where) for value in moved), strict=True))
         return Draw(strategies, siamese, values)
 
     def apply(self, images: Tensor, draw: Draw) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.nn.pooling import HalvingAvgPool, ReluHalvingAvgPool
+from tad_plugin.utils.precision import in_precision
 from tad_plugin.utils.settings import Settings, setting
 
 __all__ = [
@@ -100,11 +101,11 @@ class Network(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> features, float [B, D], the input of the last linear layer."""
-        return self.features(x).flatten(1)
+        return in_precision(lambda images: self.features(images).flatten(1), x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits, float [B, K]."""
-        return self.classifier(self.embed(x))
+        return in_precision(self.classifier, self.embed(x))
 
 
 class LayerBuilder:

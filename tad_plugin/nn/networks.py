@@ -7,7 +7,6 @@ parameters saved by those codebases can be loaded by position.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +16,7 @@ from torch import nn
 from tad_plugin.errors import InvalidInputError, explain, unknown_name
 from tad_plugin.nn.architectures import alexnet, mlp, resnet18, resnet18ap, vgg11
 from tad_plugin.nn.blocks import LayerBuilder, Network, NetworkOptions
+from tad_plugin.utils.transfers import host_twin, place, upload
 
 __all__ = ["NETWORKS", "convnet", "default_depth", "make_network", "reinitialise", "seeded"]
 
@@ -131,7 +131,7 @@ def make_network(
     )
     with seeded(generator):
         network = NETWORKS[name](options)
-    return network.to(device)
+    return place(network, device)
 
 
 def reinitialise(network: nn.Module, generator: torch.Generator) -> None:
@@ -160,13 +160,20 @@ def reinitialise(network: nn.Module, generator: torch.Generator) -> None:
     native = all(
         p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in network.parameters()
     )
-    target = (
-        network if native else copy.deepcopy(network).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    )
+    target = network if native else host_twin(network)
     with seeded(generator):
         for module in target.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     if target is not network:
-        network.load_state_dict(target.state_dict())
+        drawn, own = _resettable(target), _resettable(network)
+        with torch.no_grad():
+            for tensor, values in zip(own, upload(drawn, own[0].device), strict=True):
+                tensor.copy_(values)
     network.zero_grad(set_to_none=True)
+
+
+def _resettable(network: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and the buffers of layers that reset themselves, in a fixed order."""
+    layers = [m for m in network.modules() if callable(getattr(m, "reset_parameters", None))]
+    return [t for m in layers for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]

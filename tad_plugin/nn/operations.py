@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tad_plugin.utils.transfers import upload
+
 __all__ = ["brightness", "contrast", "crop", "cutout", "flip", "rotate", "saturation", "scale"]
 
 
@@ -119,7 +121,7 @@ def _about_mean(images: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
 
 
 def _affine(images: Tensor, theta: Tensor, align_corners: bool) -> Tensor:
-    theta = theta.to(images.device, images.dtype).view(-1, 2, 3)
+    theta = upload([theta], images.device)[0].to(images.device, images.dtype).view(-1, 2, 3)
     # A shared grid is made once and expanded: making it costs more than sampling.
     grid = F.affine_grid(theta, [len(theta), *images.shape[1:]], align_corners=align_corners)
     sampled: Tensor = _Sample.apply(images, grid.expand(len(images), -1, -1, -1), align_corners)

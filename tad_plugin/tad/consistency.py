@@ -73,18 +73,24 @@ class TemporalEnsemble:
         if probabilities.shape != (len(indices), self.mean.shape[1]):
             expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
             raise InvalidInputError(explain(expected, f"shape {list(probabilities.shape)}", "Pass one row per index"))
+        _require_finite(probabilities)
         self._update(indices, probabilities)
 
     def _update(self, indices: Tensor, probabilities: Tensor) -> None:
         """:meth:`update` for indices that were checked before."""
         indices = indices.to(self.mean.device, torch.int64)
         new = probabilities.detach().to(self.mean.device, torch.float32)
-        if not bool(torch.isfinite(new).all()):
-            got = f"{int((~torch.isfinite(new)).sum())} non-finite values"
-            do = "The scorer may have diverged: lower its learning rate"
-            raise NonFiniteError(explain("finite `probabilities`", got, do))
-        indices, inverse, copies = torch.unique(indices, return_inverse=True, return_counts=True)
-        total = new.new_zeros(len(indices), new.shape[1]).index_add_(0, inverse, new)
+        # An accelerator is not asked, because the answer would wait. The loss of such a batch is NaN as well, and
+        # whoever trains the network reports that at the end of the epoch.
+        if new.device.type == "cpu":
+            _require_finite(new)
+        # Copies of a sample stand side by side, and each row gets the mean over its copies. No size depends on values.
+        indices, order = indices.sort(stable=True)
+        first = torch.ones_like(indices, dtype=torch.bool)
+        first[1:] = indices[1:] != indices[:-1]
+        group = first.cumsum(0) - 1
+        total = torch.zeros_like(new).index_add_(0, group, new[order])[group]
+        copies = torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group]
         count = self.count[indices] + 1
         # expm1 keeps 1 - beta^t exact for a beta close to 1.
         decay = (
@@ -106,7 +112,11 @@ class TemporalEnsemble:
         Raises:
             InvalidInputError: a wrong shape or an index out of range.
         """
-        return self.mean[self._checked(indices)].float().to(indices.device)
+        return self._ensemble(self._checked(indices)).to(indices.device)
+
+    def _ensemble(self, indices: Tensor) -> Tensor:
+        """:meth:`ensemble` for int64 indices that were checked before, on the device of the storage."""
+        return self.mean[indices].float()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that restores this ensemble bit for bit."""
@@ -136,6 +146,14 @@ class TemporalEnsemble:
             got = f"{int(indices.min())} to {int(indices.max())}"
             raise InvalidInputError(explain(f"indices in [0, {len(self.mean)})", got, "Pass positions in the dataset"))
         return indices
+
+
+def _require_finite(values: Tensor) -> None:
+    """Raises NonFiniteError if a probability is NaN or infinite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        do = "The scorer may have diverged: lower its learning rate"
+        raise NonFiniteError(explain("finite `probabilities`", f"{int((~finite).sum())} non-finite values", do))
 
 
 @named_errors

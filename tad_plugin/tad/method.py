@@ -141,7 +141,7 @@ class TAD(Callback):
             return loss
         if self.ensemble is None:
             self.ensemble = self._make_ensemble(len(state), state.num_classes, state.device)
-        self._mean = self.ensemble.ensemble(indices)
+        self._mean = self.ensemble._ensemble(indices)
         loss = self._consistent(logits, loss, self._mean)
         self.ensemble._update(indices, logits.detach().softmax(1))
         return loss

@@ -237,7 +237,7 @@ def _fit_class_mixture(
     shift, ratio = ((low - offset) / unit).unsqueeze(1), (scale / unit).unsqueeze(1)
     floor = min_variance / ratio.square()
     means, variances = torch.zeros_like(ratio).repeat(1, 2), floor.repeat(1, 2)
-    proportions = torch.tensor([1.0, 0.0]).to(values).repeat(num_classes, 1)
+    proportions = torch.eye(2, dtype=values.dtype, device=values.device)[:1].repeat(num_classes, 1)
     converged, steps = ~fitted, torch.zeros_like(counts)
     separation, unimodal = torch.zeros_like(scale), torch.ones_like(fitted)
     trust = torch.ones_like(x)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tad_plugin.utils.precision import network_precision
+
 __all__ = ["default_modes"]
 
 
@@ -14,8 +16,9 @@ __all__ = ["default_modes"]
 def default_modes() -> Iterator[None]:
     """Runs a block, or a decorated function, in PyTorch's default modes and gives the caller's back.
 
-    Gradients are on, inference mode and autocast are off, and the default dtype is float32. So a method computes the
-    same under ``torch.no_grad()``, ``torch.inference_mode()``, ``torch.autocast`` and another default dtype.
+    Gradients are on, inference mode and autocast are off, networks compute in float32, and the default dtype is
+    float32. So a method computes the same under ``torch.no_grad()``, ``torch.inference_mode()``, ``torch.autocast``, a
+    lower precision of networks and another default dtype.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -25,6 +28,7 @@ def default_modes() -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            network_precision("fp32"),
         ):
             yield
     finally:

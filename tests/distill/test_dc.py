@@ -18,7 +18,7 @@ from tad_plugin.core.events import Match
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig
+from tad_plugin.distill.dc import DC, DSA, LOOPS, PRESETS, DCConfig, DSAConfig, RealBatch
 from tad_plugin.distill.gradient_distance import layerwise_distance
 from tad_plugin.errors import ConfigError, EmptyClassError, NonFiniteError
 from tad_plugin.experiments.config import RunConfig
@@ -95,9 +95,9 @@ def test_batch_norm_holds_statistics_of_real_images(monkeypatch: pytest.MonkeyPa
     modes: list[list[bool]] = []
     original = loop._class_loss
 
-    def watched(c: int, own: Tensor) -> Tensor:
+    def watched(c: int, own: Tensor, batch: RealBatch) -> Tensor:
         modes.append([m.training for m in loop.network.modules() if isinstance(m, torch.nn.BatchNorm2d)])
-        return original(c, own)
+        return original(c, own, batch)
 
     monkeypatch.setattr(loop, "_class_loss", watched)
     before = loop.network.state_dict()["features.1.running_mean"].clone()

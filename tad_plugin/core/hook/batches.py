@@ -197,11 +197,20 @@ class Batches:
             return loss
         index = self.indices(len(logits), indices)
         self._check_labels(index, labels)
+        return self.reduced(loss, logits, labels, index)
+
+    def reduced(self, loss: Tensor, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """:meth:`weighted_loss` for labels that the state gave for these indices."""
+        if not self.enabled:
+            return loss
         weights = self._matching(index).to(logits.device)
         # Another reduction would round differently. The baseline's bits must stay while nothing is weighted.
-        if bool((weights == 1).all()):
+        plain = (weights == 1).all()
+        on_cpu = plain.device.type == "cpu"
+        if on_cpu and bool(plain):
             return loss
-        return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
+        weighted = (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
+        return weighted if on_cpu else torch.where(plain, loss, weighted)
 
     @named_errors
     def matched_gradient(

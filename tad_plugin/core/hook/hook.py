@@ -36,11 +36,15 @@ class Hook(MethodRun):
         ``generator`` is a CPU generator of the loop, by default the hook's own, seeded by ``attach(seed=...)``. With
         ``attach(draw="weighted")`` and unequal weights: n indices with replacement, in proportion to the weights.
         """
+        return self.state.placed([self.draw(c, n, generator)])[0]
+
+    def draw(self, c: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`sample`, but the indices are on the CPU. ``state.placed`` moves them, all classes at once."""
         self.usage.note("sample")
         generator = self.generator if generator is None else generator
         if self.by_weight and n >= 1 and not bool(((w := self.state.weight[(p := self.state.pool(c))]) == 1).all()):
-            return drawn_by_weight(p, w, n, generator)
-        return self.state.sample(c, n, generator)
+            return drawn_by_weight(p, w, n, generator).cpu()
+        return self.state.draw(c, n, generator)
 
     def pool(self, c: int) -> Tensor:
         """Indices (int64) of usable samples with target c, ascending."""

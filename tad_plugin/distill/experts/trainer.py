@@ -6,6 +6,7 @@ The data stay on their device, and whole batches are processed at once. Targets,
 # no postponed annotations: jsonargparse reads the types of the settings below
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import pass_size
 from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.settings import Settings, setting
+from tad_plugin.utils.transfers import download
 
 __all__ = ["ExpertConfig", "ExpertTrainer", "expert_network"]
 
@@ -154,15 +156,15 @@ class ExpertTrainer(EpochTrainer):
             NonFiniteError: the loss is NaN or infinite.
         """
         self.network.train()
-        order = torch.randperm(len(self.data), generator=self.generator).to(self.data.images.device)
-        total = torch.zeros((), device=order.device)
-        for indices in order.split(self.config.batch_train):
+        order = torch.randperm(len(self.data), generator=self.generator)
+        total = torch.zeros((), device=self.data.images.device)
+        for indices in self.state.placed(order.split(self.config.batch_train)):
             images = self.data.images[indices]
             if self.augmentation.strategies:
                 images = self.augmentation(images, generator=self.generator)
             total += self.step(indices, images) * len(indices)
         mean = float(total) / len(self.data)
-        if not torch.isfinite(total):
+        if not math.isfinite(mean):
             do = "Lower the experts' lr or rho, and check the images for NaN; the last checkpoint is intact"
             raise NonFiniteError(explain("a finite loss of the expert", f"{mean} in epoch {self.epoch}", do))
         self.epoch += 1
@@ -224,7 +226,7 @@ class ExpertTrainer(EpochTrainer):
         return torch.optim.SGD(self.parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
     def _remember(self) -> None:
-        self.trajectory.append([p.detach().to("cpu", copy=True) for p in self.parameters])
+        self.trajectory.append(download([p.detach() for p in self.parameters]))
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`EpochTrainer`; also the trajectory so far."""

@@ -32,6 +32,7 @@ from tad_plugin.nn.passes import given_budget, set_memory_budget
 from tad_plugin.utils.checkpoints import CheckpointSlots
 from tad_plugin.utils.files import atomic_save
 from tad_plugin.utils.image_store import Images, ImageStore, PixelSource
+from tad_plugin.utils.precision import current_precision, network_precision
 from tad_plugin.utils.seeds import expert_generator
 from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
 
@@ -84,7 +85,8 @@ class UnfinishedExperts:
         stop, packed = SPAWN.Event(), self.path / "task.pt"
         with room_for(f"the data of the experts in {packed}"):
             source = _pack(task, packed)
-        begin = (packed, source, str(task.data.images.device), self.path, threads_each(jobs), stop)
+        device, threads = str(task.data.images.device), threads_each(jobs)
+        begin = (packed, source, device, self.path, threads, stop, current_precision())
         try:
             with worker_pool(min(jobs, len(numbers)), _begin, begin, patience=PATIENCE) as pool:
                 try:
@@ -176,19 +178,21 @@ def _unpacked(path: Path, source: PixelSource | None, device: str) -> ExpertTask
 # -- inside a process --------------------------------------------------------------------------------
 
 #: task, folder and stop signal of this process
-_HERE: tuple[ExpertTask, Path, Event] | None = None
+_HERE: tuple[ExpertTask, Path, Event, str] | None = None
 
 
-def _begin(packed: Path, source: PixelSource | None, device: str, path: Path, threads: int, stop: Event) -> None:
+def _begin(
+    packed: Path, source: PixelSource | None, device: str, path: Path, threads: int, stop: Event, precision: str
+) -> None:
     global _HERE
     torch.set_num_threads(threads)
-    _HERE = (_unpacked(packed, source, device), path, stop)
+    _HERE = (_unpacked(packed, source, device), path, stop, precision)
 
 
 def _train(number: int) -> None:
     assert _HERE is not None
-    task, path, stop = _HERE
-    with FileLock(_lock(path, number)):
+    task, path, stop, precision = _HERE
+    with FileLock(_lock(path, number)), network_precision(precision, task.data.images.device):
         _train_alone(task, _slots(path, number), number, stop)
 
 
