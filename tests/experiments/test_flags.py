@@ -88,7 +88,8 @@ def test_every_setting_is_decided() -> None:
     ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels"}
     always = {
         "baseline", "dataset", "per_class", "holdout", "noise", "zca", "image_size", "ipc", "width", "eval_network",
-        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds", "storage", "memory_budget",
+        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds", "storage",
+        "memory_budget", "precision", "compile",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(RunConfig)}
     assert names == ruled | always and names > NOT_FOR_EVALUATION
