@@ -24,6 +24,9 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
   tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
+  tad-plugin reproduce reproduce/tad_cifar10.yaml --size smoke
+  tad-plugin report runs/tad_cifar10-smoke
+  tad-plugin export runs/one --to distilled
   tad-plugin methods
   tad-plugin patch apply dm ../DatasetCondensation
   tad-plugin run --upstream ../DatasetCondensation -- main_DM.py --ipc 10 --tad_method tad
@@ -137,6 +140,21 @@ def _parser() -> Any:
     who.add_argument("--top", type=int, default=10, help="samples of each kind and class")
     who.add_argument("--out", type=str, default="", help="output folder; the run folder by default")
 
+    from tad_plugin.experiments.grid import verbs as grids
+
+    grids.add_reproduce_arguments(verb("reproduce", "GRID.yaml [options]", grids.ABOUT["reproduce"], run=False))
+    grids.add_report_arguments(verb("report", "FOLDER [options]", grids.ABOUT["report"], run=False))
+    take = verb(
+        "export",
+        "RUN --to FOLDER [options]",
+        "Write the synthetic set of a run for use without this package, with a load.py that trains on it.",
+        run=False,
+    )
+    take.add_argument("run", type=str, help="run folder, or the file of a synthetic set")
+    take.add_argument("--to", type=str, required=True, help="new folder for the export")
+    take.add_argument("--format", type=str, default="png", help="png, npz, pt, safetensors or dd-ranking")
+    take.add_argument("--overwrite", type=bool, default=False, help="replace an earlier export in the folder")
+
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     for name, about in checkouts.ABOUT.items():
         verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
@@ -178,8 +196,11 @@ def _experts(values: Any) -> None:
     options = {"overwrite": values.overwrite, "jobs": values.jobs}
     check_expert_flags(_run_config(values), config, values.arm)
     found = run_experts(_run_config(values), config, values.arm, values.out, progress=True, **options)
-    shown = ", ".join(f"{accuracy:.1f}" for accuracy in found["accuracy"]["experts"])
-    print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; test accuracy, %: {shown}")
+    own, kind = found["accuracy"]["experts"], "test accuracy"
+    if own is None and (held := found["heldout"]):
+        own, kind = held["experts"], f"accuracy on {held['samples']} held-out images by their {held['labels']} labels"
+    shown = ", ".join(f"{accuracy:.1f}" for accuracy in own) if own else "not known (no test images)"
+    print(f"{found['experts']} experts, {found['epochs']} epochs, {found['seconds']:.0f} s; {kind}, %: {shown}")
     print(f"replay buffer: {values.out}")
 
 
@@ -286,6 +307,24 @@ def _influence(values: Any) -> None:
         print(path)
 
 
+def _reproduce(values: Any) -> int:
+    from tad_plugin.experiments.grid.verbs import reproduce
+
+    return reproduce(values)
+
+
+def _report(values: Any) -> None:
+    from tad_plugin.experiments.grid.verbs import report
+
+    report(values)
+
+
+def _export(values: Any) -> None:
+    from tad_plugin.experiments.export_run import export_run
+
+    print(export_run(values.run, values.to, values.format, overwrite=values.overwrite))
+
+
 def _methods(_values: Any) -> None:
     import dataclasses
 
@@ -307,6 +346,9 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
+    "reproduce": _reproduce,
+    "report": _report,
+    "export": _export,
     "methods": _methods,
 }
 

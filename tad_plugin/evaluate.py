@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tad_plugin.data import mosaic
 from tad_plugin.data.labels import check_labels
 from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.synthetic import SyntheticSet
-from tad_plugin.errors import ConfigError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.nn.passes import forward_size, halved
@@ -27,9 +25,6 @@ from tad_plugin.utils.transfers import upload
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["EvaluateConfig", "Evaluation", "accuracy", "evaluate", "train_on_synthetic"]
-
-DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {"partition": mosaic.decode}
-"""Decoders by the name before ":" in ``SyntheticSet.decode``: (images, labels, factor) -> (images, labels)."""
 
 
 @dataclass
@@ -92,26 +87,6 @@ class Evaluation:
         object.__setattr__(self, "std", float(values.std(unbiased=False)))
 
 
-def training_pairs(synthetic: SyntheticSet) -> tuple[Tensor, Tensor]:
-    """The (images, labels) that a network is trained on, decoded if the set names a decoder.
-
-    Raises:
-        ConfigError: the set names an unknown decoder, or a factor that does not fit its images.
-    """
-    if not synthetic.decode:
-        return synthetic.images, synthetic.labels
-    name, _, factor = synthetic.decode.partition(":")
-    if name not in DECODERS or not factor.isdecimal():
-        raise ConfigError(
-            explain(
-                f'a decoder out of {", ".join(DECODERS)} with a factor, e.g. "partition:2"',
-                repr(synthetic.decode),
-                "Use the version that wrote this set",
-            )
-        )
-    return DECODERS[name](synthetic.images, synthetic.labels, int(factor))
-
-
 @named_errors
 def train_on_synthetic(
     network: nn.Module, synthetic: SyntheticSet, config: EvaluateConfig, generator: torch.Generator
@@ -128,7 +103,7 @@ def train_on_synthetic(
         NonFiniteError: the loss is NaN or infinite.
         InvalidInputError: the set's learned learning rate is not above 0.
     """
-    images, labels = training_pairs(synthetic)
+    images, labels = synthetic.training_pairs()
     images, labels = images.detach(), labels.detach().to(images.device)
     augmentation = Augmentation.configured(config.augment, synthetic.dataset)
     rate = config.lr if synthetic.learning_rate is None else synthetic.learning_rate
@@ -212,6 +187,9 @@ def evaluate(
         NonFiniteError: the training loss is NaN or infinite.
     """
     config = EvaluateConfig() if config is None else config
+    if not len(test[0]):
+        do = "Add test images (test/<class>/ of a folder), or pass held-out training images"
+        raise InvalidInputError(explain("at least one test image", "none", do))
     if isinstance(test[0], Tensor) and not bool(torch.isfinite(test[0]).all()):
         raise InvalidInputError(explain("finite test images", "a NaN or infinite value", "Leave out or repair them"))
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")

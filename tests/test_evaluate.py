@@ -23,7 +23,7 @@ from tad_plugin.errors import (
     PreprocessingMismatchError,
     UnknownNameError,
 )
-from tad_plugin.evaluate import EvaluateConfig, Evaluation, accuracy, evaluate, train_on_synthetic, training_pairs
+from tad_plugin.evaluate import EvaluateConfig, Evaluation, accuracy, evaluate, train_on_synthetic
 from tests.problems import PLAIN, blobs
 
 SMALL = EvaluateConfig(width=4, runs=2, epochs=4, batch_size=8, augment="none")
@@ -146,7 +146,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(NonFiniteError):
         evaluate(broken, (images, labels), SMALL, generator=seeded())
     with pytest.raises(ConfigError, match="'puzzle:2'"):
-        training_pairs(replace(small_set(), decode="puzzle:2"))
+        replace(small_set(), decode="puzzle:2").training_pairs()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import fnmatch
 import importlib
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from tests.test_layout import MODULES
 
 PACKAGE = ROOT / "tad_plugin"
 OPTIONAL = ("cleanlab", "jinja2", "jsonargparse", "matplotlib", "pandas", "ray", "sklearn", "tqdm", "yaml")
-SCRIPTS = ("tests/run.sh", "reproduce/quickstart.sh", "reproduce/setup_env.sh", ".ci/run")
+SCRIPTS = ("tests/run.sh", "tests/wheel.sh", "reproduce/quickstart.sh", "reproduce/setup_env.sh", ".ci/run")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_requirements_have_lower_bounds_and_no_upper_ones(config: configparser.C
     needed = {"torch", "torchvision", "kornia", "scipy", "numpy", "safetensors", "filelock"}
     assert {line.split(">=")[0] for line in core} == needed
     extras = config["options.extras_require"]
-    assert set(extras) == {"reproduce", "cluster", "test"}
+    assert set(extras) == {"reproduce", "cluster", "parquet", "test"}
     for line in core + [line for extra in extras.values() for line in lines(extra)]:
         assert line.count(">=") == 1 and not any(sign in line for sign in ("<", "==", "~=", "!=")), line
 
@@ -62,7 +64,7 @@ def test_version_changelog_and_citation_agree(config: configparser.ConfigParser)
 def test_every_entry_point_names_something_that_exists(config: configparser.ConfigParser) -> None:
     points = config["options.entry_points"]
     methods = dict(tuple(map(str.strip, line.split("="))) for line in lines(points["tad_plugin.methods"]))
-    assert set(methods) == {"tad", "iwd", "oracle", "loss-prune", "el2n", "clean-then-distil", "random"}
+    assert set(methods) == {"tad", "iwd", "oracle", "loss-prune", "el2n", "clean-then-distil", "random", "verdict"}
     for target in methods.values():
         module, name = target.split(":")
         cls = getattr(importlib.import_module(module), name)
@@ -106,6 +108,79 @@ for name in {sorted(MODULES)!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+HEAVY = (
+    "IPython", "PIL", "cleanlab", "jinja2", "jsonargparse", "kornia", "matplotlib", "pandas", "pyarrow", "ray", "scipy",
+    "sklearn", "tensorboard", "torchvision", "transformers", "wandb", "yaml",
+)  # fmt: skip
+
+
+def test_import_tad_plugin_is_light() -> None:
+    """``import tad_plugin`` loads nothing that only the command line, reports and readers need."""
+    code = f"""
+import sys
+import torch
+before = set(sys.modules)
+import tad_plugin
+new = set(sys.modules) - before
+print(*sorted(name for name in new if name.split(".")[0] in {HEAVY!r}))
+late = ("experiments", "cli", "upstream", "distill", "evaluate", "selection")
+print(*sorted(name for name in new if name.startswith(tuple(map("tad_plugin.".__add__, late)))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_a_package_that_is_imported_is_declared(config: configparser.ConfigParser) -> None:
+    """Each third-party package that the code names is a requirement or in an extra, under its import name."""
+    called = {"scikit-learn": "sklearn", "PyYAML": "yaml", "jsonargparse[signatures]": "jsonargparse"}
+    extras = [line for extra in config["options.extras_require"].values() for line in lines(extra)]
+    declared = [line.split(">=")[0] for line in [*lines(config["options"]["install_requires"]), *extras]]
+    known = {called.get(name, name) for name in declared} | {"tad_plugin", "PIL"}  # torchvision needs Pillow
+    found = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).split(".")[0])
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+                found |= {a.value.split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    assert not found - known - set(sys.stdlib_module_names)
+
+
+# the source archive
+
+
+def test_the_source_archive_holds_what_the_readme_uses(tmp_path: Path) -> None:
+    """Every file of the repository but hidden settings: tests with their folders, reproduce/, patches/, the texts."""
+    skipped = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "runs", "data", "build", "dist", "venv", "wt")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in ("tad_plugin", "tests", "reproduce", "patches"):
+            own = (
+                skipped if path.name != "tad_plugin" and path.name != "tests" else shutil.ignore_patterns("__pycache__")
+            )
+            shutil.copytree(path, copy / path.name, ignore=own)
+        elif path.is_file() and (not path.name.startswith(".")):
+            shutil.copy(path, copy)
+    shutil.copytree(ROOT / ".ci", copy / ".ci")
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        path.relative_to(copy).as_posix()
+        for path in copy.rglob("*")
+        if path.is_file() and ".egg-info" not in str(path) and path.suffix != ".pyc"
+    }
+    assert not wanted - names
+    assert {"CHANGELOG.md", "CITATION.cff", "reproduce/quickstart.sh", "tests/run.sh", "patches/dm/dm.patch"} <= names
 
 
 # scripts

@@ -44,7 +44,7 @@ class DataSplits:
         train_labels: int64 [N].
         holdout_images: float32 [V, C, H, W], normalised; split from the real training data, V may be 0.
         holdout_labels: int64 [V].
-        test_images: float32 [M, C, H, W], normalised.
+        test_images: float32 [M, C, H, W], normalised; M is 0 for a folder without test/ and val/.
         test_labels: int64 [M].
         preprocessing: maps images in [0, 1] to these.
         source_index: int64 [N], position of each training sample in the published order.
@@ -100,6 +100,11 @@ class DataSplits:
         if self.constant_channels:
             text += f"; the same value in all pixels of channel {', '.join(map(str, self.constant_channels))}"
         return text
+
+    @property
+    def tested(self) -> bool:
+        """Whether there are test images."""
+        return len(self.test_labels) > 0
 
     def apply_noise(self, spec: NoiseSpec) -> tuple[NoisyLabels, NoisyLabels | None]:
         """Noisy labels of the training part and of the held-out part (None where that is empty).
@@ -173,7 +178,8 @@ def load_dataset(
 
     Args:
         name: "digits" (8x8, 1,442 training and 355 test images), "cifar10", "cifar100", "svhn", "tinyimagenet", or
-            "folder:PATH" for an image folder or a zip of one (``train/<class>/*``, ``test/<class>/*`` or ``val/``).
+            "folder:PATH" for an image folder or a zip of one (``train/<class>/*``, and ``test/<class>/*`` or ``val/``,
+            which may be missing).
             A relative PATH starts at the working directory.
         root: torchvision's root, or the folder of Tiny ImageNet; "data" by default. "~" is the home folder.
         per_class: take the first so many training samples of each class, before the split; None takes all.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, check_num_classes
+from tad_plugin.data.origin import Origin
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.image_store import Images, ImageStore, image_rows
@@ -29,6 +30,7 @@ class RealData:
         dataset: name of the dataset, "" if unknown. It decides which augmentations keep the label.
         noise_rate: nominal share of wrong labels in controlled experiments, else None.
         ipc: images per class of the synthetic set, if known. A method may keep at least that many per class.
+        origin: names of the samples, for files that name them; None where they are a dataset of their own.
 
     Raises:
         InvalidInputError: images that are no float tensor, or another value of a wrong kind or range.
@@ -42,6 +44,7 @@ class RealData:
     dataset: str = ""
     noise_rate: float | None = None
     ipc: int | None = None
+    origin: Origin | None = None
 
     @named_errors
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tad_plugin.data.image_folder import class_files, decode, first_size
+from tad_plugin.data.image_folder import ClassFiles, class_files, decode, first_size
 from tad_plugin.data.image_tree import Tree, open_tree, suffix_of
 from tad_plugin.data.noise.class_maps import DIGITS_CLASSES
 from tad_plugin.data.pixel_cache import cache_places, cached_pixels
@@ -32,6 +32,7 @@ __all__ = ["DATASETS", "RawSplits", "dataset_name", "read_source"]
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tinyimagenet")
 _FOLDER = "folder:"
+_NO_FILES = ClassFiles((), torch.zeros(0, dtype=torch.int64), None, {})
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RawSplits:
         train_labels: int64 [N], true labels.
         index: int64 [N], position of each sample in the published order.
         rank: int64 [N], number of each sample in its class, if the file names are such numbers; else None.
-        test: uint8 [M, C, H, W].
+        test: uint8 [M, C, H, W]; M may be 0 for folders.
         test_labels: int64 [M].
         scale: the pixel value that stands for 1.
         paths: N file names of the training samples below the dataset's top, for folders; else None.
@@ -145,15 +146,12 @@ def _folder(
         names, train = class_files(tree, "train", per_class=per_class)
         held = next((split for split in ("test", "val") if tree.has(split)), None)
         if held is None:
-            got = ", ".join(sorted({name.split("/")[0] + "/" for name in (*tree.files, *tree.folders) if "/" in name}))
-            raise FileFormatError(
-                explain(f"test images below test/<class>/ or val/<class>/ in {path}", got, "Add one of the two folders")
-            )
-        _, test = class_files(tree, held, names)
+            _check_no_test(tree, names, path)
+        test = class_files(tree, held, names)[1] if held else _NO_FILES
         # One call, so that both have the same number of channels.
         files, places = [*train.paths, *test.paths], cache_places(path, root)
         pixels, mapped = _pixels(tree, files, image_size, path.name, storage, places)
-        skipped = _outside(tree, ("train", held)) + Counter(train.skipped) + Counter(test.skipped)
+        skipped = _outside(tree, ("train", held or "test")) + Counter(train.skipped) + Counter(test.skipped)
     n = len(train.paths)
     index = torch.arange(n)
     name = dataset_name(f"{_FOLDER}{path}")
@@ -170,6 +168,16 @@ def _pixels(
         return decode(tree, paths, image_size, label), None
     mapped = cached_pixels(tree, paths, image_size, places, label)
     return mapped.pixels, mapped
+
+
+def _check_no_test(tree: Tree, names: Sequence[str], path: Path) -> None:
+    """Raises FileFormatError where another folder has the classes of train/: test images under another name."""
+    parts = [name.split("/") for name in (*tree.files, *tree.folders)]
+    other = sorted({p[0] for p in parts if len(p) > 1 and p[0] != "train" and p[1] in names})
+    if other:
+        do = "Rename it to test/ or val/, or move it away to go without test images"
+        got = ", ".join(f"{name}/" for name in other)
+        raise FileFormatError(explain(f"test images below test/<class>/ or val/<class>/ in {path}", got, do))
 
 
 def _outside(tree: Tree, splits: Sequence[str]) -> Counter[str]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
+from tad_plugin.data import mosaic
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.preprocessing import Preprocessing
-from tad_plugin.errors import FileFormatError, InvalidInputError, NonFiniteError, explain
+from tad_plugin.errors import ConfigError, FileFormatError, InvalidInputError, NonFiniteError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.tensor_file import TensorFile
 
-__all__ = ["SyntheticSet"]
+__all__ = ["DECODERS", "SyntheticSet"]
+
+DECODERS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {"partition": mosaic.decode}
+"""Decoders by the name before ":" in ``SyntheticSet.decode``: (images, labels, factor) -> (images, labels)."""
 
 _FILE = TensorFile(
     "tad_plugin.synthetic",
@@ -88,6 +93,42 @@ class SyntheticSet:
     def hard_labels(self) -> Tensor:
         """int64 [M]: the labels, or the likeliest class of soft ones."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+
+    def training_pairs(self) -> tuple[Tensor, Tensor]:
+        """The (images, labels) that a network is trained on, decoded if the set names a decoder.
+
+        Returns:
+            Images float32 [N,C,H,W], normalised, and labels as those of the set. N is M, or F^2 M for a mosaic.
+
+        Raises:
+            ConfigError: the set names an unknown decoder, or a factor that does not fit its images.
+        """
+        if not self.decode:
+            return self.images, self.labels
+        name, _, factor = self.decode.partition(":")
+        if name not in DECODERS or not factor.isdecimal():
+            known = f'a decoder out of {", ".join(DECODERS)} with a factor, e.g. "partition:2"'
+            raise ConfigError(explain(known, repr(self.decode), "Use the version that wrote this set"))
+        return DECODERS[name](self.images, self.labels, int(factor))
+
+    def as_dataset(self, *, pixels: bool = False) -> TensorDataset:
+        """The set as a PyTorch dataset of (image, label), for a DataLoader.
+
+        Mosaics come as their training images. The tensors have no gradients and are copies.
+
+        Args:
+            pixels: images in [0, 1], with normalisation and whitening undone, and not clamped. By default they are
+                network input, prepared as ``preprocessing`` does.
+
+        Returns:
+            A TensorDataset of images float32 [N,C,H,W], and labels int64 [N] or float32 [N,K].
+
+        Raises:
+            ConfigError: see :meth:`training_pairs`.
+            InvalidInputError: the preprocessing does not fit the images.
+        """
+        images, labels = (part.detach().clone() for part in self.training_pairs())
+        return TensorDataset(self.preprocessing.inverse(images) if pixels else images, labels)
 
     def detached(self) -> SyntheticSet:
         """A copy with tensors of its own, without gradients."""

@@ -13,6 +13,7 @@ from tad_plugin.core.registry import load_method, method_names
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.datasets import DataSplits
 from tad_plugin.data.noise.spec import NoisyLabels
+from tad_plugin.data.origin import Origin
 from tad_plugin.distill.experts.buffer import BufferInfo
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.experiments.loading import truth_known
@@ -104,9 +105,12 @@ def arm_hook(
         dataset=splits.name,
         ipc=plan.loop.ipc if ipc is None else ipc,
         noise_rate=nominal_rate(noisy),
+        origin=Origin(
+            splits.source_index, splits.holdout_source_index, splits.source_paths, splits.class_names or None
+        ),
         trains_on_real=plan.baseline.trains_on_real,
         log=log,
         start=False,
-        iterations=plan.loop.iterations,
+        iterations=plan.loop.iterations or None,  # the arm "random" makes no update
         announce=False,
     )

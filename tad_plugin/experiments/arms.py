@@ -39,6 +39,8 @@ ARMS: dict[str, Arm] = {
     "tad": Arm("tad", about="trust-aware diversion"),
     "iwd": Arm("iwd", about="influence-weighted distillation"),
     "tad+iwd": Arm("tad+iwd", about="both"),
+    "verdict": Arm("verdict", about="a verdict on the samples made elsewhere: --verdict FILE"),
+    "verdict+iwd": Arm("verdict+iwd", about="that verdict, and influence weighting"),
 }
 """Named arms. Any other registered method, or several joined by "+", is an arm too."""
 

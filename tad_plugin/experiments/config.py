@@ -11,7 +11,7 @@ from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.utils.precision import PRECISIONS
 from tad_plugin.utils.settings import Settings, setting
 
-__all__ = ["MAY_DIFFER", "PRESETS", "RunConfig"]
+__all__ = ["MAY_DIFFER", "PRESETS", "VERDICT", "RunConfig"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 8x8 images, 1,442 of them: everything is smaller.
@@ -27,6 +27,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "": {"iterations": 1000},
 }
 """Dataset presets, as fields of :class:`RunConfig`; "" is for all datasets without one of their own."""
+
+VERDICT = {
+    "verdict": "file",
+    "order": "order",
+    "verdict_means": "means",
+    "verdict_column": "column",
+    "verdict_share": "share",
+}
+"""Settings of :class:`RunConfig` that are settings of the method "verdict", by their names there."""
 
 MAY_DIFFER = ("device", "checkpoint_seconds", "root", "labels", "storage", "memory_budget")
 """Settings of :class:`RunConfig` that may change when a run is resumed, because they do not change its result."""
@@ -67,6 +76,11 @@ class RunConfig(Settings):
         eval_lr: learning rate of the evaluation networks; it drops to a tenth halfway.
         candidates: number of iterates (evenly spaced, the last one included) from which held-out data choose the best.
         seed: seed of everything: noise, split, initial images, networks.
+        verdict: file of a verdict on the samples that was made elsewhere, for the arm "verdict": csv, json, npz or pt.
+        order: order of a --verdict that names no samples: published, train (held-out ones included) or given (the run).
+        verdict_means: what unnamed values of --verdict are: keep, drop, labels, weights, quality, difficulty, verdict.
+        verdict_column: the column of --verdict that decides, where there are several.
+        verdict_share: share of each class to keep where --verdict has scores, in (0, 1].
         device: auto, cpu or cuda.
         precision: of the networks that are matched and trained on real data: fp32, tf32 (on CUDA) or bf16. Scores of
             the methods and evaluations are fp32 in any case.
@@ -101,6 +115,11 @@ class RunConfig(Settings):
     eval_lr: float = EvaluateConfig.lr
     candidates: int = setting(3, at_least=1)
     seed: int = setting(0, at_least=0)
+    verdict: str = ""
+    order: str = ""
+    verdict_means: str = ""
+    verdict_column: str = ""
+    verdict_share: float = setting(0.0, at_least=0, at_most=1)
     device: str = "auto"
     precision: str = setting("fp32", one_of=PRECISIONS)
     compile: bool = False

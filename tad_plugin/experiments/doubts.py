@@ -26,18 +26,23 @@ def at_chance(network: str, accuracies: Iterable[float], test_labels: Tensor) ->
     return explain(f"an accuracy above {most:.1f}%, which is chance", f"{mean:.1f}% with {network}", do)
 
 
-def doubts(images: Tensor, splits: DataSplits, accuracy: Mapping[str, Any], plan: Plan) -> list[str]:
+def doubts(images: Tensor, splits: DataSplits, accuracy: Mapping[str, Any], labels: Tensor, plan: Plan) -> list[str]:
     """Messages on the result of a run, whatever its loop; empty if nothing is odd.
 
     Args:
         images: the synthetic images, float [M,C,H,W].
         splits: the run's data.
-        accuracy: as in results.json.
+        accuracy: as in results.json; empty if nothing could be evaluated.
+        labels: int64 [M], those that the accuracies were counted against.
         plan: the run's plan.
     """
     found = [out_of_range(images, spread_of(splits.train_images), plan.loop.lr_img, "at the end")]
     tables = {plan.evaluation.networks[0]: accuracy, **accuracy.get("networks", {})}
-    found += [at_chance(name, table["last"], splits.test_labels) for name, table in tables.items()]
+    if "last" in accuracy:
+        found += [at_chance(name, table["last"], labels) for name, table in tables.items()]
+    else:
+        do = "Add test/<class>/ to the folder, or hold out a part of the training images with --holdout"
+        found.append(explain("test images, or held-out ones", "neither, so no accuracy is known", do))
     return [message for message in found if message is not None]
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from tad_plugin.core.diagnostics import split_quality
 from tad_plugin.core.scorer import score_all
+from tad_plugin.data.datasets import DataSplits
+from tad_plugin.data.noise.spec import NoisyLabels
 from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import SIDE_FILE, BufferInfo, buffer_path, clear_buffer
 from tad_plugin.distill.experts.train import STATE_FILE, train_experts
@@ -24,6 +26,7 @@ from tad_plugin.errors import FileFormatError, explain
 from tad_plugin.experiments.arm_hook import arm_hook, pilot_settings
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.held_out import held_out
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.nn.passes import memory_budget
@@ -115,6 +118,16 @@ def train_planned(
             return _train(plan, experts, place, written, progress, jobs)
 
 
+def _judges(plan: Plan, splits: DataSplits, held: NoisyLabels | None) -> RealData | None:
+    """The images that experts are tested on: the test images, or else those held out; None if there are neither."""
+    if splits.tested:
+        return RealData(splits.test_images, splits.test_labels, splits.num_classes)
+    if held is None:
+        return None
+    labels = splits.holdout_labels if plan.arm.true_labels else held.labels
+    return RealData(splits.holdout_images, labels, splits.num_classes)
+
+
 def _check_buffer(folder: Path) -> None:
     """Whether all files of a finished buffer are there. Raises FileFormatError."""
     info = BufferInfo.read(folder)
@@ -129,13 +142,15 @@ def _train(
     plan: Plan, experts: ExpertConfig, place: RunFolder, written: Mapping[str, Any], progress: bool, jobs: int
 ) -> dict[str, Any]:
     reset_peak_memory(plan.device)
-    splits, noisy, _ = load_noisy(plan)
+    splits, noisy, held = load_noisy(plan)
     place.write_config(written, ignore=MAY_DIFFER)
     hook = arm_hook(plan, splits, noisy, experts=experts, log=place.log)
     assert hook.data is not None  # arm_hook attaches with data
-    test = RealData(splits.test_images, splits.test_labels, splits.num_classes)
+    test = _judges(plan, splits, held)
 
     def accuracy(_number: int, network: nn.Module) -> Mapping[str, Any]:
+        if test is None:
+            return {"accuracy": None}
         right = score_all(network, test).logits.argmax(1) == test.labels
         return {"accuracy": 100.0 * float(right.float().mean())}
 
@@ -154,6 +169,7 @@ def _train(
         jobs=jobs,
     )
     records = [r for r in place.records() if r.get("event") == "expert" and r["expert"] >= 0]
+    accuracies = [r["accuracy"] for r in records]
     s, known = hook.state, truth_known(plan)
     place.write_results(
         {
@@ -162,7 +178,8 @@ def _train(
             "per_class": plan.per_class,
             "noise": {"text": plan.record["noise"], "realised_rate": noisy.realised_rate if known else None},
             "seed": plan.seed,
-            "accuracy": {"experts": [r["accuracy"] for r in records]},
+            "accuracy": {"experts": accuracies if splits.tested else None},
+            **({} if splits.tested else {"heldout": held_out({"experts": accuracies}, len(test or ()), plan)}),
             "experts": info.experts,
             "epochs": info.epochs,
             "seconds": records[-1]["seconds"] if records else 0.0,

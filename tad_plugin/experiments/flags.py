@@ -11,7 +11,7 @@ from tad_plugin.core.registry import load_method, method_names
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, explain, missing_extra
-from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.config import VERDICT, RunConfig
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.experiments.sharing import deciding_arm
 
@@ -35,6 +35,7 @@ NOT_FOR_EVALUATION = {
     "methods",
     "candidates",
     "checkpoint_seconds",
+    *VERDICT,
     "precision",
     "compile",
 }
@@ -61,7 +62,7 @@ def check_distill_flags(config: RunConfig, arms: Sequence[str], shared: str = ""
     plans = [resolve(config, arm) for arm in arms]
     distilling = [plan for plan in plans if plan.arm.distil]
     _check_data(config)
-    _check_methods(config.methods, plans)
+    _check_methods(_method_settings(config), plans)
     for name in ("iterations", "lr_img", "loop"):
         _require(bool(distilling) or not getattr(config, name), f"--{name}", "arms that distil")
     changed = config.candidates != RunConfig.candidates
@@ -85,7 +86,7 @@ def check_expert_flags(config: RunConfig, experts: ExpertConfig, arm: str) -> No
     """As :func:`check_distill_flags`, for a run that trains experts."""
     plan = resolve(config, arm)
     _check_data(config)
-    _check_methods(config.methods, [plan], scorer=False)
+    _check_methods(_method_settings(config), [plan], scorer=False)
     limits = [name for name in method_names(plan.arm.method) if load_method(name).uses_ipc]
     _require(bool(limits) or config.ipc == RunConfig.ipc, "--ipc", "methods that keep as many samples of each class")
     default = ExpertConfig()
@@ -118,12 +119,18 @@ def _check_data(config: RunConfig) -> None:
     _require(kept or not given, "--root", f"--dataset {', '.join(_DOWNLOADED)}, or folder:PATH")
 
 
+def _method_settings(config: RunConfig) -> Mapping[str, Any]:
+    given: dict[str, Any] = {"verdict": {}} if any(getattr(config, name) for name in VERDICT) else {}
+    return {**config.methods, **given}
+
+
 def _methods(plan: Plan) -> list[type[Callback]]:
     return [load_method(name) for name in method_names(plan.arm.method)]
 
 
 def _check_methods(settings: Mapping[str, Any], plans: Sequence[Plan], *, scorer: bool = True) -> None:
     used = {name for plan in plans for name in method_names(plan.arm.method)}
+    _require("verdict" in used or "verdict" not in settings, "--verdict", "arms such as verdict or verdict+iwd")
     for name in settings:
         if name != "scorer":
             _require(name in used, f"--methods with settings of {name!r}", "an arm with that method")

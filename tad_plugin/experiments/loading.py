@@ -58,6 +58,9 @@ def load_test(plan: Plan, synthetic: SyntheticSet, path: str | Path) -> DataSpli
         raise InvalidInputError(explain(expected, repr(wanted), f"Pass --dataset {hint or synthetic.dataset}"))
     plan = dataclasses.replace(plan, holdout=0.0)
     own = load_splits(plan)
+    if not own.tested:
+        do = "Add test/<class>/; the run's results.json has its accuracy on held-out images under 'heldout'"
+        raise InvalidInputError(explain(f"test images in {plan.dataset}", "none", do))
     names, do = tuple(synthetic.class_names), "Pass --dataset with the data that were distilled"
     if own.num_classes != synthetic.num_classes or (names and names != tuple(own.class_names)):
         expected = f"the {synthetic.num_classes} classes of {path} ({_listed(names)})"

@@ -14,7 +14,7 @@ from tad_plugin.experiments.config import RunConfig
 
 __all__ = ["check_given", "flags_of", "parser_class", "with_switches"]
 
-SWITCHES = {"overwrite", "pictures"} | {
+SWITCHES = {"overwrite", "pictures", "dry_run"} | {
     name
     for config in (RunConfig, ExpertConfig)
     for name, hint in typing.get_type_hints(config).items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from tad_plugin.core.registry import available_methods, load_method, make_callba
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, baseline_class
-from tad_plugin.errors import ConfigError, explain, missing_extra, unknown_name
+from tad_plugin.errors import ConfigError, FileFormatError, explain, missing_extra, unknown_name
 from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.experiments.arms import Arm, parse_arm
-from tad_plugin.experiments.config import PRESETS, RunConfig
+from tad_plugin.experiments.config import PRESETS, VERDICT, RunConfig
 from tad_plugin.nn.networks import NETWORKS
+from tad_plugin.utils.files import file_digest
 from tad_plugin.utils.machine import byte_count
 from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
@@ -101,6 +104,9 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         raise unknown_name("dataset", config.dataset, [*DATASETS, "folder:PATH"])
     preset = _preset(config, baseline)
     said = dataclasses.asdict(config)
+    # They stand among the methods' settings.
+    verdict = {own: value for name, own in VERDICT.items() if (value := said.pop(name))}
+    said["methods"] = _with_verdict(said["methods"], verdict)
     device = _device(config.device)
     check_precision(config.precision, device)
     if config.compile and chosen.distil and not baseline.compiles:
@@ -181,6 +187,20 @@ def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     return chosen
 
 
+def _with_verdict(methods: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the methods, with those of a verdict and the sha256 of its file."""
+    own = {**methods.get("verdict", {}), **given}
+    if not own:
+        return dict(methods)
+    if not own.get("file"):
+        got = ", ".join(f"{name} {value!r}" for name, value in own.items())
+        raise ConfigError(explain("--verdict FILE", f"only {got}", "Name the file, or leave these settings out"))
+    path = Path(os.path.expanduser(str(own["file"])))
+    if not path.is_file():
+        raise FileFormatError(explain("a file of verdicts", f"no file at {path.absolute()}", "Correct --verdict"))
+    return {**methods, "verdict": {**own, "sha256": own.get("sha256") or file_digest(path)}}
+
+
 def _preset(config: RunConfig, baseline: type[Baseline]) -> dict[str, Any]:
     """A value for every field that the user may leave open: defaults, dataset, protocol, published settings."""
     known = {f.name for f in dataclasses.fields(baseline.Config)}
@@ -242,6 +262,9 @@ def _check_needs(config: RunConfig, arm: Arm, noise: NoiseSpec) -> None:
         for package in method.packages:
             if find_spec(package) is None:
                 raise missing_extra(package, "reproduce", f"the method {name!r}")
+        if name == "verdict" and not config.verdict and not config.methods.get(name, {}).get("file"):
+            do = "Add --verdict FILE: csv, json, npz or pt"
+            raise ConfigError(explain("the file of the arm 'verdict'", "none", do))
         if method.needs_true_labels and config.dataset.startswith("folder:") and noise.kind == "none":
             do = "Put noise on labels that are right (--noise symmetric:0.4), or leave this arm out"
             expected = f"known true labels, which the method {name!r} needs"

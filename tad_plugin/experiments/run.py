@@ -22,6 +22,7 @@ from tad_plugin.experiments.arm_hook import arm_hook, nominal_rate
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.doubts import doubts
 from tad_plugin.experiments.folder import RunFolder
+from tad_plugin.experiments.held_out import NO_ACCURACY, held_out
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.experiments.run_state import RunState
@@ -102,9 +103,14 @@ class Run:
         state = RunState(self.folder, hook, device=plan.device, every=plan.checkpoint_seconds)
         with network_precision(plan.precision, plan.device):
             loop = self._distil(splits, noisy, hook, state)
-        accuracy, chosen = self._evaluate(splits, loop, holdout, state)
+        judges = (splits.test_images, splits.test_labels) if splits.tested else holdout
+        accuracy, chosen = self._evaluate(splits, loop, judges, holdout, state)
         self._keep(hook, loop)
-        results = self._results(splits, noisy, hook, loop, state, accuracy, chosen)
+        odd = doubts(loop.result().images, splits, accuracy, judges[1], plan)
+        results = self._results(splits, noisy, hook, loop, state, chosen)
+        results |= {"accuracy": accuracy, "doubts": odd}
+        if not splits.tested:
+            results |= {"accuracy": NO_ACCURACY, "heldout": held_out(accuracy, len(judges[1]), plan)}
         self.folder.write_results(results, FILES)
         return self.folder.results()
 
@@ -197,17 +203,21 @@ class Run:
         return sorted({round(total * (k + 1) / parts) for k in range(parts)})
 
     def _evaluate(
-        self, splits: DataSplits, loop: Baseline, holdout: tuple[Images, Tensor], state: RunState
+        self,
+        splits: DataSplits,
+        loop: Baseline,
+        test: tuple[Images, Tensor],
+        holdout: tuple[Images, Tensor],
+        state: RunState,
     ) -> tuple[dict[str, Any], int]:
-        """Accuracies of the last and of the best iterate, and the iteration of the best.
+        """Accuracies on ``test`` of the last and of the best iterate, and the iteration of the best.
 
-        The best is chosen on held-out real data, never on test data.
+        The best is chosen on held-out real data, never on test data. Without images in ``test`` there are none.
         """
         settings, seed, final = self.plan.evaluation, self.plan.seed, self.plan.loop.iterations
         last = loop.result()
         candidates: dict[int, SyntheticSet] = {**state.candidates, final: last}
         done = state.evaluated
-        test = (splits.test_images, splits.test_labels)
 
         def once(key: str, synthetic: SyntheticSet, on: tuple[Images, Tensor], network: str, run: int) -> float:
             if key not in done:
@@ -234,7 +244,8 @@ class Run:
             state.chosen = chosen
             self.folder.log({"event": "chosen", "iteration": chosen})
         table: dict[str, Any] = {}
-        for task in bar(range(settings.runs * len(networks)), "evaluate", self.progress):
+        tasks = settings.runs * len(networks) if len(test[1]) else 0
+        for task in bar(range(tasks), "evaluate", self.progress):
             network, run = networks[task // settings.runs], task % settings.runs
             value = once(f"last/{network}/{run}", last, test, network, run)
             best = value if chosen == final else once(f"best/{network}/{run}", candidates[chosen], test, network, run)
@@ -255,7 +266,6 @@ class Run:
         hook: Hook,
         loop: Baseline,
         state: RunState,
-        accuracy: dict[str, Any],
         chosen: int,
     ) -> dict[str, Any]:
         plan = self.plan
@@ -275,7 +285,6 @@ class Run:
                 "realised_rate": noisy.realised_rate if truth_known(plan) else None,
             },
             "seed": plan.seed,
-            "accuracy": accuracy,
             "best_iteration": chosen,
             "seconds_per_iteration": state.seconds / max(1, plan.loop.iterations),
             "scoring_seconds": hook.scoring_seconds,
@@ -286,7 +295,6 @@ class Run:
             "influence": _influence(hook),
             "state": hook.state.summary(),
             "versions": versions(plan.device),
-            "doubts": doubts(loop.result().images, splits, accuracy, plan),
             "command": command_line(),
             "config_sha256": self.folder.config_digest(plan.record, ignore=MAY_DIFFER),
         }

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels
@@ -319,6 +318,9 @@ def _leading_vectors(matrix: Tensor, count: int) -> Tensor:
     """Eigenvectors float64 [D, count] of a symmetric float64 matrix [D, D], by falling eigenvalue."""
     d = len(matrix)
     if matrix.device.type == "cpu" and d >= _LANCZOS_DIM and 4 * count <= d:
+        # SciPy takes a while to import, and most runs do not come here.
+        from scipy.sparse.linalg import ArpackError, eigsh
+
         try:
             # A fixed start: SciPy would draw one from NumPy's global generator.
             values, vectors = eigsh(matrix.numpy(), k=count, v0=np.ones(d))

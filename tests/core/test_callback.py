@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clean-then-distil": {"scorer": SMALL, "folds": 2},
 }
 pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarning")
+
+
+@pytest.fixture(autouse=True)
+def verdict_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file for the method that reads one: every fifth sample is left out."""
+    torch.save(torch.arange(48) % 5 != 0, tmp_path / "verdict.pt")
+    own = {"file": str(tmp_path / "verdict.pt"), "means": "keep", "order": "given"}
+    monkeypatch.setitem(SETTINGS, "verdict", own)
 
 
 class Recorder(Callback):

@@ -264,8 +264,7 @@ def test_several_sizes_need_an_image_size(tmp_path: Path) -> None:
 
 def test_folder_errors(tmp_path: Path) -> None:
     only = {k: v for k, v in folder().items() if k.startswith("train")}
-    with pytest.raises(FileFormatError, match="test/<class>/"):
-        load_dataset(f"folder:{write(tmp_path / 'a.zip', only)}")
+    assert not load_dataset(f"folder:{write(tmp_path / 'a.zip', only)}").tested
     lacking = {k: v for k, v in folder().items() if not k.startswith("test/b")}
     with pytest.raises(EmptyClassError, match="b"):
         load_dataset(f"folder:{write(tmp_path / 'b.zip', lacking)}")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from tad_plugin.data.mosaic import check_factor, decode, expand, mosaic
-from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.data.synthetic import DECODERS, SyntheticSet
 from tad_plugin.errors import ConfigError, InvalidInputError
-from tad_plugin.evaluate import DECODERS, EvaluateConfig, evaluate, training_pairs
+from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tests.problems import PLAIN, blobs
 
 
@@ -60,7 +60,7 @@ def test_an_evaluation_trains_on_the_tiles_and_the_file_says_so(tmp_path: Path) 
     synthetic = SyntheticSet(own, labels[:12][order], 3, PLAIN, decode="partition:2")
     synthetic.save(tmp_path / "set.safetensors")
     read = SyntheticSet.load(tmp_path / "set.safetensors")
-    shown, repeated = training_pairs(read)
+    shown, repeated = read.training_pairs()
     assert len(shown) == 48 and torch.equal(repeated[:12], repeated[12:24])
     settings = EvaluateConfig(width=4, runs=1, epochs=2, augment="none")
 
@@ -69,7 +69,7 @@ def test_an_evaluation_trains_on_the_tiles_and_the_file_says_so(tmp_path: Path) 
 
     spelled_out = replace(synthetic, images=shown, labels=repeated, decode="")
     assert score(read) == score(spelled_out)
-    assert training_pairs(replace(synthetic, decode=""))[0] is synthetic.images
+    assert replace(synthetic, decode="").training_pairs()[0] is synthetic.images
     assert set(DECODERS) == {"partition"}
 
 
@@ -77,7 +77,7 @@ def test_an_evaluation_trains_on_the_tiles_and_the_file_says_so(tmp_path: Path) 
 def test_a_decoder_that_does_not_exist_is_named(decode: str) -> None:
     synthetic = SyntheticSet(torch.zeros(1, 1, 4, 4), torch.tensor([0]), 1, PLAIN, decode=decode)
     with pytest.raises(ConfigError, match="partition"):
-        training_pairs(synthetic)
+        synthetic.training_pairs()
 
 
 def test_images_that_cannot_be_cut_are_named() -> None:

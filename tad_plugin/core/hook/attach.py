@@ -23,6 +23,7 @@ from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.labels import integers_of
 from tad_plugin.data.noise.spec import NoiseSpec
+from tad_plugin.data.origin import Origin
 from tad_plugin.data.real import RealData
 from tad_plugin.data.samples import labels_of
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
@@ -53,6 +54,8 @@ def attach(
     ipc: int | None = None,
     noise_rate: float | None = None,
     noise: NoiseSpec | str | None = None,
+    verdict: str | Path | None = None,
+    origin: Origin | None = None,
     trains_on_real: bool = False,
     state: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -87,6 +90,8 @@ def attach(
         noise_rate: nominal share of wrong labels if the experiment set it; only the pruning rivals read it.
         noise: "kind:rate" corrupts ``labels`` first, for experiments. ``labels`` are then the true labels.
             ``hook.loader`` and ``hook.criterion`` train on the corrupted labels even under "none".
+        verdict: file of a verdict made elsewhere, for the method "verdict", which it chooses if no method is given.
+        origin: names of the samples, for a verdict; by default their positions are the only names.
         trains_on_real: the loop trains networks on the real data through ``hook.loader``, ``hook.criterion`` and
             ``hook.epoch_end``. Then the plugin trains no scorer of its own.
         state: state file. If it exists it is loaded, and nothing is scored again. ``hook.finish()`` writes it.
@@ -121,7 +126,10 @@ def attach(
         config = config if config is not None else (getattr(args, "tad_config", "") or None)
         state = state if state is not None else (getattr(args, "tad_state", "") or None)
         noise = noise if noise is not None else (getattr(args, "tad_noise", "") or None)
+        verdict = verdict if verdict is not None else (getattr(args, "tad_verdict", "") or None)
     method = "none" if method is None else method
+    if verdict is not None and method == "none":
+        method = "verdict"
     if labels is None:
         labels = labels_of(data) if is_dataset(data) else None
     if labels is None:
@@ -147,9 +155,10 @@ def attach(
     shown = images if images is not None else torch.zeros(observed.numel(), 0, device=observed.device)
     # RealData checks images and labels, and nothing after it checks them again.
     real = RealData(shown, observed, num_classes, None if corrupted else true_labels, dataset, noise_rate, ipc)
+    real.origin = origin
     if spec is not None and corrupted:
         _corrupt(real, spec, images)
-    settings = _read_config(config)
+    settings = _with_verdict(_read_config(config), verdict, names)
     if "check" in names and len(names) > 1:
         raise ConfigError(explain('"check" alone', repr(method), "Check the loop first, then attach the methods"))
     callbacks = make_callbacks("none" if names == ["check"] else method, settings, seed=seed)
@@ -224,6 +233,16 @@ def _move(real: RealData, device: torch.device) -> None:
         real.true_labels = real.true_labels.to(device)
 
 
+def _with_verdict(settings: Mapping[str, Any], verdict: str | Path | None, names: list[str]) -> Mapping[str, Any]:
+    """The settings, with the file of a verdict."""
+    if verdict is None:
+        return settings
+    if "verdict" not in names:
+        got, do = f"the method {'+'.join(names)!r}", f"Use {'+'.join(['verdict', *names])!r}, or leave the file out"
+        raise ConfigError(explain("the method 'verdict', because a file of one is given", got, do))
+    return {**settings, "verdict": {**settings.get("verdict", {}), "file": str(verdict)}}
+
+
 def _read_config(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
     if config is None or isinstance(config, Mapping):
         return config or {}
@@ -241,7 +260,10 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds ``--tad_method``, ``--tad_config``, ``--tad_state`` and ``--tad_noise`` to a script's parser; returns it."""
+    """Adds the flags that :func:`attach` reads to a script's parser, and returns it.
+
+    They are ``--tad_method``, ``--tad_config``, ``--tad_state``, ``--tad_noise`` and ``--tad_verdict``.
+    """
     group = parser.add_argument_group("tad_plugin")
     group.add_argument(
         "--tad_method", type=str, default="none", help='"none", "tad", "iwd", "tad+iwd" or another registered method'
@@ -249,4 +271,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--tad_config", type=str, default="", help="YAML or JSON file: method -> settings")
     group.add_argument("--tad_state", type=str, default="", help="state file: read if it exists, written at the end")
     group.add_argument("--tad_noise", type=str, default="", help='corrupt the labels first, e.g. "symmetric:0.4"')
+    about = 'file of a verdict on the samples (csv, json, npz, pt), for the method "verdict"'
+    group.add_argument("--tad_verdict", type=str, default="", help=about)
     return parser

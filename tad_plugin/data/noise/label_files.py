@@ -10,8 +10,6 @@ and, for CIFAR-10N, ``aggre``, ``worse``, ``random1`` to ``random3``; for CIFAR-
 from __future__ import annotations
 
 import difflib
-import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,19 +19,17 @@ import torch
 from torch import Tensor
 
 from tad_plugin.data.labels import check_labels, whole_number
+from tad_plugin.data.noise.array_files import load_pt, read_npz, regular_file
 from tad_plugin.data.noise.named_labels import plain_path, read_named_labels
-from tad_plugin.data.noise.pickled_arrays import read_pickled_arrays
 from tad_plugin.data.splits import rank_in_class
 from tad_plugin.errors import FileFormatError, InvalidInputError, StateMismatchError, UnknownNameError, explain
 from tad_plugin.utils.arguments import named_errors
-from tad_plugin.utils.seals import check_archive
 
 __all__ = ["human_labels", "read_label_file"]
 
 _CLEAN = "clean"
 _RANK = "rank_in_class"
 _NAMED = {".csv", ".json"}
-_LARGEST = 2**30
 _SCHEMES = (
     "Accepted are: file names that are numbers in their class, from 0 in every class (train/cat/0007.png);"
     " file names with the position in the published order, as in 40217.png or 40217_cat.png;"
@@ -52,10 +48,10 @@ def read_label_file(path: str | Path) -> dict[str, Tensor]:
         FileFormatError: missing, corrupt, larger than 1 GiB, of another format, needing unrestricted pickle, without
             ``clean``, with arrays that are not whole numbers of shape [M], or of several lengths.
     """
-    path = _regular(path)
+    path = regular_file(path, "a label file (.npz, .pt, .csv or .json)")
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        raw = _read_npz(path)
+        raw = read_npz(path)
     elif suffix in {".pt", ".pth"}:
         raw = _read_pt(path)
     else:
@@ -121,7 +117,7 @@ def human_labels(
         if given is not None and len(given) != len(true):
             do = "Pass one value per sample"
             raise InvalidInputError(explain(f"`{name}` of length {len(true)}", str(len(given)), do))
-    path = _regular(path)
+    path = regular_file(path, "a label file (.npz, .pt, .csv or .json)")
     short = _short(key)
     if path.suffix.lower() in _NAMED:
         labels = _by_name(path, key, true, num_classes, source_paths, class_names)
@@ -252,24 +248,6 @@ def _check_key(key: str, known: set[str], path: Path) -> None:
         raise UnknownNameError(explain(expected, repr(key), do))
 
 
-def _regular(path: str | Path) -> Path:
-    """The path, if a regular file of an acceptable size is there."""
-    path = Path(os.path.expanduser(path))
-    if not path.is_file():  # a pipe or a device would be read for ever
-        do = "Download the label file and pass its path"
-        raise FileFormatError(explain("a label file (.npz, .pt, .csv or .json)", f"no file at {path.absolute()}", do))
-    _check_size(path.stat().st_size, path)
-    return path
-
-
-def _check_size(size: int, path: Path) -> None:
-    if size > _LARGEST:
-        got = f"{size / 2**20:.0f} MiB in {path}"
-        raise FileFormatError(
-            explain(f"labels of at most {_LARGEST >> 20} MiB", got, "Use the label file as published")
-        )
-
-
 def _short(name: str) -> str:
     return name.replace("_label", "")
 
@@ -289,45 +267,9 @@ def _as_labels(value: Any, name: str, path: Path) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        _check_entries(path)
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileFormatError:
-        raise
-    except Exception as error:  # the parsers raise whatever the bytes provoke
-        do = "Write it with numpy.savez from integer arrays, or download it again"
-        raise FileFormatError(explain("an npz file of plain arrays", f"{path}: {error}", do)) from error
-
-
-def _check_entries(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    _check_size(sum(entry.file_size for entry in entries), path)
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError("an entry twice in the archive")
-
-
 def _read_pt(path: Path) -> dict[Any, Any]:
-    do = "Check the download; or convert it once, where you trust it, with numpy.savez(path, clean=..., worse=...)"
-    try:
-        if zipfile.is_zipfile(path):
-            _check_entries(path)
-        check_archive(path)
-        content = _load_pt(path)
-    except FileFormatError:
-        raise
-    except Exception as error:  # the unpickler raises whatever the bytes provoke
-        reason = str(error).split("\n", 1)[0][:200]
-        raise FileFormatError(explain("a .pt file of plain arrays", f"{path}: {reason}", do)) from error
+    content = load_pt(path)
     if not isinstance(content, Mapping):
+        do = "Check the download; or convert it once, where you trust it, with numpy.savez(path, clean=..., worse=...)"
         raise FileFormatError(explain("a dictionary of label arrays", f"{type(content).__name__} in {path}", do))
     return dict(content)
-
-
-def _load_pt(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # broken bytes, or arrays as in the published file: the next reader tells
-        return read_pickled_arrays(path)

@@ -95,7 +95,7 @@ def influence_table(
 
 
 def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
-    """Writes rows as CSV and, if pyarrow is installed, also as Parquet. Returns the files.
+    """Writes rows as CSV and, if pyarrow is installed (the extra ``parquet``), also as Parquet. Returns the files.
 
     In the CSV a text that a spreadsheet would run as a formula (it starts with = + - @, tab or carriage return) gets an
     apostrophe before it. Numbers stay as they are.

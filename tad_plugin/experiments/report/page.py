@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
-from tad_plugin.experiments.report.tables import NOTE, build_tables, summarise
+from tad_plugin.experiments.report.tables import build_tables, notes, summarise
 
-__all__ = ["html_page"]
+__all__ = ["data_uri", "distinct", "html_page", "render", "versions_line"]
 
 _KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 
@@ -34,28 +34,40 @@ def html_page(
         InvalidInputError: as in :func:`summarise`; or a picture does not exist or is of another kind.
         MissingExtraError: jinja2 is not installed.
     """
+    results = list(results)
+    rows = summarise(results)
+    return render(
+        "report.html.j2",
+        title=title,
+        note=notes(rows),
+        tables=build_tables(rows),
+        pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
+        commands=distinct(str(result["command"]) for result in results if result.get("command")),
+        versions=distinct(versions_line(result["versions"]) for result in results if result.get("versions")),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills in one of the templates of this folder. All texts are escaped.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:
         raise missing_extra("jinja2", "reproduce", "the HTML report") from error
-    results = list(results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tad_plugin.experiments.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        note=NOTE,
-        tables=build_tables(summarise(results)),
-        pictures=[(caption, _data_uri(path)) for caption, path in pictures.items()],
-        commands=_distinct(str(result["command"]) for result in results if result.get("command")),
-        versions=_distinct(_versions_line(result["versions"]) for result in results if result.get("versions")),
-    )
+    return environment.get_template(template).render(**values)
 
 
-def _data_uri(path: str | Path) -> str:
+def data_uri(path: str | Path) -> str:
+    """A picture as text that a page can hold. Raises InvalidInputError: no PNG, JPEG or SVG file."""
     path = Path(path)
     if path.suffix.lower() not in _KINDS or not path.is_file():
         got = f"{path}, which is another kind of file" if path.is_file() else f"{path}, which does not exist"
@@ -64,9 +76,11 @@ def _data_uri(path: str | Path) -> str:
     return f"data:image/{_KINDS[path.suffix.lower()]};base64,{content}"
 
 
-def _distinct(lines: Iterable[str]) -> list[str]:
+def distinct(lines: Iterable[str]) -> list[str]:
+    """The lines without repetitions, in order."""
     return list(dict.fromkeys(lines))
 
 
-def _versions_line(versions: Mapping[str, Any]) -> str:
+def versions_line(versions: Mapping[str, Any]) -> str:
+    """Names and versions in one line."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -39,8 +39,9 @@ def draw_comparison(results: list[dict[str, Any]], tasks: list[Task], out: Path)
     folder = out / "pictures"
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    found = {"Accuracy by arm": folder / "accuracy.png"}
-    plot_comparison(summarise(results), found["Accuracy by arm"])
+    rows, found = summarise(results), {}
+    if any(row.last is not None for row in rows):  # there are test images
+        found["Accuracy by arm"] = plot_comparison(rows, folder / "accuracy.png")
     tasks = [t for t in tasks if RunFolder(t.folder).is_done()]
     first = min(t.config.seed for t in tasks)
     tasks = [t for t in tasks if t.config.seed == first]

@@ -27,6 +27,7 @@ __all__ = [
     "build_tables",
     "markdown_table",
     "noise_label",
+    "notes",
     "summarise",
     "text_table",
 ]
@@ -38,9 +39,14 @@ NOTE = (
     "cost: time of scoring, experts and distillation, as a multiple of the noisy arm's."
 )
 """The note below every table."""
+HELD_OUT = (
+    "held out: no test images; accuracy of the last set on training images that were held out, counted against "
+    "{labels} labels{doubt}."
+)
+"""The note below tables of runs without test images."""
 _HEADER = (
-    "IPC", "arm", "last", "best", "recovered", "seeds", "s/iter", "scoring s", "cost", "memory", "precision", "recall",
-    "AUC",
+    "IPC", "arm", "last", "best", "held out", "recovered", "seeds", "s/iter", "scoring s", "cost", "memory",
+    "precision", "recall", "AUC",
 )  # fmt: skip
 
 
@@ -81,6 +87,8 @@ class Row:
         peak_memory_bytes: the largest over seeds, or None.
         precision: mean share of correct labels among trusted samples, in [0, 1], or None.
         recall: mean share of correctly labelled samples that are trusted, in [0, 1], or None.
+        held_out: accuracy of the last synthetic set on held-out training images, where there are no test images.
+        held_out_labels: which labels that is counted against: "observed" or "true".
         auc: mean area under the ROC curve of the trust for correct labels, in [0, 1], or None.
     """
 
@@ -99,6 +107,8 @@ class Row:
     precision: float | None
     recall: float | None
     auc: float | None
+    held_out: Accuracy | None = None
+    held_out_labels: str = ""
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -150,7 +160,8 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
 def _setting(result: Mapping[str, Any], index: int) -> tuple[str, str, str, int]:
     try:
         accuracy = result["accuracy"]
-        if not (_numbers(accuracy.get("last")) or _numbers(accuracy.get("best"))):
+        told = "heldout" in result  # without test images
+        if not (told or _numbers(accuracy.get("last")) or _numbers(accuracy.get("best"))):
             raise ValueError("empty accuracy lists")
         _ = result["arm"], result["seed"]
         return str(result["baseline"]), str(result["dataset"]), noise_label(result.get("noise")), int(result["ipc"])
@@ -170,7 +181,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[Mapping[str, Any]]]) -> list[Row]:
-    per_seed: dict[str, dict[str, list[float]]] = {"last": {}, "best": {}}
+    per_seed: dict[str, dict[str, list[float]]] = {"last": {}, "best": {}, "held out": {}}
     for arm, found in arms.items():
         seeds = [(result["seed"], (result.get("noise") or {}).get("seed")) for result in found]
         if len(set(seeds)) < len(seeds):
@@ -182,7 +193,9 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
                 )
             )
         for which, store in per_seed.items():
-            lists = [_numbers(result["accuracy"].get(which)) for result in found]
+            held = which == "held out"
+            tables = [(result.get("heldout") or {}) if held else result["accuracy"] for result in found]
+            lists = [_numbers(table.get("last" if held else which)) for table in tables]
             if all(lists):
                 store[arm] = [statistics.fmean(values) for values in lists]
 
@@ -192,7 +205,7 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
             return None
         mean = statistics.fmean(store[arm])
         recovered = None
-        if "clean" in store and "noisy" in store:
+        if which != "held out" and "clean" in store and "noisy" in store:  # held-out labels may differ between arms
             clean, noisy = statistics.fmean(store["clean"]), statistics.fmean(store["noisy"])
             if clean - noisy >= MINIMUM_GAP:
                 recovered = 100 * (mean - noisy) / (clean - noisy)
@@ -220,6 +233,8 @@ def _summarise_setting(key: tuple[str, str, str, int], arms: Mapping[str, list[M
                 precision=_mean(split.get("precision") for split in splits),
                 recall=_mean(split.get("recall") for split in splits),
                 auc=_mean(split.get("auc") for split in splits),
+                held_out=accuracy("held out", arm),
+                held_out_labels=str((found[0].get("heldout") or {}).get("labels", "")),
             )
         )
     return rows
@@ -307,6 +322,7 @@ def _cells(row: Row) -> list[str]:
         row.arm + (" *" if knows_truth(row.arm) else ""),
         accuracy(row.last),
         accuracy(row.best),
+        accuracy(row.held_out),
         show(main.recovered if main else None, "{:.0f}%"),
         str(row.seeds),
         show(row.seconds_per_iteration, "{:.3g}"),
@@ -349,7 +365,16 @@ def text_table(rows: Sequence[Row]) -> str:
         for line, text in zip(table.lines, texts[1:], strict=True):
             body += ["", text] if line.first and body else [text]
         blocks.append("\n".join([table.title, rule, texts[0], rule, *body, rule]))
-    return "\n\n".join([*blocks, NOTE]) if blocks else "No results."
+    return "\n\n".join([*blocks, notes(rows)]) if blocks else "No results."
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """The note below tables of these rows."""
+    labels = sorted({row.held_out_labels for row in rows if row.held_out is not None})
+    if not labels:
+        return NOTE
+    doubt = ", which may be wrong themselves" if "observed" in labels else ""
+    return f"{NOTE} {HELD_OUT.format(labels=' or '.join(labels), doubt=doubt)}"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -360,7 +385,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         body = [[_markdown(cell) for cell in line.cells] for line in table.lines]
         lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
         blocks.append("\n".join([f"**{_markdown(table.title)}**", "", *lines]))
-    note = textwrap.fill(_markdown(NOTE), 118)
+    note = textwrap.fill(_markdown(notes(rows)), 118)
     return "\n\n".join([*blocks, note]) if blocks else "No results."
 
 

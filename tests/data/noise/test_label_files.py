@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tad_plugin.data.noise import label_files
+from tad_plugin.data.noise import array_files
 from tad_plugin.data.noise.label_files import human_labels, read_label_file
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.errors import (
@@ -177,7 +177,7 @@ def test_files_that_are_too_large_double_or_no_files(tmp_path: Path, monkeypatch
     np.savez(tmp_path / "far.npz", clean=np.full(3, 2**64 - 1, dtype=np.uint64))
     with pytest.raises(FileFormatError, match="clean"):
         read_label_file(tmp_path / "far.npz")
-    monkeypatch.setattr(label_files, "_LARGEST", 10**5)
+    monkeypatch.setattr(array_files, "_LARGEST", 10**5)
     for name in ("zeros.npz", "zeros.pt"):
         with pytest.raises(FileFormatError, match=name):
             read_label_file(tmp_path / name)

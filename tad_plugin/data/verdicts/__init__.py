@@ -1,0 +1,1 @@
+"""Verdicts on real samples that were made elsewhere: their files, and what they mean for a run."""

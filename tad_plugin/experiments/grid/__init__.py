@@ -1,0 +1,1 @@
+"""Grids: whole ablations, from a YAML file to runs and a report."""
