@@ -67,8 +67,8 @@ class RunningScore:
         if mask.dtype != torch.bool or mask.shape != self.counts.shape:
             got = f"{mask.dtype} {list(mask.shape)}"
             raise InvalidInputError(explain(f"a bool mask {list(self.counts.shape)}", got, "Pass one flag per sample"))
-        self._total[mask] = 0
-        self.counts[mask] = 0
+        self._total.masked_fill_(mask, 0)
+        self.counts.masked_fill_(mask, 0)
 
     @named_errors
     def restore(self, estimate: Tensor, counts: Tensor) -> None:

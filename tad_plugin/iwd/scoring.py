@@ -26,6 +26,7 @@ from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.passes import halved
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.image_store import Images, image_rows
+from tad_plugin.utils.transfers import upload
 
 __all__ = [
     "Fold",
@@ -109,7 +110,9 @@ def draw_folds(
     generator: torch.Generator,
 ) -> list[Fold]:
     """:func:`held_out_folds` for arguments that are checked already. Raises NoHeldOutError."""
-    may = usable if vouched is None else usable & vouched
+    # On the CPU, where the draw is made: a choice by a mask makes an accelerator wait.
+    device, (targets, usable) = targets.device, (targets.cpu(), usable.cpu())
+    may = usable if vouched is None else usable & vouched.cpu()
     size = torch.bincount(targets[usable], minlength=num_classes).max() if bool(usable.any()) else 0
     largest = int(torch.bincount(targets[may], minlength=num_classes).max()) if bool(may.any()) else 0
     if largest < 2:
@@ -118,7 +121,9 @@ def draw_folds(
     wanted = math.ceil(held_out * int(size)) if held_out < 1 else int(held_out)
     per_class = max(1, min(wanted, largest // 2))
     dealt = _deal(targets, num_classes, max(2, largest // per_class), generator, may, per_class)
-    return [Fold(fold.held_out, fold.scored[usable[fold.scored]]) for fold in dealt]
+    parts = [part for fold in dealt for part in (fold.held_out, fold.scored[usable[fold.scored]])]
+    there = iter(upload(parts, device))
+    return [Fold(held_out, scored) for held_out, scored in zip(there, there, strict=True)]
 
 
 @named_errors

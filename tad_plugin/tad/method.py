@@ -23,6 +23,7 @@ from tad_plugin.tad.mixture import ClassMixture, _fit_class_mixture, _posterior,
 from tad_plugin.tad.proposals import _propose_untrusted
 from tad_plugin.tad.threshold import THRESHOLD, _divide
 from tad_plugin.utils.settings import Settings, setting
+from tad_plugin.utils.transfers import read, upload
 
 __all__ = ["TAD", "TADConfig"]
 
@@ -185,20 +186,23 @@ class TAD(Callback):
     # Everything below comes from the state or was checked above, so the unchecked forms are called.
     def _divide_and_recall(self, state: SampleState, data: RealData, scored: _Scored, losses: Tensor) -> None:
         config, observed = self.config, state.observed
-        mixture = _fit_class_mixture(losses, observed, state.num_classes)
+        # On the CPU: a few numbers per sample, and EM asks after each step which classes are done.
+        own, labels = losses.cpu(), observed.cpu()
+        mixture = _fit_class_mixture(own, labels, state.num_classes)
         # The plain posterior would distrust the very lowest losses of a narrow low component.
-        trust = _posterior(mixture, losses, observed, monotone=True)
+        trust = _posterior(mixture, own, labels, monotone=True)
         minimum = max(config.min_per_class, data.ipc or 1)
-        division = _divide(losses, observed, mixture, trust, config.threshold, minimum)
-        trusted = division.trusted
+        division = _divide(own, labels, mixture, trust, config.threshold, minimum)
+        standing = _posterior(mixture, scored.target_losses, state.target, monotone=True) > config.threshold
         # The posterior of a class whose mixture was set aside is no weight.
-        weight = torch.where(division.replaced[observed], torch.ones_like(trust), trust)
+        plain = division.replaced[labels]
+        trust, trusted, standing, plain = upload([trust, division.trusted, standing, plain], state.device)
+        weight = torch.where(plain, torch.ones_like(trust), trust)
         weight = torch.where(trusted, weight.clamp_min(_LEAST_WEIGHT), weight)
 
         # Samples recalled before must pass the division with the loss on their target. Otherwise they return.
         earned = state["recall_score"]
         before = earned > 0
-        standing = _posterior(mixture, scored.target_losses, state.target, monotone=True) > config.threshold
         kept = before & standing & ~trusted
         target = torch.where(kept, state.target, observed)
         weight = torch.where(kept, earned, weight)
@@ -212,15 +216,17 @@ class TAD(Callback):
         space = trusted | kept | recalled
         state.update(target=target, trusted=space, trust=trust)
         state.set_weights(self.name, weight if config.weighting == "soft" else torch.ones_like(weight))
+        counted = (space, recalled, before & ~kept & ~recalled, target != observed)
+        counts = [int(count) for count in read(*(mask.sum() for mask in counted))]
         self.report(
             "round",
             round=self.round,
             warmup=False,
-            trusted=int(space.sum()),
-            untrusted=int((~space).sum()),
-            recalled=int(recalled.sum()),
-            returned=int((before & ~kept & ~recalled).sum()),
-            relabelled=int((target != observed).sum()),
+            trusted=counts[0],
+            untrusted=len(state) - counts[0],
+            recalled=counts[1],
+            returned=counts[2],
+            relabelled=counts[3],
             **recall.log,
             kept_share=division.kept_share.tolist(),
             unimodal=division.replaced.nonzero().flatten().tolist(),

@@ -163,7 +163,8 @@ def _fit_temperature(distance: Tensor, targets: Tensor, index: Tensor) -> float:
     if len(usable) == 0:
         return 1.0
     step = -(-len(usable) // _TEMPERATURE_SAMPLES)
-    distance, targets = distance[usable[::step]].double(), targets[usable[::step]]
+    # On the CPU: there are few rows, and each step of the search reads a number.
+    distance, targets = distance[usable[::step]].double().cpu(), targets[usable[::step]].cpu()
     logits = -distance.square() / 2
     held = logits.gather(1, targets.unsqueeze(1)).mean()
     finite = torch.where(torch.isfinite(logits), logits, 0.0)
