@@ -11,7 +11,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.origin import Origin
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import holds_values, named_errors
 from tad_plugin.utils.image_store import Images, ImageStore, image_rows
 from tad_plugin.utils.whole_numbers import check_whole
 
@@ -23,7 +23,7 @@ class RealData:
     """The real training data of a distillation loop, on one device.
 
     Attributes:
-        images: float32 [N,C,H,W], normalised; or an :class:`ImageStore`, which makes them a batch at a time.
+        images: float32 [N,C,H,W], normalised, finite; or an :class:`ImageStore`, which makes them a batch at a time.
         labels: int64 [N], observed labels.
         num_classes: K.
         true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
@@ -33,7 +33,7 @@ class RealData:
         origin: names of the samples, for files that name them; None where they are a dataset of their own.
 
     Raises:
-        InvalidInputError: images that are no float tensor, or another value of a wrong kind or range.
+        InvalidInputError: images that are no finite float tensor, or another value of a wrong kind or range.
         InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
@@ -53,6 +53,8 @@ class RealData:
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             do = "Stack and normalise them, or pass an ImageStore of 8-bit pixels"
             raise InvalidInputError(explain("images as a float tensor [N,C,H,W]", got, do))
+        if isinstance(images, Tensor):
+            _check_finite(images)
         self.num_classes = check_num_classes(self.num_classes)
         if self.ipc is not None:
             self.ipc = check_whole("ipc", self.ipc, 1)
@@ -91,3 +93,14 @@ class RealData:
             self.noise_rate,
             self.ipc,
         )
+
+
+def _check_finite(images: Tensor) -> None:
+    if not images.numel() or not holds_values(images):
+        return
+    # aminmax passes a NaN on, and needs no tensor of flags as large as the images.
+    if bool(torch.isfinite(torch.stack(images.detach().aminmax())).all()):
+        return
+    first = int((~torch.isfinite(images.detach().flatten(1)).all(1)).nonzero()[0])
+    got, do = f"a NaN or infinite value in image {first}", "Leave out or repair this image"
+    raise InvalidInputError(explain("finite images", got, do))

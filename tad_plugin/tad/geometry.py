@@ -298,7 +298,7 @@ def principal_axes(features: Tensor, dimensions: int, *, limit: int = _MAX_ROWS)
         got, do = f"{dimensions} and {limit}", f"Lower max_dim, or leave it at {MAX_DIM}"
         raise InvalidInputError(explain(f"dimensions in [1, {d}] and limit >= 2", got, do))
     if m < 2:
-        raise NotEnoughSamplesError(explain("at least two rows", str(m), "Trust more samples: raise min_per_class"))
+        raise NotEnoughSamplesError(explain("at least two rows", str(m), "Trust more samples, or load more data"))
     return _principal_axes(features, dimensions, torch.arange(m, device=features.device), limit)
 
 
