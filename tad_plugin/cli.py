@@ -282,10 +282,11 @@ def _compare(values: Any) -> int:
         print(table)
         written = "results.json, table.txt, table.md"
         if values.pictures:
-            from tad_plugin.experiments.report.pictures import draw_comparison
+            from tad_plugin.experiments.report.pictures import draw_comparison, run_links
 
-            pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
-            atomic_write(out / "index.html", html_page(results, pictures))
+            tasks = c.tasks_of(config, arms, seeds, ipcs, out)
+            pictures = draw_comparison(results, tasks, out)
+            atomic_write(out / "index.html", html_page(results, pictures, runs=run_links(tasks, out)))
             written += ", index.html, pictures/"
         print(f"\n{out}: {written}")
     if not failures:
