@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 ABOUT = """Dataset distillation on imperfect real data.
 
+  tad-plugin audit --dataset folder:photos --out runs/audit --fix copy --to photos-corrected
   tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
   tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
@@ -155,6 +156,11 @@ def _parser() -> Any:
     take.add_argument("--format", type=str, default="png", help="png, npz, pt, safetensors or dd-ranking")
     take.add_argument("--overwrite", type=bool, default=False, help="replace an earlier export in the folder")
 
+    from tad_plugin.experiments.audit import verbs as audits
+
+    audits.add_audit_arguments(
+        verb("audit", "--dataset NAME --out FOLDER [options]", audits.ABOUT, audits.NOT_FOR_AUDIT)
+    )
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     for name, about in checkouts.ABOUT.items():
         verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
@@ -311,6 +317,12 @@ def _reproduce(values: Any) -> int:
     return reproduce(values)
 
 
+def _audit(values: Any) -> None:
+    from tad_plugin.experiments.audit.verbs import audit_verb
+
+    audit_verb(_run_config(values), values)
+
+
 def _report(values: Any) -> None:
     from tad_plugin.experiments.grid.verbs import report
 
@@ -344,6 +356,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
+    "audit": _audit,
     "reproduce": _reproduce,
     "report": _report,
     "export": _export,
