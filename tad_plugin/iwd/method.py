@@ -24,6 +24,7 @@ from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
 from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.nn.passes import batch_statistics, chunk_size, with_fixed_statistics
+from tad_plugin.utils.transfers import download
 
 __all__ = ["IWD"]
 
@@ -296,18 +297,19 @@ class IWD(Callback):
         weights = torch.where(inside, classes.softmax(z, fitted.temperature).float(), 1.0)
         state["influence_weight"].copy_(weights)
         state.set_weights(self.name, weights)
-        present = fitted.ess > 0
+        ess, temperature = download([fitted.ess, fitted.temperature])
+        present = ess > 0
         return {
-            "ess": float(fitted.ess[present].mean()),
-            "ess_smallest": float(fitted.ess[present].min()),
-            "temperature": [float(fitted.temperature[present].min()), float(fitted.temperature[present].max())],
+            "ess": float(ess[present].mean()),
+            "ess_smallest": float(ess[present].min()),
+            "temperature": [float(temperature[present].min()), float(temperature[present].max())],
         }
 
     def _ess(self, state: SampleState) -> Tensor:
         """Float64 [K]: ``ess`` as a share of the trusted samples; larger if an earlier method removed some."""
         k = state.num_classes
-        every = torch.bincount(state.observed, minlength=k).double()
-        kept = torch.bincount(state.target[state.trusted], minlength=k).double().clamp_min(1)
+        every = Classes(state.observed, k, torch.ones_like(state.trusted)).count
+        kept = Classes(state.target, k, state.trusted).count.clamp_min(1)
         return (self.config.ess * every / kept).clamp(max=1.0).clamp_min(self.config.ess)
 
     # -- running scores ----------------------------------------------------------------------------
@@ -328,7 +330,7 @@ class IWD(Callback):
             # A relabelled sample's old scores belong to another class.
             running.forget(self._scored_as != state.target)
         self._scored_as = state.target.clone()
-        running.add(indices, scores)
+        running._add(indices, scores)
 
     # -- resume ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
