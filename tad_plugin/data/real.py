@@ -13,7 +13,7 @@ from tad_plugin.data.image_store import ImageStore
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.origin import Origin
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.arguments import holds_values, named_errors
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["RealData"]
@@ -24,7 +24,8 @@ class RealData:
     """The real training data of a distillation loop, on one device.
 
     Attributes:
-        images: float32 [N,C,H,W], normalised: a tensor, or an ImageStore that reads them when they are asked for.
+        images: float32 [N,C,H,W], normalised, finite: a tensor, or an ImageStore that reads them when they are asked
+            for.
         labels: int64 [N], observed labels.
         num_classes: K.
         true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
@@ -34,7 +35,7 @@ class RealData:
         origin: names of the samples, for files that name them; None where they are a dataset of their own.
 
     Raises:
-        InvalidInputError: images that are no float tensor, or another value of a wrong kind or range.
+        InvalidInputError: images that are no finite float tensor, or another value of a wrong kind or range.
         InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
@@ -55,6 +56,8 @@ class RealData:
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             do = "Stack and normalise them"
             raise InvalidInputError(explain("images as a float tensor [N,C,H,W]", got, do))
+        if isinstance(images, Tensor):
+            _check_finite(images)
         self.num_classes = check_num_classes(self.num_classes)
         if self.ipc is not None:
             self.ipc = check_whole("ipc", self.ipc, 1)
@@ -93,3 +96,14 @@ class RealData:
             self.noise_rate,
             self.ipc,
         )
+
+
+def _check_finite(images: Tensor) -> None:
+    if not images.numel() or not holds_values(images):
+        return
+    # aminmax passes a NaN on, and needs no tensor of flags as large as the images.
+    if bool(torch.isfinite(torch.stack(images.detach().aminmax())).all()):
+        return
+    first = int((~torch.isfinite(images.detach().flatten(1)).all(1)).nonzero()[0])
+    got, do = f"a NaN or infinite value in image {first}", "Leave out or repair this image"
+    raise InvalidInputError(explain("finite images", got, do))

@@ -182,6 +182,10 @@ class Baseline:
         """Seconds spent on training experts; 0 for loops without experts."""
         return 0.0
 
+    def doubt(self) -> str | None:
+        """What a user should know of the result before trusting it, as one message; None if nothing is odd."""
+        return None
+
     def step(self, iteration: int) -> Mapping[str, Any]:
         """Updates the synthetic set once. Returns the values to log, at least ``loss``."""
         do = "Override Baseline.step"

@@ -11,6 +11,7 @@ MTT with three changes:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -125,6 +126,10 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
 them."""
 
 
+_FEW = 0.05
+"""Share of accepted segments up to which :meth:`DATM.doubt` speaks [ours]."""
+
+
 def upper_bound(iteration: int, current: int, largest: int, end: int) -> int:
     """Upper bound of the start epoch. It grows linearly from ``current`` at iteration 0 to ``largest`` at ``end``."""
     return min(largest, current + (largest - current) * iteration // end)
@@ -207,6 +212,7 @@ class DATM(MTT):
             self.optimizers.append(torch.optim.SGD([self.logits], lr=config.lr_y, momentum=config.momentum_y))
         self._averages: list[Tensor] = [torch.zeros_like(t) for t in self._learned()] if config.ema_decay else []
         self._averaged = 0
+        self._segments, self._kept, self._least = 0, 0, math.inf
 
     @classmethod
     def initial_images(
@@ -258,7 +264,18 @@ class DATM(MTT):
 
     def accepts(self, loss: float) -> bool:
         """True if the loss is at most the threshold."""
-        return loss <= self.config.threshold
+        kept = loss <= self.config.threshold
+        self._segments, self._kept, self._least = self._segments + 1, self._kept + kept, min(self._least, loss)
+        return kept
+
+    def doubt(self) -> str | None:
+        """A message if the threshold refused nearly all segments, so that the set is nearly as it began."""
+        if self._kept > _FEW * self._segments or not self._segments:
+            return None
+        limit = f"threshold = {self.config.threshold:g}"
+        got = f"{self._kept} of {self._segments} (the least loss: {self._least:.3g}), so the set is nearly as it began"
+        do = f"Set --loop.threshold above {self._least:.3g}, or train experts that move more"
+        return explain(f"updates from segments with a matching loss of at most {limit}", got, do)
 
     def _update(self, iteration: int) -> float:
         rate = super()._update(iteration)
@@ -295,6 +312,7 @@ class DATM(MTT):
             "logits": None if self.logits is None else self.logits.detach(),
             "averages": list(self._averages),
             "averaged": self._averaged,
+            "accepted": [self._segments, self._kept, self._least],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,6 +324,7 @@ class DATM(MTT):
             for average, saved in zip(self._averages, state["averages"], strict=True):
                 average.copy_(saved)
         self._averaged = int(state["averaged"])
+        self._segments, self._kept, self._least = state.get("accepted", (0, 0, math.inf))  # new in 0.1
 
 
 def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:

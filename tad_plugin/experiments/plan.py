@@ -124,11 +124,13 @@ def resolve(config: RunConfig, arm: str) -> Plan:
     _check_needs(config, chosen, noise)
     values = {k: record[k] for k in ("ipc", "iterations", "lr_img", "width")} | record["loop"]
     values |= {} if chosen.distil else {"iterations": 0, "init": "real"}
+    loop = build_config(baseline.Config, values, f"the baseline {config.baseline!r}")
+    _check_norm(loop, config.baseline, chosen)
     return Plan(
         name=arm,
         arm=chosen,
         baseline=baseline,
-        loop=build_config(baseline.Config, values, f"the baseline {config.baseline!r}"),
+        loop=loop,
         evaluation=_evaluation(record, baseline),
         methods=methods,
         noise=noise,
@@ -260,6 +262,14 @@ def _check_needs(config: RunConfig, arm: Arm, noise: NoiseSpec) -> None:
             do = "Put noise on labels that are right (--noise symmetric:0.4), or leave this arm out"
             expected = f"known true labels, which the method {name!r} needs"
             raise ConfigError(explain(expected, "a folder, whose own labels may be wrong", do))
+
+
+def _check_norm(loop: BaselineConfig, baseline: str, arm: Arm) -> None:
+    """Influence on an expert's segment takes the gradient of each sample, and batch norm mixes samples."""
+    names = [name for name in method_names(arm.method) if load_method(name).needs_graph]
+    if names and arm.distil and loop.norm == "batch" and hasattr(loop, "experts"):
+        expected = f"a norm under which samples have gradients of their own, which {names[0]!r} needs in {baseline}"
+        raise ConfigError(explain(expected, "--loop.norm batch", "Use --loop.norm instance, or leave this arm out"))
 
 
 def _device(name: str) -> str:

@@ -101,7 +101,7 @@ class Run:
         judges = (splits.test_images, splits.test_labels) if splits.tested else holdout
         accuracy, chosen = self._evaluate(splits, loop, judges, holdout, state)
         self._keep(hook, loop)
-        odd = doubts(loop.result().images, splits, accuracy, judges[1], plan)
+        odd = doubts(loop.result().images, splits, accuracy, judges[1], plan, loop.doubt())
         results = self._results(splits, noisy, hook, loop, state, chosen)
         results |= {"accuracy": accuracy, "doubts": odd}
         if not splits.tested:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.core.distributed import Ranks, gather_rows, ranks
 from tad_plugin.core.events import Learning
 from tad_plugin.core.scorer import features_and_logits
 from tad_plugin.data.labels import check_labels
@@ -33,6 +34,7 @@ __all__ = [
     "cross_fit",
     "draw_folds",
     "embedding_of",
+    "gather_scores",
     "held_out_folds",
     "score_on_network",
     "valid_size",
@@ -278,6 +280,32 @@ class Refresh:
             found = found + learned_influence(network, embed, *given, weights=weights, chunk_size=size)
         every = torch.ones_like(own, dtype=torch.bool)
         return NetworkScores(fold.scored, found, Classes(own, k, every).z_scores(found), value)
+
+    def score_shared(self, network: nn.Module, fold: Fold, of: Ranks) -> NetworkScores:
+        """:meth:`score` with the classes divided among processes (torchrun); each gets the scores of all.
+
+        A class is scored by one process: a sample's influence depends on the mean of its class and on no other class.
+        The path through the training of a network is a sum over all classes, so each process computes it.
+        """
+        if of.size == 1 or self.learning is not None:
+            return self.score(network, fold)
+        own = fold.scored[self.targets[fold.scored] % of.size == of.rank]
+        if len(own):
+            found = self.score(network, Fold(fold.held_out, own))
+        else:
+            none = torch.zeros(0, dtype=self.images.dtype, device=own.device)
+            found = NetworkScores(own, none, none.double(), self.target_gradient(network, fold)[0])
+        influence, standardised = gather_rows(found.influence), gather_rows(found.standardised)
+        return NetworkScores(gather_rows(found.indices), influence, standardised, found.target)
+
+
+def gather_scores(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices int64 [B] and scores float64 [B] of all processes; the mean where several scored a sample."""
+    if ranks().size == 1:
+        return indices, scores
+    every, place, copies = gather_rows(indices).unique(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(every), dtype=scores.dtype, device=scores.device)
+    return every, total.index_add_(0, place, gather_rows(scores)) / copies
 
 
 @named_errors

@@ -17,7 +17,7 @@ from tad_plugin.data.noise.spec import KINDS
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, MissingExtraError, UnknownNameError, unknown_name
 from tad_plugin.experiments.arms import ARMS
-from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.config import VERDICT, RunConfig
 from tad_plugin.experiments.flags import (
     NOT_FOR_EVALUATION,
     check_distill_flags,
@@ -85,7 +85,7 @@ def test_flags_of_experts_and_of_evaluations() -> None:
 
 def test_every_setting_is_decided() -> None:
     """A new setting must be looked at: either a rule above concerns it, or it always has an effect."""
-    ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels"}
+    ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels", *VERDICT}
     always = {
         "baseline", "dataset", "per_class", "holdout", "noise", "zca", "image_size", "ipc", "width", "eval_network",
         "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds",
