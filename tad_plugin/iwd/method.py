@@ -24,7 +24,8 @@ from tad_plugin.iwd.running_score import RunningScore
 from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds, gather_scores
 from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.nn.passes import batch_statistics, chunk_size, with_fixed_statistics
+from tad_plugin.nn.passes import batch_statistics, forward_size, with_fixed_statistics
+from tad_plugin.utils.image_store import image_rows
 from tad_plugin.utils.transfers import download
 
 __all__ = ["IWD"]
@@ -165,7 +166,7 @@ class IWD(Callback):
         self._terms = None
         found = segment_influence(
             segment,
-            data.images[fold.scored],
+            image_rows(data.images, fold.scored),
             state.target[fold.scored],
             (data.images[fold.held_out], state.target[fold.held_out]),
             target=config.target,
@@ -234,7 +235,7 @@ class IWD(Callback):
             weights=state.weight,
             alpha=config.alpha,
             steps=config.steps,
-            chunk_size=config.chunk_size or chunk_size(data.images.device),
+            chunk_size=config.chunk_size or forward_size(data.images, match.network),
             expand=match.expand,
             distance=match.distance if through_loop else None,
             explicit=config.explicit,

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 import tad_plugin.core.hook.images as kept
 from tad_plugin import Hook, attach, attach_dataset
 from tad_plugin.core.scorer import score_all
-from tad_plugin.data.image_store import ImageStore
 from tad_plugin.errors import ConfigError, TadPluginWarning
+from tad_plugin.utils.image_store import ImageStore
 from tests.problems import blobs, flip
 
 IMAGES, TRUE = blobs(spread=0.8)
