@@ -278,12 +278,12 @@ class IWD(Callback):
         state["influence"].copy_(running.estimate)
         state["influence_count"].copy_(running.counts)
         active = self.refreshes > self.config.warmup and self.config.ess < 1
-        record = self._weigh(state, running) if active else {"ess": 1.0, "temperature": None}
+        record: dict[str, Any] = {"ess": 1.0, "temperature": None}
+        record = self._weigh(state, running) if active else {**record, "scored": int(running.seen.sum())}
         self.report(
             "influence",
             refresh=self.refreshes,
             active=active,
-            scored=int(running.seen.sum()),
             target=target,
             seconds=perf_counter() - began,
             **record,
@@ -299,11 +299,12 @@ class IWD(Callback):
         weights = torch.where(inside, classes.softmax(z, fitted.temperature).float(), 1.0)
         state["influence_weight"].copy_(weights)
         state.set_weights(self.name, weights)
-        ess, temperature = download([fitted.ess, fitted.temperature])
+        ess, temperature, scored = download([fitted.ess, fitted.temperature, running.seen.sum()])
         present = ess > 0
         return {
             "ess": float(ess[present].mean()),
             "ess_smallest": float(ess[present].min()),
+            "scored": int(scored),
             "temperature": [float(temperature[present].min()), float(temperature[present].max())],
         }
 
