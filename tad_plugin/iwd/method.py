@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.distributed import ranks
 from tad_plugin.core.events import Match, Segment
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -20,10 +21,11 @@ from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_segment import add_term, segment_influence, synthetic_gradient
 from tad_plugin.iwd.running_score import RunningScore
-from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
+from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds, gather_scores
 from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.nn.passes import batch_statistics, chunk_size, with_fixed_statistics
+from tad_plugin.nn.passes import batch_statistics, forward_size, with_fixed_statistics
+from tad_plugin.utils.image_store import image_rows
 
 __all__ = ["IWD"]
 
@@ -163,7 +165,7 @@ class IWD(Callback):
         self._terms = None
         found = segment_influence(
             segment,
-            data.images[fold.scored],
+            image_rows(data.images, fold.scored),
             state.target[fold.scored],
             (data.images[fold.held_out], state.target[fold.held_out]),
             target=config.target,
@@ -183,7 +185,7 @@ class IWD(Callback):
             learning = refresh.learning
             network = self._fresh(match) if learning is None else learning.network(self.generator)
             network = self._fixed(network, state, refresh)
-            found = refresh.score(network, folds[number % len(folds)])
+            found = refresh.score_shared(network, folds[number % len(folds)], ranks())
             self._add(state, found.indices, found.standardised)
             levels.append(found.target)
         return sum(levels) / len(levels)
@@ -201,7 +203,7 @@ class IWD(Callback):
         found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
         drawn = match.indices.unique()
         drawn = drawn[torch.isin(drawn, fold.scored)]
-        self._add(state, drawn, _z_scores(state, drawn, found[drawn]))
+        self._add(state, *gather_scores(drawn, _z_scores(state, drawn, found[drawn])))
         return level
 
     @staticmethod
@@ -232,7 +234,7 @@ class IWD(Callback):
             weights=state.weight,
             alpha=config.alpha,
             steps=config.steps,
-            chunk_size=config.chunk_size or chunk_size(data.images.device),
+            chunk_size=config.chunk_size or forward_size(data.images, match.network),
             expand=match.expand,
             distance=match.distance if through_loop else None,
             explicit=config.explicit,
