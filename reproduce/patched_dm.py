@@ -42,7 +42,8 @@ from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.compare import compare
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise
-from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.checkout import apply
+from tad_plugin.upstream.patch import load_patch
 from tad_plugin.upstream.run_script import run_script
 from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.stand_ins import any_checksum

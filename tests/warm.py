@@ -86,7 +86,10 @@ class Server:
 
     def _line(self) -> tuple[int, int | None]:
         assert self.process.stdout is not None
-        pid, what = self.process.stdout.readline().split()
+        line = b""
+        while not line.endswith(b"\n"):  # byte by byte: select() does not see what a buffer has read ahead
+            line += os.read(self.process.stdout.fileno(), 1)
+        pid, what = line.decode().split()
         if what == "started":
             return int(pid), None
         self.statuses[int(pid)] = int(what)

@@ -42,7 +42,8 @@ from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.state import SampleState
 from tad_plugin.nn.networks import make_network
 from tad_plugin.tad.method import TAD
-from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.checkout import apply
+from tad_plugin.upstream.patch import load_patch
 from tad_plugin.upstream.run_script import run_script
 from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.switches import needed_switches

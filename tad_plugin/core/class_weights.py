@@ -30,8 +30,9 @@ def class_means(weight: Tensor, target: Tensor, trusted: Tensor, num_classes: in
         trusted: bool [N].
         num_classes: K.
     """
-    total = _sums(weight[trusted].double(), target[trusted], num_classes)
-    return total / torch.bincount(target[trusted], minlength=num_classes)
+    # Zeros instead of a choice by the mask: the same sums, and an accelerator need not tell how many are chosen.
+    total = _sums(torch.where(trusted, weight.double(), 0.0), target, num_classes)
+    return total / _sums(trusted.double(), target, num_classes)
 
 
 def check_means(weight: Tensor, target: Tensor, trusted: Tensor, num_classes: int, source: str) -> None:
@@ -67,15 +68,15 @@ def product_of_factors(factors: Iterable[Tensor], target: Tensor, trusted: Tenso
     # What weighs something stays above zero. An untrusted sample may weigh anything finite.
     product = product.clamp(max=_LARGEST).float()
     product = torch.where(positive, product.clamp_min(_SMALLEST), product)
-    inside, ones = trusted, torch.ones_like(product)
-    count = _sums(ones[inside], target[inside], num_classes)
-    total = _sums(product[inside], target[inside], num_classes)
+    ones = torch.ones_like(product)
+    count = _sums(trusted.to(product.dtype), target, num_classes)
+    total = _sums(torch.where(trusted, product, 0.0), target, num_classes)
     scale = torch.where(total > 0, count / total.clamp_min(_SMALLEST), torch.zeros_like(total))
     # A class without any weight would divide by zero. It counts evenly instead.
     weight = torch.where((total > 0)[target], product * scale[target], ones)
     mean = class_means(weight, target, trusted, num_classes)
     off = (mean - 1).abs() > _EXACT  # false for NaN
-    if bool(off.any()):
+    if off.device.type != "cpu" or bool(off.any()):
         weight = torch.where(off[target], (weight.double() / mean[target]).float(), weight)
     return weight.clamp(max=_LARGEST)
 
@@ -83,7 +84,7 @@ def product_of_factors(factors: Iterable[Tensor], target: Tensor, trusted: Tenso
 def _scaled(values: Tensor, target: Tensor, trusted: Tensor, num_classes: int) -> Tensor:
     """``values`` float64 [N] over the power of two below the largest trusted value of their class."""
     largest = torch.zeros(num_classes, dtype=torch.float64, device=values.device)
-    largest.scatter_reduce_(0, target[trusted], values[trusted], "amax")
+    largest.scatter_reduce_(0, target, torch.where(trusted, values, 0.0), "amax")
     exponent = torch.frexp(largest).exponent.clamp(-1000, 1000)  # 0 for 0; 2^1024 would be infinite
     return (values * torch.pow(2.0, -exponent.double())[target]).clamp(max=1e300)
 

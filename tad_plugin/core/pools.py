@@ -9,7 +9,12 @@ from tad_plugin.data.splits import class_members
 from tad_plugin.errors import EmptyClassError, InvalidInputError, explain
 from tad_plugin.utils.whole_numbers import check_whole
 
-__all__ = ["Pools"]
+__all__ = ["KEEP_ONE", "Pools"]
+
+KEEP_ONE = (
+    """Let the method keep a sample of each class (--methods '{"tad": {"min_per_class": 1}}'), or load more data"""
+)
+"""What to do where a class has no usable sample."""
 
 
 class Pools:
@@ -49,8 +54,7 @@ class Pools:
             do = "Pass torch.Generator().manual_seed(...)"
             raise InvalidInputError(explain("a CPU generator", repr(generator), do))
         if len(pool) == 0:
-            do = "Lower the threshold or raise min_per_class of the method"
-            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
+            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", KEEP_ONE))
         return pool[torch.randperm(len(pool), generator=generator)[:n]]
 
     def draw_any(self, n: int, generator: torch.Generator) -> Tensor:

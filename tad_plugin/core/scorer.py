@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.distributed import ALONE, Ranks, broadcast, gather_rows, ranks, shard
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import forward_size, halved
 from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import Settings, setting
@@ -82,24 +83,40 @@ def features_and_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def score_all(network: nn.Module, data: RealData) -> Scores:
-    """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored."""
+def score_all(network: nn.Module, data: RealData, of: Ranks = ALONE) -> Scores:
+    """Logits and features of every real sample: eval mode, no augmentation, no gradient. The mode is restored.
+
+    Args:
+        network: a network with a linear last layer.
+        data: the real data.
+        of: the processes that divide the samples among them; each gets all scores. The default scores them all here.
+    """
     if isinstance(network, RecordedScores):
         return network.scores
     training = network.training
     network.eval()
-    found: tuple[Tensor, Tensor] | None = None
-    first = 0
+    own = shard(len(data), of) if len(data) >= of.size else slice(0, len(data))
     try:
-        for _, images in data.batches(chunk_size(data.images.device)):
-            parts = features_and_logits(network, images)
-            if found is None:  # written in place: a list of parts would take all of the memory twice
-                features, logits = (p.new_empty(len(data), p.shape[1], dtype=torch.float32) for p in parts)
-                found = features, logits
-            found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
-            first += len(images)
+        found = halved(lambda size: _scored(network, data, own, size), forward_size(data.images, network))
     finally:
         network.train(training)
+    if own.stop - own.start < len(data):
+        return Scores(gather_rows(found.logits), gather_rows(found.features))
+    return found
+
+
+def _scored(network: nn.Module, data: RealData, own: slice, size: int) -> Scores:
+    """The outputs for the samples ``own``, with ``size`` images per pass."""
+    found: tuple[Tensor, Tensor] | None = None
+    first = 0
+    for start in range(own.start, own.stop, size):
+        images = data.images[start : min(start + size, own.stop)]
+        parts = features_and_logits(network, images)
+        if found is None:  # written in place: a list of parts would take all of the memory twice
+            features, logits = (p.new_empty(own.stop - own.start, p.shape[1], dtype=torch.float32) for p in parts)
+            found = features, logits
+        found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
+        first += len(images)
     if found is None:
         raise InvalidInputError(explain("at least one image to score", "none", "Pass the real images"))
     return Scores(found[1], found[0])
@@ -219,6 +236,9 @@ class Scorer(EpochTrainer):
             total += loss.detach().double() * len(indices)
         mean = self._check(float(total) / n)
         self.epoch += 1
+        if ranks().size > 1:  # kernels of a card may round differently: all ranks score with one network
+            for tensor in (*self.network.parameters(), *self.network.buffers()):
+                broadcast(tensor.data)
         events.position(scorer_epoch=self.epoch)
         events.scorer_epoch(state, self.network, self.data)
         return mean

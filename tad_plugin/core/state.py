@@ -15,7 +15,7 @@ from torch import Tensor
 from tad_plugin.core.class_weights import batch_weights, check_means, product_of_factors
 from tad_plugin.core.fields import check_classes, check_factor, check_field, check_rows
 from tad_plugin.core.indices import check_indices, known_indices
-from tad_plugin.core.pools import Pools
+from tad_plugin.core.pools import KEEP_ONE, Pools
 from tad_plugin.core.state_file import FIELDS, read_state_file, write_state_file
 from tad_plugin.data.labels import check_labels, integers_of, label_digest
 from tad_plugin.data.real import RealData
@@ -157,9 +157,8 @@ class SampleState:
             trust = self._checked("trust", trust, torch.float32, 1)
         if target is not None or trusted is not None:
             target, trusted = self.target if target is None else target, self.trusted if trusted is None else trusted
-            do = "Let the method keep at least one sample of each class (TAD: min_per_class), or load more data"
             if not self._allow_empty:
-                check_classes(target[trusted], self.num_classes, do)
+                check_classes(target[trusted], self.num_classes, KEEP_ONE)
             self.target.copy_(target)
             self.trusted.copy_(trusted)
             self.refresh_weights()

@@ -50,7 +50,7 @@ class SyntheticSet:
 
     Raises:
         InvalidInputError: images of another shape or type, not one label for each, soft labels of another width or
-            type, or not K class names.
+            type, not K class names, or a rate that is not finite.
         InvalidLabelsError: hard labels out of range or of another type.
         NonFiniteError: an image holds a NaN or an infinite value.
     """
@@ -82,6 +82,12 @@ class SyntheticSet:
             raise InvalidInputError(
                 explain(f"soft labels, float [M,{self.num_classes}]", got, "Pass one probability per class")
             )
+        if not isinstance(self.preprocessing, Preprocessing):
+            got, do = type(self.preprocessing).__name__, "Pass that of the real data"
+            raise InvalidInputError(explain("`preprocessing` as a Preprocessing", got, do))
+        if not _is_rate(self.learning_rate):
+            do = "Pass the rate that was learned, or None"
+            raise InvalidInputError(explain("a finite `learning_rate`", repr(self.learning_rate), do))
         if len(self.class_names) not in (0, self.num_classes):
             got = str(len(self.class_names))
             raise InvalidInputError(explain(f"{self.num_classes} class names", got, "Pass one per class, or none"))
@@ -184,13 +190,16 @@ class SyntheticSet:
         return found.to(device)
 
 
+def _is_rate(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+
 def _check_types(header: Mapping[str, Any]) -> None:
     wrong = [f"{name} = {header[name]!r}" for name, kind in _TYPES.items() if type(header[name]) is not kind]
     wrong += (
         [f"class name {name!r}" for name in header["class_names"] if not isinstance(name, str)] if not wrong else []
     )
-    rate = header["learning_rate"]
-    if rate is not None and (type(rate) not in (int, float) or not math.isfinite(rate)):
-        wrong.append(f"learning_rate = {rate!r}")
+    if not _is_rate(header["learning_rate"]):
+        wrong.append(f"learning_rate = {header['learning_rate']!r}")
     if wrong:
         raise TypeError(", ".join(wrong)[:200])

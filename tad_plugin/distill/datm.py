@@ -11,6 +11,7 @@ MTT with three changes:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +26,8 @@ from tad_plugin.distill.baseline import BaselineConfig, fresh_network, initial_i
 from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.mtt import MTT, MTTConfig
 from tad_plugin.errors import InvalidInputError, NotEnoughSamplesError, explain
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import embed_in_passes, forward_size
+from tad_plugin.utils.image_store import Images, image_rows
 from tad_plugin.utils.settings import setting
 
 __all__ = ["DATM", "PRESETS", "DATMConfig", "correctly_predicted", "initial_logits", "upper_bound"]
@@ -125,6 +127,10 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
 them."""
 
 
+_FEW = 0.05
+"""Share of accepted segments up to which :meth:`DATM.doubt` speaks [ours]."""
+
+
 def upper_bound(iteration: int, current: int, largest: int, end: int) -> int:
     """Upper bound of the start epoch. It grows linearly from ``current`` at iteration 0 to ``largest`` at ``end``."""
     return min(largest, current + (largest - current) * iteration // end)
@@ -207,6 +213,7 @@ class DATM(MTT):
             self.optimizers.append(torch.optim.SGD([self.logits], lr=config.lr_y, momentum=config.momentum_y))
         self._averages: list[Tensor] = [torch.zeros_like(t) for t in self._learned()] if config.ema_decay else []
         self._averaged = 0
+        self._segments, self._kept, self._least = 0, 0, math.inf
 
     @classmethod
     def initial_images(
@@ -235,7 +242,7 @@ class DATM(MTT):
             predictions: list[Tensor] = []
             right = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
             for parameters in experts:
-                predictions.append(_logits(network, parameters, data.images[pool]).argmax(1))
+                predictions.append(_logits(network, parameters, image_rows(data.images, pool)).argmax(1))
                 right |= predictions[-1] == c
                 if int(right.sum()) >= config.ipc:
                     break
@@ -258,7 +265,18 @@ class DATM(MTT):
 
     def accepts(self, loss: float) -> bool:
         """True if the loss is at most the threshold."""
-        return loss <= self.config.threshold
+        kept = loss <= self.config.threshold
+        self._segments, self._kept, self._least = self._segments + 1, self._kept + kept, min(self._least, loss)
+        return kept
+
+    def doubt(self) -> str | None:
+        """A message if the threshold refused nearly all segments, so that the set is nearly as it began."""
+        if self._kept > _FEW * self._segments or not self._segments:
+            return None
+        limit = f"threshold = {self.config.threshold:g}"
+        got = f"{self._kept} of {self._segments} (the least loss: {self._least:.3g}), so the set is nearly as it began"
+        do = f"Set --loop.threshold above {self._least:.3g}, or train experts that move more"
+        return explain(f"updates from segments with a matching loss of at most {limit}", got, do)
 
     def _update(self, iteration: int) -> float:
         rate = super()._update(iteration)
@@ -295,6 +313,7 @@ class DATM(MTT):
             "logits": None if self.logits is None else self.logits.detach(),
             "averages": list(self._averages),
             "averaged": self._averaged,
+            "accepted": [self._segments, self._kept, self._least],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,6 +325,7 @@ class DATM(MTT):
             for average, saved in zip(self._averages, state["averages"], strict=True):
                 average.copy_(saved)
         self._averaged = int(state["averaged"])
+        self._segments, self._kept, self._least = state.get("accepted", (0, 0, math.inf))  # new in 0.1
 
 
 def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:
@@ -324,8 +344,8 @@ def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
+def _logits(network: nn.Module, parameters: Sequence[Tensor], images: Images) -> Tensor:
     """Logits [n,K] of images; copies an expert's parameters into the network first."""
     for own, given in zip(network.parameters(), parameters, strict=True):
         own.copy_(given)
-    return torch.cat([network(part) for part in images.split(chunk_size(images.device))])
+    return embed_in_passes(network, images, forward_size(images, network))

@@ -26,7 +26,14 @@ def at_chance(network: str, accuracies: Iterable[float], test_labels: Tensor) ->
     return explain(f"an accuracy above {most:.1f}%, which is chance", f"{mean:.1f}% with {network}", do)
 
 
-def doubts(images: Tensor, splits: DataSplits, accuracy: Mapping[str, Any], labels: Tensor, plan: Plan) -> list[str]:
+def doubts(
+    images: Tensor,
+    splits: DataSplits,
+    accuracy: Mapping[str, Any],
+    labels: Tensor,
+    plan: Plan,
+    of_loop: str | None = None,
+) -> list[str]:
     """Messages on the result of a run, whatever its loop; empty if nothing is odd.
 
     Args:
@@ -35,8 +42,9 @@ def doubts(images: Tensor, splits: DataSplits, accuracy: Mapping[str, Any], labe
         accuracy: as in results.json; empty if nothing could be evaluated.
         labels: int64 [M], those that the accuracies were counted against.
         plan: the run's plan.
+        of_loop: the loop's own (:meth:`tad_plugin.distill.baseline.Baseline.doubt`).
     """
-    found = [out_of_range(images, spread_of(splits.train_images), plan.loop.lr_img, "at the end")]
+    found = [of_loop, out_of_range(images, spread_of(splits.train_images), plan.loop.lr_img, "at the end")]
     tables = {plan.evaluation.networks[0]: accuracy, **accuracy.get("networks", {})}
     if "last" in accuracy:
         found += [at_chance(name, table["last"], labels) for name, table in tables.items()]

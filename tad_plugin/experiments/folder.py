@@ -257,7 +257,7 @@ class RunFolder:
             try:
                 records.append(unsealed_json(line.decode("utf-8")))
             except ValueError as error:
-                raise _unreadable(self.log_path, f"JSON in line {number}", str(error)) from error
+                raise _unreadable(self.log_path, f"line {number} as it was written", str(error)) from error
         return records
 
     def log_bytes(self) -> int:

@@ -22,6 +22,7 @@ from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, VERDICT, RunConfig
 from tad_plugin.nn.networks import NETWORKS
 from tad_plugin.utils.files import file_digest
+from tad_plugin.utils.machine import byte_count
 from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
 
@@ -46,6 +47,8 @@ class Plan:
         holdout: share of the real training data that is held out, in [0, 1).
         zca: whether images are whitened.
         image_size: height and width of the images in pixels; None keeps theirs.
+        storage: how the images are kept: "auto", "float32" or "uint8".
+        memory_budget: bytes that the run may use; None for what the machine has.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
         precision: precision of the networks that are matched and trained on real data.
@@ -68,6 +71,8 @@ class Plan:
     holdout: float
     zca: bool
     image_size: int | None
+    storage: str
+    memory_budget: int | None
     seed: int
     device: str
     precision: str
@@ -124,11 +129,13 @@ def resolve(config: RunConfig, arm: str) -> Plan:
     _check_needs(config, chosen, noise)
     values = {k: record[k] for k in ("ipc", "iterations", "lr_img", "width")} | record["loop"]
     values |= {} if chosen.distil else {"iterations": 0, "init": "real"}
+    loop = build_config(baseline.Config, values, f"the baseline {config.baseline!r}")
+    _check_norm(loop, config.baseline, chosen)
     return Plan(
         name=arm,
         arm=chosen,
         baseline=baseline,
-        loop=build_config(baseline.Config, values, f"the baseline {config.baseline!r}"),
+        loop=loop,
         evaluation=_evaluation(record, baseline),
         methods=methods,
         noise=noise,
@@ -138,6 +145,8 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         holdout=config.holdout,
         zca=record["zca"],
         image_size=config.image_size,
+        storage=config.storage,
+        memory_budget=byte_count(config.memory_budget, "--memory_budget") if config.memory_budget else None,
         seed=config.seed,
         device=device,
         precision=config.precision,
@@ -149,7 +158,9 @@ def resolve(config: RunConfig, arm: str) -> Plan:
 
 
 # Settings that came later, with the values that change nothing.
-_LATER = (("image_size", None), ("precision", "fp32"), ("compile", False))
+_LATER = (
+    ("image_size", None), ("precision", "fp32"), ("compile", False), ("storage", "auto"), ("memory_budget", ""),
+)  # fmt: skip
 
 
 def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -260,6 +271,14 @@ def _check_needs(config: RunConfig, arm: Arm, noise: NoiseSpec) -> None:
             do = "Put noise on labels that are right (--noise symmetric:0.4), or leave this arm out"
             expected = f"known true labels, which the method {name!r} needs"
             raise ConfigError(explain(expected, "a folder, whose own labels may be wrong", do))
+
+
+def _check_norm(loop: BaselineConfig, baseline: str, arm: Arm) -> None:
+    """Influence on an expert's segment takes the gradient of each sample, and batch norm mixes samples."""
+    names = [name for name in method_names(arm.method) if load_method(name).needs_graph]
+    if names and arm.distil and loop.norm == "batch" and hasattr(loop, "experts"):
+        expected = f"a norm under which samples have gradients of their own, which {names[0]!r} needs in {baseline}"
+        raise ConfigError(explain(expected, "--loop.norm batch", "Use --loop.norm instance, or leave this arm out"))
 
 
 def _device(name: str) -> str:

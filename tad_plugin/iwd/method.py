@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.distributed import ranks
 from tad_plugin.core.events import Match, Segment
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -20,10 +21,12 @@ from tad_plugin.iwd.config import DEFAULT_EVERY, IWDConfig
 from tad_plugin.iwd.explicit import explicit_influence
 from tad_plugin.iwd.implicit_segment import add_term, segment_influence, synthetic_gradient
 from tad_plugin.iwd.running_score import RunningScore
-from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds
+from tad_plugin.iwd.scoring import Fold, Refresh, draw_folds, gather_scores
 from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
-from tad_plugin.nn.passes import batch_statistics, chunk_size, with_fixed_statistics
+from tad_plugin.nn.passes import batch_statistics, forward_size, with_fixed_statistics
+from tad_plugin.utils.image_store import image_rows
+from tad_plugin.utils.transfers import download
 
 __all__ = ["IWD"]
 
@@ -163,7 +166,7 @@ class IWD(Callback):
         self._terms = None
         found = segment_influence(
             segment,
-            data.images[fold.scored],
+            image_rows(data.images, fold.scored),
             state.target[fold.scored],
             (data.images[fold.held_out], state.target[fold.held_out]),
             target=config.target,
@@ -183,7 +186,7 @@ class IWD(Callback):
             learning = refresh.learning
             network = self._fresh(match) if learning is None else learning.network(self.generator)
             network = self._fixed(network, state, refresh)
-            found = refresh.score(network, folds[number % len(folds)])
+            found = refresh.score_shared(network, folds[number % len(folds)], ranks())
             self._add(state, found.indices, found.standardised)
             levels.append(found.target)
         return sum(levels) / len(levels)
@@ -201,7 +204,7 @@ class IWD(Callback):
         found = explicit_influence(match.loss, match.weights, match.synthetic[0], gradient)
         drawn = match.indices.unique()
         drawn = drawn[torch.isin(drawn, fold.scored)]
-        self._add(state, drawn, _z_scores(state, drawn, found[drawn]))
+        self._add(state, *gather_scores(drawn, _z_scores(state, drawn, found[drawn])))
         return level
 
     @staticmethod
@@ -232,7 +235,7 @@ class IWD(Callback):
             weights=state.weight,
             alpha=config.alpha,
             steps=config.steps,
-            chunk_size=config.chunk_size or chunk_size(data.images.device),
+            chunk_size=config.chunk_size or forward_size(data.images, match.network),
             expand=match.expand,
             distance=match.distance if through_loop else None,
             explicit=config.explicit,
@@ -275,12 +278,12 @@ class IWD(Callback):
         state["influence"].copy_(running.estimate)
         state["influence_count"].copy_(running.counts)
         active = self.refreshes > self.config.warmup and self.config.ess < 1
-        record = self._weigh(state, running) if active else {"ess": 1.0, "temperature": None}
+        record: dict[str, Any] = {"ess": 1.0, "temperature": None}
+        record = self._weigh(state, running) if active else {**record, "scored": int(running.seen.sum())}
         self.report(
             "influence",
             refresh=self.refreshes,
             active=active,
-            scored=int(running.seen.sum()),
             target=target,
             seconds=perf_counter() - began,
             **record,
@@ -296,18 +299,20 @@ class IWD(Callback):
         weights = torch.where(inside, classes.softmax(z, fitted.temperature).float(), 1.0)
         state["influence_weight"].copy_(weights)
         state.set_weights(self.name, weights)
-        present = fitted.ess > 0
+        ess, temperature, scored = download([fitted.ess, fitted.temperature, running.seen.sum()])
+        present = ess > 0
         return {
-            "ess": float(fitted.ess[present].mean()),
-            "ess_smallest": float(fitted.ess[present].min()),
-            "temperature": [float(fitted.temperature[present].min()), float(fitted.temperature[present].max())],
+            "ess": float(ess[present].mean()),
+            "ess_smallest": float(ess[present].min()),
+            "scored": int(scored),
+            "temperature": [float(temperature[present].min()), float(temperature[present].max())],
         }
 
     def _ess(self, state: SampleState) -> Tensor:
         """Float64 [K]: ``ess`` as a share of the trusted samples; larger if an earlier method removed some."""
         k = state.num_classes
-        every = torch.bincount(state.observed, minlength=k).double()
-        kept = torch.bincount(state.target[state.trusted], minlength=k).double().clamp_min(1)
+        every = Classes(state.observed, k, torch.ones_like(state.trusted)).count
+        kept = Classes(state.target, k, state.trusted).count.clamp_min(1)
         return (self.config.ess * every / kept).clamp(max=1.0).clamp_min(self.config.ess)
 
     # -- running scores ----------------------------------------------------------------------------
@@ -328,7 +333,7 @@ class IWD(Callback):
             # A relabelled sample's old scores belong to another class.
             running.forget(self._scored_as != state.target)
         self._scored_as = state.target.clone()
-        running.add(indices, scores)
+        running._add(indices, scores)
 
     # -- resume ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class RunningScore:
         if mask.dtype != torch.bool or mask.shape != self.counts.shape:
             got = f"{mask.dtype} {list(mask.shape)}"
             raise InvalidInputError(explain(f"a bool mask {list(self.counts.shape)}", got, "Pass one flag per sample"))
-        self._total[mask] = 0
-        self.counts[mask] = 0
+        self._total.masked_fill_(mask, 0)
+        self.counts.masked_fill_(mask, 0)
 
     @named_errors
     def restore(self, estimate: Tensor, counts: Tensor) -> None:
@@ -101,6 +101,10 @@ class RunningScore:
             raise InvalidInputError(
                 explain("each index at most once", "a repeated one", "Add the scores in several calls")
             )
+        self._add(where, scores)
+
+    def _add(self, where: Tensor, scores: Tensor) -> None:
+        """:meth:`add` for indices that were checked before."""
         scores = require_finite(scores.detach().to(self._total), "scores", "Check the influences that were computed")
         old = self._total[where]
         self._total[where] = old + scores if self.decay is None else self.decay * old + (1.0 - self.decay) * scores

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tad_plugin.core.distributed import Ranks, gather_rows, ranks
 from tad_plugin.core.events import Learning
 from tad_plugin.core.scorer import features_and_logits
 from tad_plugin.data.labels import check_labels
@@ -23,7 +24,10 @@ from tad_plugin.iwd.explicit_gradients import GradientDistance, class_gradient_i
 from tad_plugin.iwd.implicit_networks import learned_influence
 from tad_plugin.iwd.targets import TARGETS, Expand, hard_labels, mean_target_gradient
 from tad_plugin.iwd.weighting import Classes
+from tad_plugin.nn.passes import halved
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images, image_rows
+from tad_plugin.utils.transfers import download, upload
 
 __all__ = [
     "Fold",
@@ -32,6 +36,7 @@ __all__ = [
     "cross_fit",
     "draw_folds",
     "embedding_of",
+    "gather_scores",
     "held_out_folds",
     "score_on_network",
     "valid_size",
@@ -107,7 +112,9 @@ def draw_folds(
     generator: torch.Generator,
 ) -> list[Fold]:
     """:func:`held_out_folds` for arguments that are checked already. Raises NoHeldOutError."""
-    may = usable if vouched is None else usable & vouched
+    # On the CPU, where the draw is made: a choice by a mask makes an accelerator wait.
+    device, (targets, usable) = targets.device, download([targets, usable])
+    may = usable if vouched is None else usable & vouched.cpu()
     size = torch.bincount(targets[usable], minlength=num_classes).max() if bool(usable.any()) else 0
     largest = int(torch.bincount(targets[may], minlength=num_classes).max()) if bool(may.any()) else 0
     if largest < 2:
@@ -116,7 +123,9 @@ def draw_folds(
     wanted = math.ceil(held_out * int(size)) if held_out < 1 else int(held_out)
     per_class = max(1, min(wanted, largest // 2))
     dealt = _deal(targets, num_classes, max(2, largest // per_class), generator, may, per_class)
-    return [Fold(fold.held_out, fold.scored[usable[fold.scored]]) for fold in dealt]
+    parts = [part for fold in dealt for part in (fold.held_out, fold.scored[usable[fold.scored]])]
+    there = iter(upload(parts, device))
+    return [Fold(held_out, scored) for held_out, scored in zip(there, there, strict=True)]
 
 
 @named_errors
@@ -219,7 +228,7 @@ class NetworkScores:
 class Refresh:
     """What the networks of one refresh share. Values are trusted; :func:`score_on_network` checks and explains them."""
 
-    images: Tensor
+    images: Images
     targets: Tensor
     synthetic: Tensor
     synthetic_labels: Tensor
@@ -234,8 +243,8 @@ class Refresh:
     explicit: bool = True
     learning: Learning | None = None
 
-    def target_gradient(self, network: nn.Module, fold: Fold) -> tuple[float, Tensor]:
-        """M(S) and grad_S M on the held-out samples of the fold."""
+    def target_gradient(self, network: nn.Module, fold: Fold, size: int | None = None) -> tuple[float, Tensor]:
+        """M(S) and grad_S M on the held-out samples of the fold, with ``size`` images per pass."""
         return mean_target_gradient(
             self.target,
             [network],
@@ -246,22 +255,28 @@ class Refresh:
             self.num_classes,
             self.alpha,
             self.steps,
-            self.chunk_size,
+            self.chunk_size if size is None else size,
             self.expand,
         )
 
     def score(self, network: nn.Module, fold: Fold) -> NetworkScores:
-        """Scores the samples of ``fold.scored``: first grad_S M, then the paths that count, then z-scores."""
-        value, slope = self.target_gradient(network, fold)
+        """Scores the samples of ``fold.scored``: first grad_S M, then the paths that count, then z-scores.
+
+        Passes get smaller if memory runs out.
+        """
+        return halved(lambda size: self._score(network, fold, size), self.chunk_size)
+
+    def _score(self, network: nn.Module, fold: Fold, size: int) -> NetworkScores:
+        value, slope = self.target_gradient(network, fold, size)
         synthetic, synthetic_labels = self.synthetic.detach(), self.synthetic_labels
         if self.expand is not None:
             # The descent step is one of S. A linear map moves its images the way it moves the set itself.
             slope, _ = self.expand(slope, synthetic_labels)
             synthetic, synthetic_labels = self.expand(synthetic, synthetic_labels)
-        images, own = self.images[fold.scored], self.targets[fold.scored]
+        images, own = image_rows(self.images, fold.scored), self.targets[fold.scored]
         weights = None if self.weights is None else self.weights[fold.scored]
         matched = (images, own, synthetic.detach(), hard_labels(synthetic_labels), slope)
-        embed, k, size = embedding_of(network), self.num_classes, self.chunk_size
+        embed, k = embedding_of(network), self.num_classes
         if self.distance is not None:
             found = class_gradient_influence(network, *matched, k, self.distance, weights=weights, chunk_size=size)
         elif self.explicit:
@@ -274,11 +289,37 @@ class Refresh:
         every = torch.ones_like(own, dtype=torch.bool)
         return NetworkScores(fold.scored, found, Classes(own, k, every).z_scores(found), value)
 
+    def score_shared(self, network: nn.Module, fold: Fold, of: Ranks) -> NetworkScores:
+        """:meth:`score` with the classes divided among processes (torchrun); each gets the scores of all.
+
+        A class is scored by one process: a sample's influence depends on the mean of its class and on no other class.
+        The path through the training of a network is a sum over all classes, so each process computes it.
+        """
+        if of.size == 1 or self.learning is not None:
+            return self.score(network, fold)
+        own = fold.scored[self.targets[fold.scored] % of.size == of.rank]
+        if len(own):
+            found = self.score(network, Fold(fold.held_out, own))
+        else:
+            none = torch.zeros(0, dtype=self.images.dtype, device=own.device)
+            found = NetworkScores(own, none, none.double(), self.target_gradient(network, fold)[0])
+        influence, standardised = gather_rows(found.influence), gather_rows(found.standardised)
+        return NetworkScores(gather_rows(found.indices), influence, standardised, found.target)
+
+
+def gather_scores(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices int64 [B] and scores float64 [B] of all processes; the mean where several scored a sample."""
+    if ranks().size == 1:
+        return indices, scores
+    every, place, copies = gather_rows(indices).unique(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(every), dtype=scores.dtype, device=scores.device)
+    return every, total.index_add_(0, place, gather_rows(scores)) / copies
+
 
 @named_errors
 def score_on_network(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     targets: Tensor,
     fold: Fold,
     synthetic: Tensor,

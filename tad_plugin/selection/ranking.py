@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.distributed import ranks
 from tad_plugin.core.scorer import Scorer, ScorerConfig, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -56,7 +57,7 @@ def train_logits(
     for epoch in range(config.epochs):
         scorer.run_epoch(state, CallbackList())
         if epoch >= config.epochs - average_last:
-            kept.append(score_all(scorer.network, data).logits)
+            kept.append(score_all(scorer.network, data, ranks()).logits)
     return kept
 
 

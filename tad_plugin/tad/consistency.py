@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.distributed import merge_rows
 from tad_plugin.data.labels import check_num_classes
 from tad_plugin.errors import InvalidInputError, NonFiniteError, StateMismatchError, explain
 from tad_plugin.utils.arguments import named_errors
@@ -54,6 +55,7 @@ class TemporalEnsemble:
         check_whole("num_samples", num_samples, 1, 2**28)
         check_num_classes(num_classes)
         self.beta = beta
+        self.num_classes = num_classes
         self.mean = torch.zeros(num_samples, num_classes, dtype=dtype, device=device)
         self.count = torch.zeros(num_samples, dtype=torch.int32, device=device)
 
@@ -70,8 +72,8 @@ class TemporalEnsemble:
             NonFiniteError: a NaN or infinite probability.
         """
         indices = self._checked(indices)
-        if probabilities.shape != (len(indices), self.mean.shape[1]):
-            expected = f"`probabilities` of shape [{len(indices)}, {self.mean.shape[1]}]"
+        if probabilities.shape != (len(indices), self.num_classes):
+            expected = f"`probabilities` of shape [{len(indices)}, {self.num_classes}]"
             raise InvalidInputError(explain(expected, f"shape {list(probabilities.shape)}", "Pass one row per index"))
         _require_finite(probabilities)
         self._update(indices, probabilities)
@@ -99,8 +101,8 @@ class TemporalEnsemble:
             else torch.ones_like(count, dtype=torch.float64)
         )
         rate = ((1 - self.beta) / decay).float().unsqueeze(1)
-        old = self.mean[indices].float()
-        self.mean[indices] = torch.lerp(old, total / copies.unsqueeze(1), rate).to(self.mean.dtype)
+        old = self._ensemble(indices)
+        self._store(indices, torch.lerp(old, total / copies.unsqueeze(1), rate))
         self.count[indices] = count
 
     @named_errors
@@ -117,6 +119,14 @@ class TemporalEnsemble:
     def _ensemble(self, indices: Tensor) -> Tensor:
         """:meth:`ensemble` for int64 indices that were checked before, on the device of the storage."""
         return self.mean[indices].float()
+
+    def _store(self, indices: Tensor, rows: Tensor) -> None:
+        """Replaces the means of some samples by these rows, float32 [B, K]."""
+        self.mean[indices] = rows.to(self.mean.dtype)
+
+    def merge(self) -> None:
+        """Takes over what other processes of the run have seen (torchrun); nothing in a single process."""
+        merge_rows(self.mean, self.count)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that restores this ensemble bit for bit."""

@@ -23,6 +23,7 @@ from tad_plugin.tad.geometry import (
     _principal_axes,
     _whitened_measures,
     check_samples,
+    rows_at_once,
 )
 from tad_plugin.utils.arguments import named_errors
 
@@ -110,7 +111,7 @@ class FeatureModel:
         anchors = None if self.cholesky is None else _project(self.anchors[use], self.axes)
         everywhere = anchors is not None and len(anchors) == len(use)
         bad = torch.zeros((), dtype=torch.bool, device=rows.device)
-        for at in index.split(CHUNK):
+        for at in index.split(rows_at_once(len(use))):
             shape = (len(at), len(use))
             far = torch.full(shape, torch.inf, dtype=torch.float32, device=rows.device)
             close = torch.full(shape, -1.0, dtype=torch.float32, device=rows.device)

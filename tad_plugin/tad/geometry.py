@@ -31,6 +31,7 @@ __all__ = [
     "ledoit_wolf",
     "mahalanobis",
     "principal_axes",
+    "rows_at_once",
     "whitened_measures",
 ]
 
@@ -38,6 +39,8 @@ __all__ = [
 MAX_DIM = 128
 # Rows that are converted to float64 or measured at a time. Keeps what is temporary small for a million samples.
 CHUNK = 8192
+# Numbers of a chunk of rows x classes. With more than 256 classes a chunk has fewer rows.
+_CHUNK_NUMBERS = 2**21
 # Rows that principal axes are computed from. More rows hardly change the axes of wide features.
 _MAX_ROWS = 4096
 # From this many dimensions on, a CPU finds a few leading axes by Lanczos iterations: the same digits, 4 times faster.
@@ -54,6 +57,11 @@ class Anchors(NamedTuple):
 
     means: Tensor
     counts: Tensor
+
+
+def rows_at_once(num_classes: int) -> int:
+    """Rows whose distances to all classes are computed at a time."""
+    return max(1, min(CHUNK, _CHUNK_NUMBERS // num_classes))
 
 
 def check_features(features: Tensor, name: str = "features") -> Tensor:
@@ -215,7 +223,7 @@ def _cosine(features: Tensor, anchors: Tensor) -> Tensor:
     parts = []
     for rows in features.split(CHUNK):
         value = torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-300) @ unit.T
-        parts.append(value.clamp(-1, 1).to(features.dtype))
+        parts.append(value.clamp_(-1, 1).to(features.dtype))
     return torch.cat(parts)
 
 
@@ -255,8 +263,9 @@ def _whitened_measures(features: Tensor, anchors: Tensor, cholesky: Tensor) -> t
     distances, cosines = [], []
     for rows in features.split(CHUNK):
         z = _whiten(rows, centre, cholesky)
-        squared = z.square().sum(1, keepdim=True) + white.square().sum(1) - 2 * z @ white.T
-        distances.append(squared.clamp_min(0).sqrt().to(features.dtype))
+        squared = z.square().sum(1, keepdim=True) + white.square().sum(1)
+        squared -= 2 * z @ white.T
+        distances.append(squared.clamp_min_(0).sqrt_().to(features.dtype))
         cosines.append(_cosine(z, white).to(features.dtype))
     return torch.cat(distances), torch.cat(cosines)
 
@@ -289,7 +298,7 @@ def principal_axes(features: Tensor, dimensions: int, *, limit: int = _MAX_ROWS)
         got, do = f"{dimensions} and {limit}", f"Lower max_dim, or leave it at {MAX_DIM}"
         raise InvalidInputError(explain(f"dimensions in [1, {d}] and limit >= 2", got, do))
     if m < 2:
-        raise NotEnoughSamplesError(explain("at least two rows", str(m), "Trust more samples: raise min_per_class"))
+        raise NotEnoughSamplesError(explain("at least two rows", str(m), "Trust more samples, or load more data"))
     return _principal_axes(features, dimensions, torch.arange(m, device=features.device), limit)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.callback import Callback
+from tad_plugin.core.distributed import ranks
 from tad_plugin.core.scorer import Scores, score_all
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -22,7 +23,9 @@ from tad_plugin.tad.geometry import CHUNK, MAX_DIM, check_features
 from tad_plugin.tad.mixture import ClassMixture, _fit_class_mixture, _posterior, fit_class_mixture
 from tad_plugin.tad.proposals import _propose_untrusted
 from tad_plugin.tad.threshold import THRESHOLD, _divide
+from tad_plugin.tad.top_predictions import TopEnsemble
 from tad_plugin.utils.settings import Settings, setting
+from tad_plugin.utils.transfers import read, upload
 
 __all__ = ["TAD", "TADConfig"]
 
@@ -43,6 +46,7 @@ class TADConfig(Settings):
         consistency: largest weight of the consistency term. 0 disables it and its N x K memory [1.3].
         consistency_beta: decay of the running mean of predictions [1.3].
         consistency_rounds: rounds until the term has its full weight [1.3].
+        consistency_top: keeps the means of this many most likely classes of a sample only. 0 keeps all [1.3].
         recall: True relabels and recalls untrusted samples [1.4].
         recall_precision: estimated precision that recalled labels must reach [1.4].
         max_dim: wider features are projected to this many dimensions [1.4].
@@ -58,6 +62,7 @@ class TADConfig(Settings):
     consistency: float = setting(1.0, at_least=0)
     consistency_beta: float = setting(0.7, at_least=0, below=1)
     consistency_rounds: int = setting(5, at_least=1)
+    consistency_top: int = setting(0, at_least=0)
     recall: bool = True
     recall_precision: float = setting(RECALL_PRECISION, above=0, at_most=1)
     max_dim: int = setting(MAX_DIM, at_least=1)
@@ -86,12 +91,15 @@ class _Scored(NamedTuple):
 
     @classmethod
     def of(cls, scores: Scores, state: SampleState) -> _Scored:
-        parts: list[tuple[Tensor, ...]] = []
-        for rows in torch.arange(len(state), device=scores.logits.device).split(CHUNK):
+        # Written in place: parts in a list would lie between the chunks and keep their memory from being used again.
+        losses, target_losses = torch.empty_like(state.weight), torch.empty_like(state.weight)
+        predicted = torch.empty_like(state.target)
+        for start in range(0, len(state), CHUNK):
+            rows = slice(start, start + CHUNK)
             logits = scores.logits[rows]
-            both = (F.cross_entropy(logits, y[rows], reduction="none") for y in (state.observed, state.target))
-            parts.append((*both, logits.argmax(1)))
-        losses, target_losses, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+            losses[rows] = F.cross_entropy(logits, state.observed[rows], reduction="none")
+            target_losses[rows] = F.cross_entropy(logits, state.target[rows], reduction="none")
+            predicted[rows] = logits.argmax(1)
         return cls(losses, target_losses, predicted, scores.features)
 
 
@@ -178,8 +186,10 @@ class TAD(Callback):
             NonFiniteError: the network gives NaN or infinite losses or features.
         """
         self.round += 1
+        if self.ensemble is not None:
+            self.ensemble.merge()
         # The logits [N, K] end here.
-        scored = _Scored.of(score_all(network, data), state)
+        scored = _Scored.of(score_all(network, data, ranks()), state)
         losses = scored.losses
         bad = ~torch.isfinite(losses)
         if bool(bad.any()):
@@ -198,20 +208,23 @@ class TAD(Callback):
     # Everything below comes from the state or was checked above, so the unchecked forms are called.
     def _divide_and_recall(self, state: SampleState, data: RealData, scored: _Scored, losses: Tensor) -> None:
         config, observed = self.config, state.observed
-        mixture = _fit_class_mixture(losses, observed, state.num_classes)
+        # On the CPU: a few numbers per sample, and EM asks after each step which classes are done.
+        own, labels = losses.cpu(), observed.cpu()
+        mixture = _fit_class_mixture(own, labels, state.num_classes)
         # The plain posterior would distrust the very lowest losses of a narrow low component.
-        trust = _posterior(mixture, losses, observed, monotone=True)
+        trust = _posterior(mixture, own, labels, monotone=True)
         minimum = max(config.min_per_class, data.ipc or 1)
-        division = _divide(losses, observed, mixture, trust, config.threshold, minimum)
-        trusted = division.trusted
+        division = _divide(own, labels, mixture, trust, config.threshold, minimum)
+        standing = _posterior(mixture, scored.target_losses, state.target, monotone=True) > config.threshold
         # The posterior of a class whose mixture was set aside is no weight.
-        weight = torch.where(division.replaced[observed], torch.ones_like(trust), trust)
+        plain = division.replaced[labels]
+        trust, trusted, standing, plain = upload([trust, division.trusted, standing, plain], state.device)
+        weight = torch.where(plain, torch.ones_like(trust), trust)
         weight = torch.where(trusted, weight.clamp_min(_LEAST_WEIGHT), weight)
 
         # Samples recalled before must pass the division with the loss on their target. Otherwise they return.
         earned = state["recall_score"]
         before = earned > 0
-        standing = _posterior(mixture, scored.target_losses, state.target, monotone=True) > config.threshold
         kept = before & standing & ~trusted
         target = torch.where(kept, state.target, observed)
         weight = torch.where(kept, earned, weight)
@@ -225,15 +238,17 @@ class TAD(Callback):
         space = trusted | kept | recalled
         state.update(target=target, trusted=space, trust=trust)
         state.set_weights(self.name, weight if config.weighting == "soft" else torch.ones_like(weight))
+        counted = (space, recalled, before & ~kept & ~recalled, target != observed)
+        counts = [int(count) for count in read(*(mask.sum() for mask in counted))]
         self.report(
             "round",
             round=self.round,
             warmup=False,
-            trusted=int(space.sum()),
-            untrusted=int((~space).sum()),
-            recalled=int(recalled.sum()),
-            returned=int((before & ~kept & ~recalled).sum()),
-            relabelled=int((target != observed).sum()),
+            trusted=counts[0],
+            untrusted=len(state) - counts[0],
+            recalled=counts[1],
+            returned=counts[2],
+            relabelled=counts[3],
             **recall.log,
             kept_share=division.kept_share.tolist(),
             unimodal=division.replaced.nonzero().flatten().tolist(),
@@ -274,7 +289,10 @@ class TAD(Callback):
 
     # -- resume ------------------------------------------------------------------------------------
     def _make_ensemble(self, n: int, k: int, device: torch.device) -> TemporalEnsemble:
-        return TemporalEnsemble(n, k, self.config.consistency_beta, device=device)
+        config = self.config
+        if 0 < config.consistency_top < k:
+            return TopEnsemble(n, k, config.consistency_beta, top=config.consistency_top, device=device)
+        return TemporalEnsemble(n, k, config.consistency_beta, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Callback`."""
@@ -292,5 +310,6 @@ class TAD(Callback):
         self.history = [t.clone() for t in state["history"]]
         if state["ensemble"] is not None:
             mean = state["ensemble"]["mean"]
-            self.ensemble = self._make_ensemble(len(mean), mean.shape[1], mean.device)
+            k = int(state["ensemble"].get("num_classes", mean.shape[1]))  # older checkpoints keep all classes
+            self.ensemble = self._make_ensemble(len(mean), k, mean.device)
             self.ensemble.load_state_dict(state["ensemble"])

@@ -93,9 +93,12 @@ class ClassMixture:
 
         Raises:
             InvalidInputError: ``index`` is not a class.
+            NonFiniteError: ``grid`` holds a NaN.
         """
         if not 0 <= index < len(self.counts):
             raise InvalidInputError(explain(f"a class in [0, {len(self.counts)})", str(index), "Pass a class index"))
+        if bool(torch.isnan(grid).any()):
+            raise NonFiniteError(explain("a `grid` of numbers", "a NaN", "Pass the losses at which to compute it"))
         x = (grid.to(self.means).unsqueeze(1) - self.offset[index]) / self.scale[index]
         mean, variance = self.means[index], self.variances[index]
         bell = torch.exp(-(x - mean).square() / (2 * variance)) / (2 * math.pi * variance).sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.tad.feature_model import Projected, _fit_features, _seen, check_projection
-from tad_plugin.tad.geometry import CHUNK, MAX_DIM, check_samples
+from tad_plugin.tad.geometry import MAX_DIM, check_samples, rows_at_once
 from tad_plugin.utils.arguments import finite_result, named_errors
 
 __all__ = [
@@ -122,7 +122,7 @@ def _at(cosine: Tensor, proposal: Tensor) -> Tensor:
 def _score_of(distance: Tensor, similar: Tensor, proposal: Tensor, temperature: float) -> Tensor:
     """:func:`reliability_score` with the cosine [N] at the proposal, chunk by chunk and only where there is one."""
     score = torch.zeros(len(proposal), dtype=torch.float32, device=distance.device)
-    for rows in (proposal >= 0).nonzero().flatten().split(CHUNK):
+    for rows in (proposal >= 0).nonzero().flatten().split(rows_at_once(distance.shape[1])):
         logits = -distance[rows].double().square() / (2 * temperature)
         share = (logits.gather(1, proposal[rows].unsqueeze(1)).flatten() - logits.logsumexp(1)).exp()
         score[rows] = (share * (1 + similar[rows].double()) / 2).float().clamp(0, 1)
@@ -163,7 +163,8 @@ def _fit_temperature(distance: Tensor, targets: Tensor, index: Tensor) -> float:
     if len(usable) == 0:
         return 1.0
     step = -(-len(usable) // _TEMPERATURE_SAMPLES)
-    distance, targets = distance[usable[::step]].double(), targets[usable[::step]]
+    # On the CPU: there are few rows, and each step of the search reads a number.
+    distance, targets = distance[usable[::step]].double().cpu(), targets[usable[::step]].cpu()
     logits = -distance.square() / 2
     held = logits.gather(1, targets.unsqueeze(1)).mean()
     finite = torch.where(torch.isfinite(logits), logits, 0.0)

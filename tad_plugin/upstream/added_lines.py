@@ -8,7 +8,8 @@ Our patches only add lines. A diff that removes nothing and shows no context con
     +import tad_plugin
 
 This means: after line 9 of train.py, insert one line, which becomes line 10. Without context a diff cannot tell whether
-it fits a file, so :mod:`tad_plugin.upstream.patch` compares the hash of the whole file first.
+it fits a file. So :mod:`tad_plugin.upstream.file_state` compares the digest of the file, and the anchors of each place
+if the file is another one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tad_plugin.errors import FileFormatError, PatchError, explain
+from tad_plugin.upstream.source_text import SourceText
 
-__all__ = ["Insertion", "added_lines", "format_diff", "insert_lines", "parse_diff", "remove_lines"]
+__all__ = [
+    "Insertion",
+    "added_lines",
+    "format_diff",
+    "insert_lines",
+    "inserted_numbers",
+    "parse_diff",
+    "remove_lines",
+]
 
 _HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
 _ONLY_ADDED = "Write it with `diff -U0` or `git diff -U0` of changes that only add lines"
@@ -106,26 +116,30 @@ def format_diff(files: dict[str, Sequence[Insertion]]) -> str:
 def insert_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
     r"""Inserts lines into a file; each takes the ending ("\n" or "\r\n") of the line before it.
 
+    A file without a newline at its end still has none.
+
     Args:
         content: the unchanged file.
         insertions: in the order of the file, with line numbers of the unchanged file.
 
     Raises:
-        PatchError: the file is too short, or a line would follow a last line without an ending.
+        PatchError: the file is too short.
     """
-    lines = _split(content)
-    out: list[bytes] = []
-    done = 0
+    text = SourceText.of(content)
     for i in insertions:
-        if not done <= i.after <= len(lines):
-            raise PatchError(explain(f"a file of at least {i.after} lines", f"one of {len(lines)}", "Check the file"))
-        out += lines[done : i.after]
-        done = i.after
-        if out and not out[-1].endswith(b"\n"):
-            got = f"line {i.after} without one"
-            raise PatchError(explain("a line with an ending before the new lines", got, "Check the file"))
-        out += [line.encode("utf-8") + _ending(lines, i.after) for line in i.lines]
-    return b"".join(out + lines[done:])
+        if i.after > len(text.lines):
+            got = f"one of {len(text.lines)}"
+            raise PatchError(explain(f"a file of at least {i.after} lines", got, "Check the file"))
+    return text.inserted({i.after: [line.encode() for line in i.lines] for i in insertions}).content
+
+
+def inserted_numbers(insertions: Sequence[Insertion]) -> list[int]:
+    """0-based positions of the added lines in the file that has them."""
+    numbers: list[int] = []
+    for i in insertions:
+        start = i.after + len(numbers)
+        numbers += range(start, start + len(i.lines))
+    return numbers
 
 
 def remove_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
@@ -138,29 +152,13 @@ def remove_lines(content: bytes, insertions: Sequence[Insertion]) -> bytes:
     Raises:
         PatchError: a line is not the one that was inserted.
     """
-    lines = _split(content)
-    shift = 0
-    gone: set[int] = set()
-    for i in insertions:
-        for offset, line in enumerate(i.lines):
-            place = i.after + shift + offset
-            got = lines[place] if place < len(lines) else b""
-            if got.rstrip(b"\r\n") != line.encode("utf-8"):
-                do = "Restore the file from its source"
-                raise PatchError(explain(f"the added line {line.strip()!r} at line {place + 1}", "another", do))
-            gone.add(place)
-        shift += len(i.lines)
-    return b"".join(line for place, line in enumerate(lines) if place not in gone)
-
-
-def _split(content: bytes) -> list[bytes]:
-    lines = content.split(b"\n")
-    return [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-
-
-def _ending(lines: list[bytes], after: int) -> bytes:
-    near = lines[after - 1 if after else 0] if lines else b"\n"
-    return b"\r\n" if near.endswith(b"\r\n") else b"\n"
+    text, numbers = SourceText.of(content), inserted_numbers(insertions)
+    expected = [line for i in insertions for line in i.lines]
+    for place, line in zip(numbers, expected, strict=True):
+        if place >= len(text.lines) or text.lines[place] != line.encode():
+            do = "Restore the file from its source"
+            raise PatchError(explain(f"the added line {line.strip()!r} at line {place + 1}", "another", do))
+    return text.removed(set(numbers)).content
 
 
 def _format_error(expected: str, got: str) -> FileFormatError:

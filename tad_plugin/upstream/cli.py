@@ -10,7 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tad_plugin.errors import ConfigError, explain
-from tad_plugin.upstream import patch as patching
+from tad_plugin.upstream.checkout import plan_apply, plan_reverse, status, write_changes
+from tad_plugin.upstream.git_folder import head_commit, origin
+from tad_plugin.upstream.guide import guide_text, left_lines, preview, status_text
+from tad_plugin.upstream.make_patch import write_patch
+from tad_plugin.upstream.patch import load_patch, only_files, patches_folder
 from tad_plugin.upstream.run_script import run_script
 from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.switches import SWITCHES, needed_switches
@@ -23,34 +27,80 @@ ABOUT = {
 }
 
 
+_CODES = {
+    "patched": 0,
+    "patched and edited": 3,
+    "unpatched": 4,
+    "edited": 5,
+    "partly patched": 6,
+    "not this repository": 7,
+}
+
+
 def _patch(arguments: Sequence[str]) -> int:
+    codes = ", ".join(f"{code} {condition}" for condition, code in _CODES.items())
     parser = argparse.ArgumentParser(
         prog="tad-plugin patch",
-        description=f"{ABOUT['patch']} Files are identified by their sha256; other content is refused.",
+        description=f"{ABOUT['patch']} The content of the files decides: other edits, line endings and commits do not "
+        "matter where the lines around a place are those of the codebase. All files are changed, or none.",
     )
-    parser.add_argument(
-        "action",
-        choices=["apply", "check", "reverse", "status"],
-        help="add the lines; check if they can be added; remove them bit for bit; show the condition of the files",
-    )
-    parser.add_argument("repo", help="name of the patch: a folder of patches/, such as dm")
-    parser.add_argument("path", help="folder of the checkout")
-    parser.add_argument("--patches", default=None, help="folder of the patches; those of tad_plugin by default")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    about = {
+        "apply": "add the lines where lines on both sides match",
+        "check": "say if apply would succeed; change nothing",
+        "guide": "print for each line the file, the place and what to paste; change nothing",
+        "reverse": "remove the lines, found by their content; other edits stay",
+        "status": f"show the condition of the files; exit status: {codes}",
+        "make": "write a patch from two copies of a codebase, one with the lines put in by hand",
+    }
+    for action, text in about.items():
+        sub = actions.add_parser(action, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("repo", help="name of the patch: a folder of patches/, such as dm")
+        sub.add_argument("path", help="folder of the checkout" + (", as it is" if action == "make" else ""))
+        sub.add_argument("--patches", default=None, help="folder of the patches; those of tad_plugin by default")
+        if action == "make":
+            sub.add_argument("--edited", required=True, metavar="PATH", help="a copy of it with the lines of the hook")
+            sub.add_argument("--repository", default=None, help="address of the codebase; by default where git got it")
+            sub.add_argument("--commit", default=None, help="its commit; by default the checked-out one")
+        else:
+            sub.add_argument("--files", default="", metavar="A,B", help="only these files of the patch")
+        if action in ("apply", "reverse"):
+            sub.add_argument("--dry_run", action="store_true", help="show the changes as a diff and make none")
     values = parser.parse_args(arguments)
-    patch = patching.load_patch(values.repo, values.patches)
+    if values.action == "make":
+        return _make(values)
+    patch = only_files(load_patch(values.repo, values.patches), _names(values.files))
+    found = status(patch, values.path)
     if values.action == "status":
-        found = patching.status(patch, values.path)
-        print(f"{patch.name}: {found.condition} (commit {found.commit or 'unknown'}, for {patch.commit})")
-        for file in patch.files:
-            print(f"  {file.path}: {found.files[file.path]}, {file.added} lines")
-    elif values.action == "check":
-        patching.check(patch, values.path)
-        lines = ", ".join(f"{file.added} lines to {file.path}" for file in patch.files)
+        print(status_text(patch, found))
+        return _CODES[found.condition]
+    if values.action == "guide":
+        print(guide_text(patch, found))
+        return 0
+    changes = (plan_reverse if values.action == "reverse" else plan_apply)(patch, values.path)
+    if values.action == "check":
+        lines = ", ".join(f"{state.file.added - len(state.own)} lines to {state.file.path}" for state in found.files)
         print(f"{patch.name}: can be applied: {lines}")
+        return 0
+    if values.dry_run:
+        print(preview(changes))
     else:
-        change = patching.apply if values.action == "apply" else patching.reverse
-        for place in change(patch, values.path):
+        for place in write_changes(changes):
             print(f"{'patched' if values.action == 'apply' else 'restored'} {place}")
+    if values.action == "reverse":
+        for line in left_lines(changes):
+            print(f"tad-plugin patch: not a line of the patch, left in {line}", file=sys.stderr)
+    return 0
+
+
+def _make(values: argparse.Namespace) -> int:
+    repository, commit = values.repository or origin(values.path), values.commit or head_commit(values.path)
+    if not repository or not commit:
+        flag = "--commit" if repository else "--repository"
+        raise ConfigError(explain(flag, f"none, and none in {values.path}/.git", f"Pass {flag}"))
+    folder = values.patches or patches_folder()
+    for place in write_patch(values.repo, values.path, values.edited, folder, repository=repository, commit=commit):
+        print(f"wrote {place}")
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import FileFormatError, explain, missing_extra
-from tad_plugin.utils.seals import unsealed_json, unsealed_yaml
+from tad_plugin.utils.seals import BrokenSeal, unsealed_json, unsealed_yaml
 from tad_plugin.utils.write_errors import names_write_errors
 
 __all__ = [
@@ -104,6 +104,8 @@ def read_json(path: str | Path) -> Any:
         raise FileFormatError(
             explain(f"a readable file at {path}", str(error.strerror or error), "Check the path and the permissions")
         ) from error
+    except BrokenSeal as error:
+        raise _changed(path, error) from error
     except (ValueError, RecursionError, MemoryError) as error:  # JSON and Unicode errors are ValueErrors
         raise FileFormatError(
             explain(f"JSON in {path}", f"text that does not parse ({error})", "Restore the file, or write it again")
@@ -120,9 +122,15 @@ def read_yaml(path: str | Path) -> Any:
     yaml = _yaml(f"reading {path}")
     try:
         return yaml.safe_load(unsealed_yaml(_text(path)))
+    except BrokenSeal as error:
+        raise _changed(path, error) from error
     except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
         got = str(getattr(error, "strerror", None) or error)
         raise FileFormatError(explain(f"YAML in {path}", got, "Check the path, or correct the file")) from error
+
+
+def _changed(path: str | Path, error: BrokenSeal) -> FileFormatError:
+    return FileFormatError(explain(f"{path} as it was written", str(error), "Restore the file, or write it again"))
 
 
 def _text(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_archive", "save_sealed", "sealed_json", "sealed_yaml", "unsealed_json", "unsealed_yaml"]
+__all__ = ["BrokenSeal", "check_archive", "save_sealed", "sealed_json", "sealed_yaml", "unsealed_json", "unsealed_yaml"]
 
 _KEY = "seal"
 _DIGITS = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
@@ -25,9 +25,15 @@ _JSON_END = re.compile(r'(,\n |, )"seal": "([0-9a-f]+)"\n?\}\n?\Z')
 _YAML_END = re.compile(r"^# seal: ([0-9a-f]{64})\n\Z", re.MULTILINE)
 # A seal in which a bit was changed: the end of the line before it, its mark, or its last character.
 _YAML_REMNANT = re.compile(r"[0-9a-f]{64}.?\Z", re.DOTALL)
-_BROKEN = "contents that do not match their seal: the file was changed after it was written"
 _MARK = b"tad_plugin sha256 "
 _NO_COMMENT = b"\0\0"
+
+
+class BrokenSeal(ValueError):
+    """A file holds other contents than were sealed."""
+
+    def __init__(self) -> None:
+        super().__init__("contents that do not match their seal: the file was changed after it was written")
 
 
 def sealed_json(values: Mapping[str, Any], *, line: bool = False) -> str:
@@ -48,7 +54,8 @@ def unsealed_json(text: str) -> Any:
     """The value of a JSON text, without its seal.
 
     Raises:
-        ValueError: not JSON, or other contents than were sealed.
+        BrokenSeal: other contents than were sealed.
+        ValueError: not JSON.
     """
     values = json.loads(text)
     if not isinstance(values, dict) or not values:
@@ -59,7 +66,7 @@ def unsealed_json(text: str) -> Any:
         return values
     found = _JSON_END.search(text)
     if found is None or not _DIGITS.fullmatch(found[2]) or not _sha256(text[: found.start()]).startswith(found[2]):
-        raise ValueError(_BROKEN)
+        raise BrokenSeal
     del values[_KEY]
     return values
 
@@ -70,10 +77,10 @@ def sealed_yaml(text: str) -> str:
 
 
 def unsealed_yaml(text: str) -> str:
-    """Returns ``text``. Raises ValueError if it has other contents than were sealed."""
+    """Returns ``text``. Raises BrokenSeal if it has other contents than were sealed."""
     found = _YAML_END.search(text)
     if (found is None and _YAML_REMNANT.search(text)) or (found and _sha256(text[: found.start()]) != found[1]):
-        raise ValueError(_BROKEN)
+        raise BrokenSeal
     return text
 
 
@@ -95,7 +102,8 @@ def check_archive(path: str | Path) -> None:
     Files of torch before 1.6 are not zip archives and have neither.
 
     Raises:
-        ValueError, OSError, zipfile.BadZipFile: the file is damaged. Other errors of :mod:`zipfile` can occur.
+        BrokenSeal, ValueError, OSError, zipfile.BadZipFile: the file is damaged. Other errors of :mod:`zipfile` can
+            occur.
     """
     length = len(_MARK) + 64
     with open(path, "rb") as file:
@@ -104,7 +112,7 @@ def check_archive(path: str | Path) -> None:
         end = file.read()
     if _MARK in end:  # not at its beginning where the file was cut off
         if not end.startswith(_MARK) or _sha256_of_first(path, size - 64).encode("ascii") != end[len(_MARK) :]:
-            raise ValueError(_BROKEN)
+            raise BrokenSeal
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -71,6 +71,11 @@ def test_bad_sets_are_named() -> None:
             SyntheticSet(images, labels, 3, PLAIN)
     with pytest.raises(InvalidInputError, match="2"):
         SyntheticSet(IMAGES, LABELS, 3, PLAIN, class_names=("a", "b"))
+    for rate in (float("nan"), float("inf"), "0.1", True):
+        with pytest.raises(InvalidInputError, match="learning_rate"):
+            SyntheticSet(IMAGES, LABELS, 3, PLAIN, learning_rate=rate)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="preprocessing"):
+        SyntheticSet(IMAGES, LABELS, 3, float("nan"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,19 @@ def test_a_segment_above_the_threshold_updates_nothing() -> None:
     assert datm(threshold=10.0).step(0)["kept"]
 
 
+def test_a_threshold_that_refuses_nearly_all_segments_is_a_doubt() -> None:
+    loop = datm(threshold=1e-6)
+    assert loop.doubt() is None  # nothing was done yet
+    losses = [loop.step(i)["loss"] for i in range(2)]
+    again = datm(threshold=1e-6)
+    again.load_state_dict(loop.state_dict())
+    losses.append(again.step(2)["loss"])
+    message = again.doubt()
+    assert message is not None and "0 of 3" in message and f"--loop.threshold above {min(losses):.3g}" in message
+    right = datm(threshold=10.0)
+    assert right.step(0)["kept"] and right.doubt() is None
+
+
 # -- initial images and labels -----------------------------------------------------------------------
 
 

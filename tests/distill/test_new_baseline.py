@@ -68,6 +68,10 @@ class PixelMeans(Baseline):
         self.optimizer.step()
         return {"loss": float(loss.detach())}
 
+    def doubt(self) -> str | None:
+        """See :class:`Baseline`."""
+        return "means are no images"
+
 
 # -- the comparison ----------------------------------------------------------------------------------
 
@@ -106,6 +110,7 @@ def test_it_is_compared_with_and_without_methods(registered: None, tmp_path: Pat
     assert [r["arm"] for r in results] == list(arms) and {r["baseline"] for r in results} == {"pixel-means"}
     assert len(json.loads((tmp_path / "results.json").read_text())) == len(arms)
     found = {arm: SyntheticSet.load(tmp_path / arm / "ipc1" / "seed0" / "synthetic.safetensors").images for arm in arms}
+    assert all("means are no images" in r["doubts"] for r in results)
     assert len({images.numpy().tobytes() for images in found.values()}) == len(arms)
 
 

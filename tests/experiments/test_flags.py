@@ -17,7 +17,7 @@ from tad_plugin.data.noise.spec import KINDS
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, MissingExtraError, UnknownNameError, unknown_name
 from tad_plugin.experiments.arms import ARMS
-from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.config import VERDICT, RunConfig
 from tad_plugin.experiments.flags import (
     NOT_FOR_EVALUATION,
     check_distill_flags,
@@ -35,7 +35,7 @@ MTT = {"baseline": "mtt"}
     ("change", "without", "with_effect"),
     [
         ({"root": "/data"}, {}, {"dataset": "cifar10"}),
-        ({"root": "/data"}, {"dataset": "folder:x"}, {"dataset": "svhn"}),
+        ({"root": "/data"}, {"dataset": "digits"}, {"dataset": "folder:x"}),
         ({"methods": TAD}, {"arms": ["noisy", "iwd"]}, {"arms": ["noisy", "tad+iwd"]}),
         ({"methods": IWD}, {"arms": ["tad"]}, {"arms": ["iwd"]}),
         ({"methods": SCORER}, {"arms": ["noisy", "oracle"]}, {"arms": ["loss-prune"]}),
@@ -85,10 +85,11 @@ def test_flags_of_experts_and_of_evaluations() -> None:
 
 def test_every_setting_is_decided() -> None:
     """A new setting must be looked at: either a rule above concerns it, or it always has an effect."""
-    ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels"}
+    ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels", *VERDICT}
     always = {
         "baseline", "dataset", "per_class", "holdout", "noise", "zca", "image_size", "ipc", "width", "eval_network",
-        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds",
+        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds", "storage",
+        "memory_budget", "precision", "compile",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(RunConfig)}
     assert names == ruled | always and names > NOT_FOR_EVALUATION

@@ -195,3 +195,11 @@ def test_a_folder_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     (tmp_path / "old" / "config.yaml").write_text(small)
     assert run(SMALL, "tad", tmp_path / "old")["iterations"] == 3
     assert (tmp_path / "old" / "config.yaml").read_text() == small
+
+
+@pytest.mark.parametrize(("baseline", "arm"), [("mtt", "iwd"), ("datm", "tad+iwd")])
+def test_influence_along_experts_needs_a_norm_without_batches(baseline: str, arm: str) -> None:
+    with pytest.raises(ConfigError, match="--loop.norm batch"):
+        resolve(RunConfig(baseline=baseline, loop={"norm": "batch"}), arm)
+    for fine in (("dm", arm, "batch"), (baseline, "tad", "batch"), (baseline, arm, "instance")):
+        assert resolve(RunConfig(baseline=fine[0], loop={"norm": fine[2]}), fine[1]).loop.norm == fine[2]

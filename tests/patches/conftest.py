@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tad_plugin.upstream import stand_ins, switches
-from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.checkout import apply
+from tad_plugin.upstream.patch import load_patch
 from tests.patches.foreign import any_checksum, copied, tiny_cifar10
 
 __all__ = ["any_checksum"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tad_plugin.upstream import stand_ins
-from tad_plugin.upstream.patch import apply, load_patch, reverse, status
+from tad_plugin.upstream.checkout import apply, reverse, status
+from tad_plugin.upstream.patch import load_patch
 from tad_plugin.upstream.run_script import run_script
 from tad_plugin.upstream.script import Script
 from tad_plugin.upstream.switches import needed_switches
@@ -94,7 +95,7 @@ def check_bytes(name: str, folder: Path, changed: dict[str, bool]) -> None:
     """Applies and reverses a patch; ``changed``: its files, and True if their lines end in CRLF."""
     root, patch = copied(name, folder), load_patch(name)
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    assert status(patch, root).condition == "clean"
+    assert status(patch, root).condition == "unpatched"
     assert sorted(p.name for p in apply(patch, root)) == sorted(Path(file).name for file in changed)
     found = {p.relative_to(root).as_posix() for p, content in before.items() if p.read_bytes() != content}
     assert found == set(changed) and status(patch, root).condition == "patched"

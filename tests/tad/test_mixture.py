@@ -177,6 +177,8 @@ def test_density_integrates_to_one_in_raw_units():
     torch.testing.assert_close((both[:, 0] / both.sum(1)).float(), fit.trust, atol=1e-5, rtol=1e-4)
     with pytest.raises(InvalidInputError, match="got 1"):
         fit.density(1, grid)
+    with pytest.raises(NonFiniteError, match="grid"):
+        fit.density(0, torch.tensor([0.0, float("nan")]))
 
 
 def test_posterior_repeats_trust_and_the_monotone_form_never_rises():

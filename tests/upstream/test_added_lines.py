@@ -89,8 +89,8 @@ def test_anything_but_added_lines_is_refused(old: str, new: str, message: str) -
 def test_a_file_that_does_not_fit_is_named() -> None:
     with pytest.raises(PatchError, match="3 .* 2"):
         insert_lines(b"1\n2\n", [Insertion(3, ("x",))])
-    with pytest.raises(PatchError, match="line 2"):
-        insert_lines(b"1\n2", [Insertion(2, ("x",))])
+    assert insert_lines(b"1\n2", [Insertion(2, ("x",))]) == b"1\n2\nx"
+    assert remove_lines(b"1\n2\nx", [Insertion(2, ("x",))]) == b"1\n2"
     with pytest.raises(PatchError, match="'x' at line 2"):
         remove_lines(b"1\n2\n", [Insertion(1, ("x",))])
     with pytest.raises(PatchError, match="'x' at line 3"):

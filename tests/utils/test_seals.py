@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tad_plugin.errors import FileFormatError
+from tad_plugin.utils.files import read_json, read_yaml
 from tad_plugin.utils.seals import (
     check_archive,
     save_sealed,
@@ -95,3 +97,17 @@ def test_an_archive_of_others_is_checked_by_its_own_sums(tmp_path: Path) -> None
     assert float(torch.load(path, weights_only=True).sum()) != 499500.0  # torch does not notice
     with pytest.raises(ValueError, match="checksum"):
         check_archive(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.yaml"])
+def test_a_broken_seal_is_named_as_such_and_broken_syntax_as_such(tmp_path: Path, name: str) -> None:
+    path, read = tmp_path / name, read_json if name == "a.json" else read_yaml
+    whole = sealed_json({"a": 100}) if name == "a.json" else sealed_yaml("a: 100\n")
+    path.write_text(whole.replace("100", "101"))
+    with pytest.raises(FileFormatError, match="their seal") as caught:
+        read(path)
+    assert "does not parse" not in str(caught.value) and "correct the file" not in str(caught.value)
+    path.write_text("{a: [")
+    with pytest.raises(FileFormatError) as caught:
+        read(path)
+    assert "their seal" not in str(caught.value)

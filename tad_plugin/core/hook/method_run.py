@@ -13,6 +13,7 @@ from torch import nn
 
 from tad_plugin.core.callback import Callback
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.distributed import agree, barrier, ranks, share_state
 from tad_plugin.core.hook.batches import Batches
 from tad_plugin.core.hook.checks import check_needs, finish_lines, new_methods
 from tad_plugin.core.hook.indexed_training import IndexedTraining
@@ -117,9 +118,11 @@ class MethodRun:
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        began = perf_counter()
+        began, version = perf_counter(), self.state.version
         with default_modes():
             yield
+            if self.state.version != version:
+                share_state(self.state)
         self.scoring_seconds += perf_counter() - began
         self.indexed.refresh()
 
@@ -139,6 +142,8 @@ class MethodRun:
         if not self.enabled:
             return self
         if not self._started:
+            given = f"labels {self.state.digest[:16]}, method {self.method}, seed {self._seed}"
+            agree("labels, method and seed", given)
             with self._scoring():
                 self.events.start(self.state, self._known)
             self._started = True
@@ -251,8 +256,10 @@ class MethodRun:
                 print(text)
 
     def save_state(self, path: str | Path) -> None:
-        """Writes the SampleState with the methods' settings in its header (atomic)."""
-        self.state.save(path, configs={c.name: c.settings() for c in self.callbacks})
+        """Writes the SampleState with the methods' settings in its header (atomic); under torchrun on rank 0 only."""
+        if ranks().first:
+            self.state.save(path, configs={c.name: c.settings() for c in self.callbacks})
+        barrier()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to continue with the same bits."""

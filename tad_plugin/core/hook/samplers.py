@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from tad_plugin.core.hook.usage import Usage
+from tad_plugin.core.pools import KEEP_ONE
 from tad_plugin.core.state import SampleState
 from tad_plugin.errors import ConfigError, EmptyClassError, InvalidInputError, explain
 from tad_plugin.utils.whole_numbers import check_whole
@@ -191,8 +192,7 @@ class ClassSampler(Sampler[list[int]]):
     def _of_class(self, c: int, queues: dict[int, list[int]], generator: torch.Generator) -> list[int]:
         pool = self.state.pool(c).cpu()
         if len(pool) == 0:
-            do = "Lower the threshold or raise min_per_class of the method"
-            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", do))
+            raise EmptyClassError(explain(f"a usable sample of class {c}", "an empty pool", KEEP_ONE))
         if self.by_weight and not bool(((weight := self.state.weight.cpu()[pool]) == 1).all()):
             return drawn_by_weight(pool, weight, self.per_class, generator).tolist()
         waiting = queues.get(c, [])

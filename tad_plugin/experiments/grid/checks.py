@@ -14,7 +14,8 @@ from tad_plugin.experiments.grid.scripts import filled_step
 from tad_plugin.experiments.grid.spec import Cell, Grid
 from tad_plugin.experiments.launch import Task
 from tad_plugin.experiments.plan import resolve
-from tad_plugin.upstream.patch import check, load_patch, status
+from tad_plugin.upstream.checkout import plan_apply, status
+from tad_plugin.upstream.patch import load_patch
 from tad_plugin.upstream.script import Script
 
 __all__ = ["check_disk", "check_grid", "find_checkouts"]
@@ -124,4 +125,4 @@ def _check_scripts(cell: Cell, checkout: Path) -> None:
         do = f"Pass an unmodified checkout with --checkouts {cell.checkout}=PATH; the runs patch copies of it"
         raise PatchError(explain(f"an unmodified checkout of {cell.checkout}", f"one that is {condition}", do))
     if "patched" in cell.ways:
-        check(patch, checkout)
+        plan_apply(patch, checkout)

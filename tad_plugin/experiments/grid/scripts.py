@@ -26,7 +26,8 @@ from tad_plugin.experiments.arms import parse_arm
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.grid.script_data import write_torchvision
 from tad_plugin.experiments.launch import Task
-from tad_plugin.upstream.patch import apply, load_patch
+from tad_plugin.upstream.checkout import apply
+from tad_plugin.upstream.patch import load_patch
 from tad_plugin.utils.files import atomic_write, read_json
 from tad_plugin.utils.machine import command_line, versions
 from tad_plugin.utils.workers import raise_if_stopped

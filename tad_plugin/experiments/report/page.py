@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
+from tad_plugin.experiments.doubts import doubt_lines
 from tad_plugin.experiments.report.tables import build_tables, notes, summarise
 
 __all__ = ["data_uri", "distinct", "html_page", "render", "versions_line"]
@@ -21,7 +22,7 @@ def html_page(
     *,
     title: str = "Dataset distillation on noisy data",
 ) -> str:
-    """Renders one self-contained HTML page: tables, embedded pictures, commands and versions.
+    """Renders one self-contained HTML page: tables, doubts, embedded pictures, commands and versions.
 
     The page loads nothing from elsewhere and follows the reader's light or dark mode.
 
@@ -41,6 +42,7 @@ def html_page(
         title=title,
         note=notes(rows),
         tables=build_tables(rows),
+        doubts=doubt_lines(results),
         pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
         commands=distinct(str(result["command"]) for result in results if result.get("command")),
         versions=distinct(versions_line(result["versions"]) for result in results if result.get("versions")),

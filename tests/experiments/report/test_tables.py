@@ -255,7 +255,7 @@ PIXEL = base64.b64decode(
 def test_the_page_is_self_contained_well_formed_and_escaped(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(PIXEL)
     (tmp_path / "q.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    results = [*RESULTS, result("<script>alert(1)</script>", [10.0])]
+    results = [*RESULTS, {**result("<script>alert(1)</script>", [10.0]), "doubts": ["out of <range>"]}]
     html = html_page(results, {"A picture & more": tmp_path / "p.png", "Q": tmp_path / "q.svg"}, title="T <x>")
     page = Page()
     page.feed(html)
@@ -271,6 +271,7 @@ def test_the_page_is_self_contained_well_formed_and_escaped(tmp_path: Path) -> N
             assert attributes.get(name, "data:").startswith("data:")  # type: ignore[union-attr]
     assert "url(" not in html and "@import" not in html
     assert "prefers-color-scheme: dark" in html
+    assert "seed 0: out of &lt;range&gt;</li>" in html and "Doubtful" not in html_page(RESULTS, {})
     assert "T &lt;x&gt;" in html and "tad-plugin compare --ipc 10" in html and "torch 2.2" in html
 
 
