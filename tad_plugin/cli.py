@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -313,30 +314,6 @@ def _influence(values: Any) -> None:
         print(path)
 
 
-def _reproduce(values: Any) -> int:
-    from tad_plugin.experiments.grid.verbs import reproduce
-
-    return reproduce(values)
-
-
-def _audit(values: Any) -> None:
-    from tad_plugin.experiments.audit.verbs import audit_verb
-
-    audit_verb(_run_config(values), values)
-
-
-def _report(values: Any) -> None:
-    from tad_plugin.experiments.grid.verbs import report
-
-    report(values)
-
-
-def _export(values: Any) -> None:
-    from tad_plugin.experiments.export_run import export_run
-
-    print(export_run(values.run, values.to, values.format, overwrite=values.overwrite))
-
-
 def _methods(_values: Any) -> None:
     import dataclasses
 
@@ -352,16 +329,26 @@ def _methods(_values: Any) -> None:
     print(f"baselines: {', '.join(baseline_names())}")
 
 
+def _later(module: str, name: str) -> Callable[[Any], int | None]:
+    """A verb whose module is imported when it is called."""
+
+    def call(values: Any) -> int | None:
+        found: int | None = getattr(import_module(module), name)(values)
+        return found
+
+    return call
+
+
 VERBS: dict[str, Callable[[Any], int | None]] = {
     "distill": _distill,
     "experts": _experts,
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
-    "audit": _audit,
-    "reproduce": _reproduce,
-    "report": _report,
-    "export": _export,
+    "audit": _later("tad_plugin.experiments.audit.verbs", "audit_verb"),
+    "reproduce": _later("tad_plugin.experiments.grid.verbs", "reproduce"),
+    "report": _later("tad_plugin.experiments.grid.verbs", "report"),
+    "export": _later("tad_plugin.experiments.export_run", "export_verb"),
     "methods": _methods,
 }
 

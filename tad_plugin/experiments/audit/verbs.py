@@ -38,8 +38,9 @@ def add_audit_arguments(parser: Any) -> None:
     parser.add_argument("--overwrite", type=bool, default=False, help="start over and remove an earlier audit")
 
 
-def audit_verb(config: RunConfig, values: Any) -> None:
+def audit_verb(values: Any) -> None:
     """Runs ``tad-plugin audit``."""
+    config = RunConfig.from_flags({k: v for k, v in values.as_dict().items() if k in _DATA})
     check_path(values.out, "--out")
     if values.to and not values.fix:
         raise ConfigError(explain("--fix with --to", "none", "Add --fix copy, for example"))
