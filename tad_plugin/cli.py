@@ -212,6 +212,7 @@ def _evaluate(values: Any) -> None:
     from tad_plugin.experiments.loading import load_test
     from tad_plugin.experiments.plan import resolve
     from tad_plugin.experiments.strict_json import strict
+    from tad_plugin.nn.passes import memory_budget
     from tad_plugin.utils.files import atomic_write
     from tad_plugin.utils.seeds import seeded_generator
 
@@ -222,14 +223,15 @@ def _evaluate(values: Any) -> None:
     splits = load_test(plan, synthetic, values.synthetic)
     found = {}
     for network in plan.evaluation.networks:
-        result = evaluate(
-            synthetic,
-            (splits.test_images, splits.test_labels),
-            plan.evaluation,
-            preprocessing=splits.preprocessing,
-            network=network,
-            generator=seeded_generator(plan.seed),
-        )
+        with memory_budget(plan.memory_budget):
+            result = evaluate(
+                synthetic,
+                (splits.test_images, splits.test_labels),
+                plan.evaluation,
+                preprocessing=splits.preprocessing,
+                network=network,
+                generator=seeded_generator(plan.seed),
+            )
         found[network] = {"mean": result.mean, "std": result.std, "accuracies": list(result.accuracies)}
         print(f"{network:12} {result.mean:6.2f} +- {result.std:.2f} %  ({len(result.accuracies)} networks)")
         if doubt := at_chance(network, result.accuracies, splits.test_labels):

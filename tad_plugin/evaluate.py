@@ -16,8 +16,9 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import forward_size, halved
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.settings import Settings, setting
 from tad_plugin.utils.torch_modes import default_modes
 from tad_plugin.utils.transfers import upload
@@ -139,26 +140,26 @@ def train_on_synthetic(
 
 @named_errors
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
     """Accuracy in percent of ``network`` on images [N,C,H,W] and labels int64 [N].
 
     Switches the network to eval mode. The labels may lie on another device than the images.
     """
     network.eval()
     labels = labels.to(images.device)
-    batch_size = chunk_size(images.device)
-    hits = [
-        (network(x).argmax(1) == y).sum()
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    ]
-    return 100.0 * int(torch.stack(hits).sum()) / len(labels)
+
+    def hits(size: int) -> int:
+        parts = zip(images.split(size), labels.split(size), strict=True)
+        return int(torch.stack([(network(x).argmax(1) == y).sum() for x, y in parts]).sum())
+
+    return 100.0 * halved(hits, forward_size(images, network)) / len(labels)
 
 
 @named_errors
 @default_modes()
 def evaluate(
     synthetic: SyntheticSet,
-    test: tuple[Tensor, Tensor],
+    test: tuple[Images, Tensor],
     config: EvaluateConfig | None = None,
     *,
     preprocessing: Preprocessing | None = None,
@@ -170,7 +171,8 @@ def evaluate(
 
     Args:
         synthetic: the set.
-        test: (images float32 [N,C,H,W], labels int64 [N]). The images' device is that of the evaluation.
+        test: (images float32 [N,C,H,W] or a store of them, labels int64 [N]). The images' device is that of the
+            evaluation.
         config: the settings; defaults if None.
         preprocessing: preprocessing of the test images, compared with that of the set; None skips the comparison.
         network: one architecture; overrides ``config.network``, and is needed if that names several.
@@ -188,7 +190,7 @@ def evaluate(
     if not len(test[0]):
         do = "Add test images (test/<class>/ of a folder), or pass held-out training images"
         raise InvalidInputError(explain("at least one test image", "none", do))
-    if not bool(torch.isfinite(test[0]).all()):
+    if isinstance(test[0], Tensor) and not bool(torch.isfinite(test[0]).all()):
         raise InvalidInputError(explain("finite test images", "a NaN or infinite value", "Leave out or repair them"))
     images, labels = test[0], check_labels(test[1], synthetic.num_classes, len(test[0]), "test labels")
     if preprocessing is not None:

@@ -97,7 +97,7 @@ def test_accuracy_counts_hits_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch
     network = linear()
     hits = sum(int(network(x[None]).argmax()) == int(y) for x, y in zip(images, labels, strict=True))
     for size in (1000, 7):
-        monkeypatch.setattr("tad_plugin.evaluate.chunk_size", lambda device, size=size: size)
+        monkeypatch.setattr("tad_plugin.evaluate.forward_size", lambda images, network, size=size: size)
         assert accuracy(network, images, labels) == pytest.approx(100 * hits / 60)
 
 

@@ -21,7 +21,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import InvalidInputError, NonFiniteError, explain
 from tad_plugin.nn.augment import Augmentation
 from tad_plugin.nn.networks import default_depth, make_network
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import forward_size, halved
 from tad_plugin.nn.training import EpochTrainer
 from tad_plugin.utils.seeds import seeded_generator
 from tad_plugin.utils.settings import Settings, setting
@@ -95,24 +95,30 @@ def score_all(network: nn.Module, data: RealData, of: Ranks = ALONE) -> Scores:
         return network.scores
     training = network.training
     network.eval()
-    found: tuple[Tensor, Tensor] | None = None
     own = shard(len(data), of) if len(data) >= of.size else slice(0, len(data))
-    first, size = 0, chunk_size(data.images.device)
     try:
-        for start in range(own.start, own.stop, size):
-            images = data.images[start : min(start + size, own.stop)]
-            parts = features_and_logits(network, images)
-            if found is None:  # written in place: a list of parts would take all of the memory twice
-                features, logits = (p.new_empty(own.stop - own.start, p.shape[1], dtype=torch.float32) for p in parts)
-                found = features, logits
-            found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
-            first += len(images)
+        found = halved(lambda size: _scored(network, data, own, size), forward_size(data.images, network))
     finally:
         network.train(training)
+    if own.stop - own.start < len(data):
+        return Scores(gather_rows(found.logits), gather_rows(found.features))
+    return found
+
+
+def _scored(network: nn.Module, data: RealData, own: slice, size: int) -> Scores:
+    """The outputs for the samples ``own``, with ``size`` images per pass."""
+    found: tuple[Tensor, Tensor] | None = None
+    first = 0
+    for start in range(own.start, own.stop, size):
+        images = data.images[start : min(start + size, own.stop)]
+        parts = features_and_logits(network, images)
+        if found is None:  # written in place: a list of parts would take all of the memory twice
+            features, logits = (p.new_empty(own.stop - own.start, p.shape[1], dtype=torch.float32) for p in parts)
+            found = features, logits
+        found[0][first : first + len(images)], found[1][first : first + len(images)] = parts
+        first += len(images)
     if found is None:
         raise InvalidInputError(explain("at least one image to score", "none", "Pass the real images"))
-    if own.stop - own.start < len(data):
-        return Scores(gather_rows(found[1]), gather_rows(found[0]))
     return Scores(found[1], found[0])
 
 

@@ -7,10 +7,12 @@ from tad_plugin.data.preprocessing import Preprocessing
 from tad_plugin.data.real import RealData
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.data.synthetic import SyntheticSet
+from tad_plugin.utils.image_store import ImageStore
 
 __all__ = [
     "DATASETS",
     "DataSplits",
+    "ImageStore",
     "NoiseSpec",
     "NoisyLabels",
     "Preprocessing",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from tad_plugin.data.image_store import ImageStore
 from tad_plugin.data.samples import part
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.utils.seeds import global_generators_kept
@@ -50,8 +49,8 @@ def plain_view(dataset: Any, transform: Transform) -> tuple[Any, bool]:
     return view, True
 
 
-class DatasetImages(ImageStore):
-    """Reads images of a dataset when they are asked for, in batches.
+class DatasetImages:
+    """Reads images of a dataset when they are asked for, in batches: the source of an ``ImageStore``.
 
     Each image is read with the global generators seeded by its position, and they are given back as they were. So an
     image is the same in every pass, and the training loop draws what it would have drawn.
@@ -68,6 +67,8 @@ class DatasetImages(ImageStore):
         InvalidInputError: an item without an image, or a transform that is no function.
     """
 
+    dtype = torch.float32
+
     def __init__(
         self,
         dataset: Any,
@@ -83,7 +84,6 @@ class DatasetImages(ImageStore):
         self._view, inside = (dataset, True) if transform is None else plain_view(dataset, transform)
         self._after = None if inside else transform
         self._prepare, self._image, self._seed = prepare, image, seed % 2**31
-        self.device = torch.device("cpu")
         with global_generators_kept():
             self._first = self._read(0)
         self.shape = torch.Size((len(dataset), *self._first.shape))
@@ -108,8 +108,9 @@ class DatasetImages(ImageStore):
         made = self._prepare(found)
         return made.unsqueeze(0) if made.ndim == 2 else made
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """See :class:`ImageStore`. Raises InvalidInputError for an item that fits no other."""
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """The images at int64 [B] or a slice, [B,C,H,W]. Raises InvalidInputError for an item that fits no other."""
+        indices = torch.arange(self.shape[0])[rows]
         found = []
         with global_generators_kept():
             for i in indices.tolist():
@@ -120,4 +121,4 @@ class DatasetImages(ImageStore):
                     raise InvalidInputError(explain(f"finite images of shape {list(self.shape[1:])}", got, do))
                 found.append(row)
         empty = torch.zeros(0, *self.shape[1:])
-        return (torch.stack(found) if found else empty).to(self.device)
+        return torch.stack(found) if found else empty

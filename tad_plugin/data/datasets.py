@@ -11,21 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin.data.noise.spec import NoiseSpec, NoisyLabels
+from tad_plugin.data.preparation import PublishedPixels, float_images, pixel_blocks, pixel_stores, stays_8_bit
 from tad_plugin.data.preprocessing import KNOWN_STATISTICS, Preprocessing, channel_statistics
 from tad_plugin.data.sources import RawSplits, read_source
 from tad_plugin.data.splits import shuffled_classes
 from tad_plugin.data.whitening import fit_zca
-from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain
+from tad_plugin.errors import ConfigError, InvalidInputError, NotEnoughSamplesError, explain, unknown_name
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images, ImageStore
 from tad_plugin.utils.seeds import seeded_generator
 
-__all__ = ["DataSplits", "load_dataset", "stratified_holdout"]
+__all__ = ["STORAGES", "DataSplits", "load_dataset", "stratified_holdout"]
 
-_CHUNK = 4096
+STORAGES = ("auto", "float32", "uint8")
+"""How images are kept; see :func:`load_dataset`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class DataSplits:
         num_classes: number of classes K.
         class_names: K names in label order.
         shape: (C, H, W) of an image.
-        train_images: float32 [N, C, H, W], normalised; the part that is distilled.
+        train_images: float32 [N, C, H, W], normalised; the part that is distilled. Data that are large stay 8-bit in an
+            :class:`ImageStore`, which is indexed like a tensor; so do the other two parts then.
         train_labels: int64 [N].
         holdout_images: float32 [V, C, H, W], normalised; split from the real training data, V may be 0.
         holdout_labels: int64 [V].
@@ -60,11 +63,11 @@ class DataSplits:
     num_classes: int
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    holdout_images: Tensor
+    holdout_images: Images
     holdout_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     preprocessing: Preprocessing
     source_index: Tensor
@@ -123,12 +126,11 @@ class DataSplits:
         if self.source_paths is not None and self.holdout_source_paths is not None:
             both = self.source_paths + self.holdout_source_paths
             paths = [both[i] for i in order.tolist()]
-        images = None
+        images: Images | None = None
         if spec.kind == "instance":
-            parts = [*self.train_images.split(_CHUNK), *self.holdout_images.split(_CHUNK)]
-            scale = self.pixel_scale
-            pixels = [(self.preprocessing.inverse(part) * scale).round().cpu() for part in parts if len(part)]
-            images = torch.cat(pixels)[order.cpu()] / scale
+            parts = (self.train_images, self.holdout_images)
+            published = PublishedPixels(parts, self.preprocessing, self.pixel_scale, order.cpu())
+            images = ImageStore(published) if isinstance(self.train_images, ImageStore) else published[:]
         whole = spec.apply(
             true[order],
             self.num_classes,
@@ -160,8 +162,14 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     preprocessing: Preprocessing | None = None,
+    storage: str = "auto",
 ) -> DataSplits:
-    """Loads a dataset as tensors on a device.
+    """Loads a dataset, with its images as tensors on a device or, where they are large, in a file.
+
+    Images that take at most 2 GiB as float32 become tensors. Above that they stay 8-bit and are normalised per batch,
+    with the same bits. Image folders and Tiny ImageNet are then decoded once, to a file that is mapped into memory: in
+    the folder ``.NAME.pixels`` beside the dataset, or below ``root`` if that cannot be written. Every load checks its
+    sha256, and a load that was killed goes on. Such a file can be removed at any time.
 
     Normalisation: the field's statistics for the named datasets, those of the training images for folders. A channel
     with the same value in every pixel gets std 1, so that it becomes 0. With ``zca``, whitening is fitted on the
@@ -182,6 +190,7 @@ def load_dataset(
         image_size: height and width in pixels to bring the images to; None keeps theirs.
         download: whether torchvision may download what is missing.
         preprocessing: use this one and compute none (evaluation of a saved synthetic set).
+        storage: "float32" (tensors), "uint8" (8-bit pixels), or "auto", which decides by size as above.
 
     Raises:
         UnknownNameError: no such dataset.
@@ -190,31 +199,40 @@ def load_dataset(
         EmptyClassError: a class without images, in training or test data.
         NotEnoughSamplesError: ``per_class`` is more than a class has, or nothing would be left beside the holdout.
         InvalidInputError: an argument out of range, images of several sizes, a preprocessing that does not fit.
-        ConfigError: ``zca`` with a ``preprocessing`` that has none.
+        ConfigError: ``zca`` with a ``preprocessing`` that has none; whitening of images that stay 8-bit.
+        FileWriteError, DiskSpaceError: the file of decoded images cannot be written.
     """
-    _check_arguments(per_class, holdout, image_size, zca, preprocessing)
-    raw = read_source(name, root, per_class=per_class, image_size=image_size, download=download)
+    _check_arguments(per_class, holdout, image_size, zca, preprocessing, storage)
+    raw = read_source(name, root, per_class=per_class, image_size=image_size, download=download, storage=storage)
     device = torch.device(device)
+    kept = raw.mapped is not None or stays_8_bit(raw, image_size, storage)
+    if kept and (zca or (preprocessing is not None and preprocessing.zca is not None)):
+        do = "Leave whitening out (--zca false), use smaller images, or pass --storage float32 if memory is enough"
+        raise ConfigError(explain("images as floats in memory for ZCA whitening", f"{len(raw.train)} large ones", do))
     constant: tuple[int, ...] = ()
     if preprocessing is None:
         preprocessing, constant = _fit(raw, zca, image_size, device)
     train, held = stratified_holdout(raw.train_labels, len(raw.class_names), holdout, seed)
-
-    def images(part: Tensor, rows: Tensor | None = None) -> Tensor:
-        return _prepare(part, rows, raw.scale, image_size, preprocessing, device)
-
-    test_images = images(raw.test)
-    c, h, w = test_images.shape[1:]
+    images: tuple[Images, Images, Images]
+    if kept:
+        images = pixel_stores(raw, train, held, image_size, preprocessing, device)
+    else:
+        parts = (pixel_blocks(raw.train), pixel_blocks(raw.test))
+        # The pixels are dropped as they become floats, so that memory holds little more than the floats.
+        raw = replace(raw, train=raw.train.new_empty(0), test=raw.test.new_empty(0))
+        given = (raw.scale, image_size, preprocessing, device)
+        images = (*float_images(parts[0], (train, held), *given), *float_images(parts[1], (None,), *given))  # type: ignore[assignment]
+    channels, height, width = images[2].shape[1:]
     return DataSplits(
         name=raw.name,
         num_classes=len(raw.class_names),
         class_names=raw.class_names,
-        shape=(c, h, w),
-        train_images=images(raw.train, train),
+        shape=(channels, height, width),
+        train_images=images[0],
         train_labels=raw.train_labels[train].to(device),
-        holdout_images=images(raw.train, held),
+        holdout_images=images[1],
         holdout_labels=raw.train_labels[held].to(device),
-        test_images=test_images,
+        test_images=images[2],
         test_labels=raw.test_labels.to(device),
         preprocessing=preprocessing,
         source_index=raw.index[train].to(device),
@@ -259,13 +277,20 @@ def stratified_holdout(labels: Tensor, num_classes: int, fraction: float, seed: 
 
 
 def _check_arguments(
-    per_class: int | None, holdout: float, image_size: int | None, zca: bool, preprocessing: Preprocessing | None
+    per_class: int | None,
+    holdout: float,
+    image_size: int | None,
+    zca: bool,
+    preprocessing: Preprocessing | None,
+    storage: str,
 ) -> None:
     for name, value in (("per_class", per_class), ("image_size", image_size)):
         if value is not None and value < 1:
             raise InvalidInputError(explain(f"`{name}` of at least 1", str(value), "Leave it out for the default"))
     if not 0.0 <= holdout < 1.0:
         raise InvalidInputError(explain("`holdout` in [0, 1)", str(holdout), "Pass a share such as 0.1, or 0 for none"))
+    if storage not in STORAGES:
+        raise unknown_name("storage", storage, STORAGES)
     if zca and preprocessing is not None and preprocessing.zca is None:
         do = "Leave zca out, or pass a preprocessing with whitening"
         raise ConfigError(explain("a preprocessing with ZCA, because zca is on", str(preprocessing), do))
@@ -278,33 +303,10 @@ def _fit(
     channels = raw.train.shape[1]
     if zca:
         plain = Preprocessing((0.0,) * channels, (1.0,) * channels)
-        return replace(plain, zca=fit_zca(_prepare(raw.train, None, raw.scale, image_size, plain, device))), ()
+        (images,) = float_images([raw.train], (None,), raw.scale, image_size, plain, device)
+        return replace(plain, zca=fit_zca(images)), ()
     if raw.name in KNOWN_STATISTICS:
         return Preprocessing(*KNOWN_STATISTICS[raw.name]), ()
     mean, std = channel_statistics(raw.train, raw.scale)
     constant = tuple(c for c, s in enumerate(std) if s == 0)
     return Preprocessing(mean, tuple(s or 1.0 for s in std)), constant
-
-
-def _prepare(
-    images: Tensor,
-    rows: Tensor | None,
-    scale: float,
-    image_size: int | None,
-    preprocessing: Preprocessing,
-    device: torch.device,
-) -> Tensor:
-    """uint8 images (those of ``rows``, or all) as normalised float32 on the device, a chunk at a time."""
-    parts = images.split(_CHUNK) if rows is None else (images[chunk] for chunk in rows.split(_CHUNK))
-    done = []
-    for part in parts:
-        pixels = part.to(device).float().div(scale)
-        if image_size is not None and pixels.shape[-2:] != (image_size, image_size):
-            # Only arrays come here with another size: folders are resized, and cropped to a square, when decoded.
-            size = (image_size, image_size)
-            if len(pixels):
-                pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-            else:
-                pixels = pixels.new_empty(0, pixels.shape[1], *size)
-        done.append(preprocessing(pixels))
-    return torch.cat(done)

@@ -23,7 +23,7 @@ from tad_plugin.data.image_tree import Tree, suffix_of
 from tad_plugin.data.labels import whole_number
 from tad_plugin.errors import EmptyClassError, FileFormatError, InvalidInputError, NotEnoughSamplesError, explain
 
-__all__ = ["ClassFiles", "class_files", "decode"]
+__all__ = ["ClassFiles", "class_files", "decode", "decode_into", "decoders", "decoding_bar", "first_size"]
 
 # Formats that hold pixels and that Pillow recognises by their first bytes. Others (EPS, PDF) may run programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "AVIF", "JPEG2000")
@@ -197,31 +197,60 @@ def decode(tree: Tree, paths: Sequence[str], image_size: int | None = None, labe
             256 MiB.
         InvalidInputError: sizes differ and ``image_size`` is None.
     """
-    out: np.ndarray | None = None
+    height, width = first_size(tree, paths, image_size)
+    out = np.empty((len(paths), 3, height, width), dtype=np.uint8)
     grey = True
-    workers = max(1, min(8, os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool, _bar(len(paths), label) as advance:
+    with decoders() as pool, decoding_bar(len(paths), label) as advance:
         for start in range(0, len(paths), _CHUNK):
-            chunk = paths[start : start + _CHUNK]
-            # One thread reads (a zip handle is not made for several), all decode: the decoder releases the lock.
-            blobs = [tree.read(name) for name in chunk]
-            names = [f"{tree.source}:{name}" for name in chunk]
-            decoded = pool.map(_decode_one, blobs, names, [image_size] * len(chunk))
-            for i, (pixels, is_grey) in enumerate(decoded, start):
-                if out is None:
-                    out = np.empty((len(paths), *pixels.shape), dtype=np.uint8)
-                if pixels.shape != out.shape[1:]:
-                    a, b = ("x".join(map(str, reversed(s[:2]))) for s in (out.shape[1:], pixels.shape))
-                    do = "Bring all images to one size with image_size (--image_size on the command line)"
-                    got = f"{b} in {names[i - start]}"
-                    raise InvalidInputError(explain(f"images of one size ({a}, as the first)", got, do))
-                out[i] = pixels
-                grey &= is_grey
-            advance(len(chunk))
-    if out is None:
+            part = slice(start, start + _CHUNK)
+            grey &= decode_into(out[part], tree, paths[part], image_size, pool)
+            advance(len(paths[part]))
+    return torch.from_numpy(out[:, :1].copy() if grey else out)
+
+
+def first_size(tree: Tree, paths: Sequence[str], image_size: int | None) -> tuple[int, int]:
+    """Height and width of the decoded images, as the first one gives them. Errors: see :func:`decode`."""
+    if not paths:
         raise FileFormatError(explain(f"images in {tree.source}", "none", "Check the folder"))
-    kept = out[..., :1] if grey else out
-    return torch.from_numpy(np.ascontiguousarray(kept.transpose(0, 3, 1, 2)))
+    if image_size is not None:
+        return image_size, image_size
+    from PIL import Image
+
+    blob = tree.read(paths[0])
+    try:
+        with Image.open(io.BytesIO(blob), formats=_formats()) as image:
+            width, height = image.size
+            lying = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # decoding names what is wrong
+        width, height, lying = *_decode_one(blob, f"{tree.source}:{paths[0]}", None)[0].shape[1::-1], False
+    return (width, height) if lying else (height, width)
+
+
+def decoders() -> ThreadPoolExecutor:
+    """Threads that decode. The decoders release Python's lock."""
+    return ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)))
+
+
+def decode_into(
+    out: np.ndarray, tree: Tree, paths: Sequence[str], image_size: int | None, pool: ThreadPoolExecutor
+) -> bool:
+    """Writes the pixels of some image files to ``out``, uint8 [B, 3, H, W]. Returns whether all are grey.
+
+    Errors: see :func:`decode`.
+    """
+    # One thread reads, because a zip handle is not made for several.
+    blobs = [tree.read(name) for name in paths]
+    names = [f"{tree.source}:{name}" for name in paths]
+    grey = True
+    for i, (pixels, is_grey) in enumerate(pool.map(_decode_one, blobs, names, [image_size] * len(paths))):
+        if pixels.shape[:2] != out.shape[2:]:
+            a, b = ("x".join(map(str, reversed(s))) for s in (out.shape[2:], pixels.shape[:2]))
+            do = "Bring all images to one size with image_size (--image_size on the command line)"
+            got = f"{b} in {names[i]}"
+            raise InvalidInputError(explain(f"images of one size ({a}, as the first)", got, do))
+        out[i] = pixels.transpose(2, 0, 1)
+        grey &= is_grey
+    return grey
 
 
 def _decode_one(blob: bytes, name: str, image_size: int | None) -> tuple[np.ndarray, bool]:
@@ -251,7 +280,8 @@ def _decode_one(blob: bytes, name: str, image_size: int | None) -> tuple[np.ndar
 
 
 @contextmanager
-def _bar(total: int, label: str) -> Iterator[Callable[[int], object]]:
+def decoding_bar(total: int, label: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar from 2,000 images on, if tqdm is installed. Yields the function that moves it on."""
     if total <= _BAR_FROM:
         yield lambda n: None
         return

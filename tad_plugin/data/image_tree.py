@@ -29,10 +29,12 @@ class TreeFile:
     Attributes:
         size: bytes, uncompressed.
         identity: device and inode, equal for two links to one file; None in a zip.
+        stamp: changes with the contents: the time of the last change in nanoseconds, in a zip the checksum.
     """
 
     size: int
     identity: tuple[int, int] | None = None
+    stamp: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _walk(folder: Path) -> tuple[dict[str, TreeFile], list[str], Counter[str]]:
                     continue
                 identity = (found.st_dev, found.st_ino)
                 if stat.S_ISREG(found.st_mode):
-                    files[name] = TreeFile(found.st_size, identity)
+                    files[name] = TreeFile(found.st_size, identity, found.st_mtime_ns)
                 elif not stat.S_ISDIR(found.st_mode):
                     skipped[_NOT_REGULAR] += 1
                 elif identity in above:
@@ -162,7 +164,7 @@ def _entries(archive: zipfile.ZipFile) -> tuple[dict[str, TreeFile], list[str], 
             skipped[_NOT_REGULAR] += 1
         else:
             skipped[_TWICE] += name in files
-            files[name] = TreeFile(entry.file_size)  # reading takes the last entry of a name
+            files[name] = TreeFile(entry.file_size, None, entry.CRC)  # reading takes the last entry of a name
     return files, folders, skipped
 
 

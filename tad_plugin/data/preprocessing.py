@@ -183,7 +183,7 @@ def channel_statistics(images: Tensor, scale: float) -> tuple[tuple[float, ...],
     """
     channels = images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for part in images.split(4096):
+    for part in images.split(512):
         for c in range(channels):
             counts[c] += torch.bincount(part[:, c].flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.int64)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tad_plugin.data.image_store import ImageStore
 from tad_plugin.data.labels import check_labels, check_num_classes
 from tad_plugin.data.origin import Origin
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.utils.arguments import holds_values, named_errors
+from tad_plugin.utils.image_store import Images, ImageStore, image_rows
 from tad_plugin.utils.whole_numbers import check_whole
 
 __all__ = ["RealData"]
@@ -24,8 +23,7 @@ class RealData:
     """The real training data of a distillation loop, on one device.
 
     Attributes:
-        images: float32 [N,C,H,W], normalised, finite: a tensor, or an ImageStore that reads them when they are asked
-            for.
+        images: float32 [N,C,H,W], normalised, finite; or an :class:`ImageStore`, which makes them a batch at a time.
         labels: int64 [N], observed labels.
         num_classes: K.
         true_labels: int64 [N] in controlled experiments, else None. Only oracles and diagnostics read them.
@@ -39,7 +37,7 @@ class RealData:
         InvalidLabelsError: labels out of range, of another type, or not one per image.
     """
 
-    images: Any
+    images: Images
     labels: Tensor
     num_classes: int
     true_labels: Tensor | None = None
@@ -51,10 +49,9 @@ class RealData:
     @named_errors
     def __post_init__(self) -> None:
         images = self.images
-        known = isinstance(images, Tensor | ImageStore)
-        if not known or images.ndim < 2 or not images.is_floating_point():
+        if not isinstance(images, Tensor | ImageStore) or images.ndim < 2 or not images.is_floating_point():
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            do = "Stack and normalise them"
+            do = "Stack and normalise them, or pass an ImageStore of 8-bit pixels"
             raise InvalidInputError(explain("images as a float tensor [N,C,H,W]", got, do))
         if isinstance(images, Tensor):
             _check_finite(images)
@@ -86,9 +83,9 @@ class RealData:
 
     @named_errors
     def subset(self, indices: Tensor) -> RealData:
-        """The same data restricted to ``indices`` (int64 [M])."""
+        """The same data restricted to ``indices`` (int64 [M] or bool [N]). Images [N,C,H,W] are not copied."""
         return RealData(
-            self.images[indices],
+            image_rows(self.images, indices) if self.images.ndim == 4 else self.images[indices],
             self.labels[indices],
             self.num_classes,
             None if self.true_labels is None else self.true_labels[indices],

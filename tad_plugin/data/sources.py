@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tad_plugin.data.image_folder import ClassFiles, class_files, decode
+from tad_plugin.data.image_folder import ClassFiles, class_files, decode, first_size
 from tad_plugin.data.image_tree import Tree, open_tree, suffix_of
 from tad_plugin.data.noise.class_maps import DIGITS_CLASSES
+from tad_plugin.data.pixel_cache import cache_places, cached_pixels
 from tad_plugin.data.splits import class_members
 from tad_plugin.errors import (
     EmptyClassError,
@@ -25,6 +26,7 @@ from tad_plugin.errors import (
     missing_extra,
     unknown_name,
 )
+from tad_plugin.utils.image_store import FLOAT_BYTES, MappedPixels
 
 __all__ = ["DATASETS", "RawSplits", "dataset_name", "read_source"]
 
@@ -40,7 +42,7 @@ class RawSplits:
     Attributes:
         name: the dataset's name; for a folder "folder:" and its last path component.
         class_names: K names in label order.
-        train: uint8 [N, C, H, W], the real training data.
+        train: uint8 [N, C, H, W], the real training data. It may lie in a mapped file.
         train_labels: int64 [N], true labels.
         index: int64 [N], position of each sample in the published order.
         rank: int64 [N], number of each sample in its class, if the file names are such numbers; else None.
@@ -49,6 +51,7 @@ class RawSplits:
         scale: the pixel value that stands for 1.
         paths: N file names of the training samples below the dataset's top, for folders; else None.
         skipped: how many files were passed over, by suffix or reason; empty for the named datasets.
+        mapped: the file of pixels in which ``train`` and then ``test`` lie; None if they are in memory.
     """
 
     name: str
@@ -62,21 +65,28 @@ class RawSplits:
     scale: float = 255.0
     paths: tuple[str, ...] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    mapped: MappedPixels | None = None
 
 
 def read_source(
-    name: str, root: str | Path | None, *, per_class: int | None, image_size: int | None, download: bool
+    name: str,
+    root: str | Path | None,
+    *,
+    per_class: int | None,
+    image_size: int | None,
+    download: bool,
+    storage: str = "float32",
 ) -> RawSplits:
     """Reads a dataset by name; the arguments are those of :func:`tad_plugin.data.datasets.load_dataset`."""
     if name.startswith(_FOLDER):
-        return _folder(Path(os.path.expanduser(name[len(_FOLDER) :])), per_class, image_size)
+        return _folder(Path(os.path.expanduser(name[len(_FOLDER) :])), root, per_class, image_size, storage)
     root = Path(os.path.expanduser(root or "data"))
     if name == "digits":
         return _first_per_class(_digits(), per_class)
     if name in {"cifar10", "cifar100", "svhn"}:
         return _first_per_class(_torchvision(name, root, download), per_class)
     if name == "tinyimagenet":
-        return _tinyimagenet(root, per_class, image_size)
+        return _tinyimagenet(root, per_class, image_size, storage)
     raise unknown_name("dataset", name, [*DATASETS, _FOLDER + "PATH"])
 
 
@@ -129,7 +139,9 @@ def _torchvision(name: str, root: Path, download: bool) -> RawSplits:
     return RawSplits(name, names, images, labels, torch.arange(len(labels)), None, test_images, test_labels)
 
 
-def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSplits:
+def _folder(
+    path: Path, root: str | Path | None, per_class: int | None, image_size: int | None, storage: str
+) -> RawSplits:
     with open_tree(path) as tree:
         names, train = class_files(tree, "train", per_class=per_class)
         held = next((split for split in ("test", "val") if tree.has(split)), None)
@@ -137,13 +149,25 @@ def _folder(path: Path, per_class: int | None, image_size: int | None) -> RawSpl
             _check_no_test(tree, names, path)
         test = class_files(tree, held, names)[1] if held else _NO_FILES
         # One call, so that both have the same number of channels.
-        pixels = decode(tree, [*train.paths, *test.paths], image_size, label=path.name)
+        files, places = [*train.paths, *test.paths], cache_places(path, root)
+        pixels, mapped = _pixels(tree, files, image_size, path.name, storage, places)
         skipped = _outside(tree, ("train", held or "test")) + Counter(train.skipped) + Counter(test.skipped)
     n = len(train.paths)
     index = torch.arange(n)
     name = dataset_name(f"{_FOLDER}{path}")
     parts = (pixels[:n], train.labels, index, train.ranks, pixels[n:], test.labels)
-    return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped)
+    return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped, mapped=mapped)
+
+
+def _pixels(
+    tree: Tree, paths: Sequence[str], image_size: int | None, label: str, storage: str, places: Sequence[Path]
+) -> tuple[Tensor, MappedPixels | None]:
+    """The pixels of image files: in memory, or in a mapped file where they would take too much as floats."""
+    height, width = first_size(tree, paths, image_size)
+    if storage == "float32" or (storage == "auto" and 4 * len(paths) * 3 * height * width <= FLOAT_BYTES):
+        return decode(tree, paths, image_size, label), None
+    mapped = cached_pixels(tree, paths, image_size, places, label)
+    return mapped.pixels, mapped
 
 
 def _check_no_test(tree: Tree, names: Sequence[str], path: Path) -> None:
@@ -166,7 +190,7 @@ def _outside(tree: Tree, splits: Sequence[str]) -> Counter[str]:
     return found
 
 
-def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None) -> RawSplits:
+def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None, storage: str) -> RawSplits:
     top = "tiny-imagenet-200"
     places = [place for place in (root / top, root / f"{top}.zip") if place.exists()]
     with open_tree(places[0] if places else root) as tree:
@@ -176,10 +200,11 @@ def _tinyimagenet(root: Path, per_class: int | None, image_size: int | None) -> 
             do = "Use the archive as published. For a rearranged val/<class>/ give folder:PATH as the dataset"
             raise FileFormatError(explain(f"{listing} in {tree.source}", "none", do))
         paths, labels = _annotations(tree.read(listing).decode("utf-8", "replace"), names, set(tree.files), listing)
-        pixels = decode(tree, [*train.paths, *paths], image_size, label="tinyimagenet")
+        files, beside = [*train.paths, *paths], cache_places(places[0] if places else root, root)
+        pixels, mapped = _pixels(tree, files, image_size, "tinyimagenet", storage, beside)
     n = len(train.paths)
     parts = (pixels[:n], train.labels, torch.arange(n), train.ranks, pixels[n:], labels)
-    return RawSplits("tinyimagenet", names, *parts, paths=train.paths)
+    return RawSplits("tinyimagenet", names, *parts, paths=train.paths, mapped=mapped)
 
 
 def _annotations(text: str, names: Sequence[str], files: set[str], listing: str) -> tuple[list[str], Tensor]:

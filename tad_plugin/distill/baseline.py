@@ -23,6 +23,7 @@ from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import ConfigError, NonFiniteError, NotEnoughSamplesError, explain, unknown_name
 from tad_plugin.nn.networks import default_depth, make_network
 from tad_plugin.utils.entry_points import load_class
+from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.settings import Settings, setting
 
 __all__ = [
@@ -146,7 +147,7 @@ class Baseline:
         return cls.presets[name][ipc]
 
     @classmethod
-    def check_images(cls, config: Any, images: Tensor) -> None:
+    def check_images(cls, config: Any, images: Images) -> None:
         """Override it to raise ConfigError if the settings do not fit real images [N,C,H,W]. Called before any work."""
 
     @classmethod

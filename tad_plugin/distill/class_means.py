@@ -21,12 +21,13 @@ from tad_plugin.data.real import RealData
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.distill.baseline import Baseline, check_loss
 from tad_plugin.nn.augment import Augmentation, Draw
-from tad_plugin.nn.passes import Embed, batch_statistics, chunk_size, embed_in_passes, pass_size
+from tad_plugin.nn.passes import Embed, batch_statistics, bytes_for_passes, chunk_size, embed_in_passes, pass_size
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["MeanMatching", "classes_per_graph", "embedded_batches"]
 ClassLosses = Callable[[Tensor, Tensor, list[Draw | None], int], Tensor]
 
-# Memory budget of the graph of one backward pass. Each image counts as eight maps of the widest layer: convolution,
+# Most memory of the graph of one backward pass. Each image counts as eight maps of the widest layer: convolution,
 # norm, activation and pooling of the first block keep about five, the smaller blocks the rest.
 _GRAPH_BYTES = 2**32
 _MAPS_KEPT = 8
@@ -51,18 +52,21 @@ def embedded_batches(embed: Embed, batches: Iterable[Tensor], size: float) -> It
 
 def _flush(embed: Embed, batches: list[Tensor], size: float) -> list[Tensor]:
     joined = batches[0] if len(batches) == 1 else torch.cat(batches)
-    return list(embed_in_passes(embed, joined, int(min(size, len(joined)))).split([len(b) for b in batches]))
+    # One pass where it must be one: there is none that is smaller.
+    rows = embed(joined) if math.isinf(size) else embed_in_passes(embed, joined, int(min(size, len(joined))))
+    return list(rows.split([len(b) for b in batches]))
 
 
-def classes_per_graph(per_class: int, images: Tensor, width: int, budget: int = _GRAPH_BYTES) -> int:
+def classes_per_graph(per_class: int, images: Images, width: int, budget: int | None = None) -> int:
     """Number of classes whose synthetic images fit one graph; at least 1, because the mean of a class is not split.
 
     Args:
         per_class: images per class that go through the network.
         images: [B,C,H,W]; only height and width are read.
         width: channels of the network's widest layer, which is assumed to have the resolution of the images.
-        budget: bytes for the graph.
+        budget: bytes for the graph; by default what passes may take on the device, at most 4 GiB.
     """
+    budget = min(_GRAPH_BYTES, bytes_for_passes(images.device)) if budget is None else budget
     return max(1, budget // (4 * width * images.shape[-2] * images.shape[-1] * _MAPS_KEPT * per_class))
 
 

@@ -26,7 +26,8 @@ from tad_plugin.distill.baseline import BaselineConfig, fresh_network, initial_i
 from tad_plugin.distill.experts.source import Experts
 from tad_plugin.distill.mtt import MTT, MTTConfig
 from tad_plugin.errors import InvalidInputError, NotEnoughSamplesError, explain
-from tad_plugin.nn.passes import chunk_size
+from tad_plugin.nn.passes import embed_in_passes, forward_size
+from tad_plugin.utils.image_store import Images, image_rows
 from tad_plugin.utils.settings import setting
 
 __all__ = ["DATM", "PRESETS", "DATMConfig", "correctly_predicted", "initial_logits", "upper_bound"]
@@ -241,7 +242,7 @@ class DATM(MTT):
             predictions: list[Tensor] = []
             right = torch.zeros(len(pool), dtype=torch.bool, device=pool.device)
             for parameters in experts:
-                predictions.append(_logits(network, parameters, data.images[pool]).argmax(1))
+                predictions.append(_logits(network, parameters, image_rows(data.images, pool)).argmax(1))
                 right |= predictions[-1] == c
                 if int(right.sum()) >= config.ipc:
                     break
@@ -343,8 +344,8 @@ def _labellers(config: DATMConfig, experts: Experts) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, parameters: Sequence[Tensor], images: Tensor) -> Tensor:
+def _logits(network: nn.Module, parameters: Sequence[Tensor], images: Images) -> Tensor:
     """Logits [n,K] of images; copies an expert's parameters into the network first."""
     for own, given in zip(network.parameters(), parameters, strict=True):
         own.copy_(given)
-    return torch.cat([network(part) for part in images.split(chunk_size(images.device))])
+    return embed_in_passes(network, images, forward_size(images, network))

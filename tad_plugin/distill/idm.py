@@ -34,6 +34,7 @@ from tad_plugin.distill.learner import Learner
 from tad_plugin.errors import NonFiniteError, explain
 from tad_plugin.nn.augment import Draw
 from tad_plugin.nn.passes import embed_in_passes, pass_size
+from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.settings import setting
 
 __all__ = ["IDM", "PRESETS", "IDMConfig"]
@@ -161,7 +162,7 @@ class IDM(MeanMatching):
         )
 
     @classmethod
-    def check_images(cls, config: IDMConfig, images: Tensor) -> None:
+    def check_images(cls, config: IDMConfig, images: Images) -> None:
         """Raises ConfigError if height or width is not divisible by the partition factor."""
         check_factor((int(images.shape[-2]), int(images.shape[-1])), config.factor)
 
@@ -292,7 +293,7 @@ class IDM(MeanMatching):
         targets = self.hook.targets(indices)
         # Batch norm needs the whole batch in one pass for its statistics.
         whole = any(isinstance(m, _BatchNorm) for m in network.modules())
-        logits = embed_in_passes(network, images, len(images) if whole else self.passes)
+        logits = network(images) if whole else embed_in_passes(network, images, self.passes)
         loss = F.cross_entropy(logits, targets)
         loss = self.hook.batches.reduced(loss, logits, targets, indices)
         # Methods follow the oldest network only: running means of predictions must not mix networks.

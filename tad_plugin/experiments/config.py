@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tad_plugin.data.datasets import STORAGES
 from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.utils.precision import PRECISIONS
 from tad_plugin.utils.settings import Settings, setting
@@ -36,7 +37,7 @@ VERDICT = {
 }
 """Settings of :class:`RunConfig` that are settings of the method "verdict", by their names there."""
 
-MAY_DIFFER = ("device", "checkpoint_seconds", "root", "labels")
+MAY_DIFFER = ("device", "checkpoint_seconds", "root", "labels", "storage", "memory_budget")
 """Settings of :class:`RunConfig` that may change when a run is resumed, because they do not change its result."""
 
 
@@ -50,13 +51,17 @@ class RunConfig(Settings):
     Attributes:
         baseline: distillation algorithm, one of those that `tad-plugin methods` lists at the end.
         dataset: digits, cifar10, cifar100, svhn, tinyimagenet, or folder:PATH of an image folder or a zip of one.
-        root: folder of downloaded datasets.
+        root: folder of downloaded datasets, and of decoded images where the place beside a folder cannot be written.
         per_class: use only the first N training images of each class; 0 uses all.
         holdout: share of the real training data that is held out to choose the best iterate.
         noise: label noise, e.g. symmetric:0.4, asymmetric:0.4, pair:0.4, instance:0.4, human:worse, none.
         labels: label file for human noise (npz, or the published .pt).
         zca: whiten the images (ZCA) instead of only normalising them.
         image_size: bring the images to this height and width in pixels; by default (or 0 on the command line) theirs.
+        storage: float32 keeps the images as floats in memory, uint8 as 8-bit pixels (those of folders in a file that is
+            mapped into memory); auto takes floats up to 2 GiB. Results are the same.
+        memory_budget: memory that the run may use, e.g. 16GB; it decides how many images go through a network in one
+            pass. By default what the machine has.
         ipc: synthetic images per class.
         iterations: updates of the synthetic set; by default (or 0 on the command line) from the preset.
         lr_img: learning rate of the images; by default (or 0 on the command line) from the preset.
@@ -96,6 +101,8 @@ class RunConfig(Settings):
     labels: str = ""
     zca: bool | None = None
     image_size: int | None = setting(None, at_least=1)
+    storage: str = setting("auto", one_of=STORAGES)
+    memory_budget: str = ""
     ipc: int = 10
     iterations: int | None = None
     lr_img: float | None = None

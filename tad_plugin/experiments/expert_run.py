@@ -29,6 +29,7 @@ from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.held_out import held_out
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
+from tad_plugin.nn.passes import memory_budget
 from tad_plugin.utils.machine import command_line, peak_memory_bytes, reset_peak_memory, versions
 from tad_plugin.utils.precision import network_precision
 from tad_plugin.utils.seeds import derived_seed
@@ -113,7 +114,7 @@ def train_planned(
         if found is not None:
             _check_buffer(place.path)
             return found
-        with network_precision(plan.precision, plan.device):
+        with memory_budget(plan.memory_budget), network_precision(plan.precision, plan.device):
             return _train(plan, experts, place, written, progress, jobs)
 
 

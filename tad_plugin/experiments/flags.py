@@ -115,7 +115,8 @@ def check_picture_packages(*, page: bool = True) -> None:
 
 def _check_data(config: RunConfig) -> None:
     given = config.root != RunConfig.root
-    _require(config.dataset in _DOWNLOADED or not given, "--root", f"--dataset {', '.join(_DOWNLOADED)}")
+    kept = config.dataset in _DOWNLOADED or config.dataset.startswith("folder:")
+    _require(kept or not given, "--root", f"--dataset {', '.join(_DOWNLOADED)}, or folder:PATH")
 
 
 def _method_settings(config: RunConfig) -> Mapping[str, Any]:

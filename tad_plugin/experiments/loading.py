@@ -17,6 +17,7 @@ from tad_plugin.data.sources import dataset_name
 from tad_plugin.data.synthetic import SyntheticSet
 from tad_plugin.errors import InvalidInputError, PreprocessingMismatchError, explain
 from tad_plugin.experiments.plan import Plan
+from tad_plugin.utils.image_store import in_parts
 
 __all__ = ["load_noisy", "load_splits", "load_test", "truth_known"]
 
@@ -32,6 +33,7 @@ def load_splits(plan: Plan, preprocessing: Preprocessing | None = None) -> DataS
         device=plan.device,
         zca=plan.zca and preprocessing is None,
         image_size=plan.image_size,
+        storage=plan.storage,
         preprocessing=preprocessing,
     )
 
@@ -80,8 +82,11 @@ def load_test(plan: Plan, synthetic: SyntheticSet, path: str | Path) -> DataSpli
 def _fitted_on(preprocessing: Preprocessing, splits: DataSplits) -> bool:
     """Whether a whitening was fitted on these training images. Normalisations are compared by their fingerprints."""
     zca = preprocessing.zca
-    mean = splits.preprocessing.inverse(splits.train_images).mean(0).flatten().cpu()
-    return zca is not None and torch.allclose(mean, zca.mean.cpu(), atol=1e-3)
+    if zca is None:
+        return False
+    parts = [splits.preprocessing.inverse(part).sum(0) for part in in_parts(splits.train_images)]
+    mean = torch.stack(parts).sum(0).flatten().cpu() / len(splits.train_labels)
+    return torch.allclose(mean, zca.mean.cpu(), atol=1e-3)
 
 
 def _listed(names: Sequence[str]) -> str:

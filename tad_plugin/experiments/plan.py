@@ -22,6 +22,7 @@ from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, VERDICT, RunConfig
 from tad_plugin.nn.networks import NETWORKS
 from tad_plugin.utils.files import file_digest
+from tad_plugin.utils.machine import byte_count
 from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
 
@@ -46,6 +47,8 @@ class Plan:
         holdout: share of the real training data that is held out, in [0, 1).
         zca: whether images are whitened.
         image_size: height and width of the images in pixels; None keeps theirs.
+        storage: how the images are kept: "auto", "float32" or "uint8".
+        memory_budget: bytes that the run may use; None for what the machine has.
         seed: seed of the run.
         device: "cpu" or a CUDA device.
         precision: precision of the networks that are matched and trained on real data.
@@ -68,6 +71,8 @@ class Plan:
     holdout: float
     zca: bool
     image_size: int | None
+    storage: str
+    memory_budget: int | None
     seed: int
     device: str
     precision: str
@@ -140,6 +145,8 @@ def resolve(config: RunConfig, arm: str) -> Plan:
         holdout=config.holdout,
         zca=record["zca"],
         image_size=config.image_size,
+        storage=config.storage,
+        memory_budget=byte_count(config.memory_budget, "--memory_budget") if config.memory_budget else None,
         seed=config.seed,
         device=device,
         precision=config.precision,
@@ -151,7 +158,9 @@ def resolve(config: RunConfig, arm: str) -> Plan:
 
 
 # Settings that came later, with the values that change nothing.
-_LATER = (("image_size", None), ("precision", "fp32"), ("compile", False))
+_LATER = (
+    ("image_size", None), ("precision", "fp32"), ("compile", False), ("storage", "auto"), ("memory_budget", ""),
+)  # fmt: skip
 
 
 def settings_of(settings: Mapping[str, Any], method: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
 from tad_plugin.experiments.run_state import RunState
 from tad_plugin.experiments.sharing import shared_decisions, shared_experts, shared_state
+from tad_plugin.nn.passes import memory_budget
+from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.machine import command_line, reset_peak_memory, versions
 from tad_plugin.utils.precision import network_precision
 from tad_plugin.utils.progress import bar
@@ -75,7 +77,10 @@ class Run:
                 self.folder.clear()
                 self.plan.baseline.discard(self.folder.path)
             found = self.folder.check_config(self.plan.record, self._identity(), FILES, ignore=MAY_DIFFER)
-            return found if found is not None else self._run()
+            if found is not None:
+                return found
+            with memory_budget(self.plan.memory_budget):
+                return self._run()
 
     def _identity(self) -> dict[str, Any]:
         """What tells the results of this run from those of another one."""
@@ -201,8 +206,8 @@ class Run:
         self,
         splits: DataSplits,
         loop: Baseline,
-        test: tuple[Tensor, Tensor],
-        holdout: tuple[Tensor, Tensor],
+        test: tuple[Images, Tensor],
+        holdout: tuple[Images, Tensor],
         state: RunState,
     ) -> tuple[dict[str, Any], int]:
         """Accuracies on ``test`` of the last and of the best iterate, and the iteration of the best.
@@ -214,7 +219,7 @@ class Run:
         candidates: dict[int, SyntheticSet] = {**state.candidates, final: last}
         done = state.evaluated
 
-        def once(key: str, synthetic: SyntheticSet, on: tuple[Tensor, Tensor], network: str, run: int) -> float:
+        def once(key: str, synthetic: SyntheticSet, on: tuple[Images, Tensor], network: str, run: int) -> float:
             if key not in done:
                 part = "choose" if key.startswith("choose/") else "test"
                 found = evaluate(

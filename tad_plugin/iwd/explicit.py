@@ -22,6 +22,7 @@ from tad_plugin.data.labels import check_labels
 from tad_plugin.errors import DisconnectedGraphError, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import Tensors, as_tuple, pushed_forward, require_finite
 from tad_plugin.utils.arguments import finite_result, named_errors
+from tad_plugin.utils.image_store import Images
 
 __all__ = [
     "Embed",
@@ -203,7 +204,7 @@ def embedding_directions(
 @named_errors
 def dm_influence(
     embed: Embed,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,
@@ -239,8 +240,7 @@ def dm_influence(
         weights: current weights [N] >= 0; None for 1.
         normalise: True if the loss divides by the sum of the weights, False if by their number.
             :meth:`SampleState.weights` has mean 1 over a batch's samples of a class, so True fits it.
-        divisor: n_c for the scale, such as the loop's real batch size per class; None for the n_c above, over the
-            samples given. The ranking inside a class does not depend on it.
+        divisor: n_c for the scale; None for the n_c above. The ranking inside a class does not depend on it.
         eta: step size of S > 0.
         chunk_size: real images per forward pass.
 
@@ -280,7 +280,7 @@ def dm_influence(
 
 def class_mean_influence(
     embed: Embed,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,

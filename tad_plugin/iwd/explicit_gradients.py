@@ -23,6 +23,7 @@ from tad_plugin.nn.derivatives.mean_gradient import mean_gradient
 from tad_plugin.nn.derivatives.per_sample import per_sample_directional
 from tad_plugin.nn.derivatives.vectors import require_finite
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images, image_rows
 
 __all__ = ["GradientDistance", "class_gradient_influence", "gradient_influence"]
 
@@ -33,7 +34,7 @@ GradientDistance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 @named_errors
 def gradient_influence(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,
@@ -89,7 +90,7 @@ def gradient_influence(
 
 def class_gradient_influence(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,
@@ -117,11 +118,12 @@ def class_gradient_influence(
             continue
         share = w[rows] / w[rows].sum()
         own_weights = share * len(rows)
-        real = mean_gradient(forward, parameters, images[rows], labels[rows], own_weights, chunk_size=chunk_size)
+        members = image_rows(images, rows)
+        real = mean_gradient(forward, parameters, members, labels[rows], own_weights, chunk_size=chunk_size)
         direction = _direction(
             network, values, synthetic[own], synthetic_labels[own], target_gradient[own], real, distance
         )
-        parts = zip(images[rows].split(chunk_size), labels[rows].split(chunk_size), strict=True)
+        parts = zip(members.split(chunk_size), labels[rows].split(chunk_size), strict=True)
         along = torch.cat([per_sample_directional(network, x, y, direction, parameters=values) for x, y in parts])
         influence[rows] = -eta * (along - (share * along).sum()) / w[rows].sum()
     return require_finite(influence, "influences", "Check the images, the weights and the network")

@@ -37,6 +37,7 @@ from tad_plugin.nn.derivatives.per_sample import (
 )
 from tad_plugin.nn.derivatives.vectors import LossFunction, cross_entropy, flatten, require_finite
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["SegmentStep", "curvature_product", "inverse_hessian_influence", "unrolled_influence"]
 
@@ -64,7 +65,7 @@ class SegmentStep:
 def unrolled_influence(
     network: nn.Module,
     steps: Sequence[SegmentStep],
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     direction: Parameters | Tensor,
     *,
@@ -148,7 +149,7 @@ def unrolled_influence(
 @named_errors
 def inverse_hessian_influence(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     direction: Parameters | Tensor,
     *,
@@ -223,7 +224,7 @@ def inverse_hessian_influence(
 @named_errors
 def curvature_product(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     *,
     kind: Literal["hessian", "gauss_newton"] = "hessian",

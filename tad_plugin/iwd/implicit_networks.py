@@ -22,6 +22,7 @@ from tad_plugin.iwd.explicit import Embed
 from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
 from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
 from tad_plugin.nn.derivatives.vectors import pushed_forward
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["learned_influence"]
 
@@ -29,7 +30,7 @@ __all__ = ["learned_influence"]
 def learned_influence(
     network: nn.Module,
     embed: Embed,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     synthetic: Tensor,
     synthetic_labels: Tensor,

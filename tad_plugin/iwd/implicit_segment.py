@@ -17,6 +17,7 @@ from tad_plugin.iwd.implicit import SegmentStep, unrolled_influence
 from tad_plugin.iwd.targets import validation_gradient
 from tad_plugin.nn.derivatives.per_sample import DEFAULT_MEMORY_BUDGET
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["add_term", "segment_influence", "synthetic_gradient"]
 
@@ -24,7 +25,7 @@ __all__ = ["add_term", "segment_influence", "synthetic_gradient"]
 @named_errors
 def segment_influence(
     segment: Segment,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     held_out: tuple[Tensor, Tensor],
     *,

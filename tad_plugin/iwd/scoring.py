@@ -24,8 +24,10 @@ from tad_plugin.iwd.explicit_gradients import GradientDistance, class_gradient_i
 from tad_plugin.iwd.implicit_networks import learned_influence
 from tad_plugin.iwd.targets import TARGETS, Expand, hard_labels, mean_target_gradient
 from tad_plugin.iwd.weighting import Classes
+from tad_plugin.nn.passes import halved
 from tad_plugin.utils.arguments import named_errors
-from tad_plugin.utils.transfers import upload
+from tad_plugin.utils.image_store import Images, image_rows
+from tad_plugin.utils.transfers import download, upload
 
 __all__ = [
     "Fold",
@@ -111,7 +113,7 @@ def draw_folds(
 ) -> list[Fold]:
     """:func:`held_out_folds` for arguments that are checked already. Raises NoHeldOutError."""
     # On the CPU, where the draw is made: a choice by a mask makes an accelerator wait.
-    device, (targets, usable) = targets.device, (targets.cpu(), usable.cpu())
+    device, (targets, usable) = targets.device, download([targets, usable])
     may = usable if vouched is None else usable & vouched.cpu()
     size = torch.bincount(targets[usable], minlength=num_classes).max() if bool(usable.any()) else 0
     largest = int(torch.bincount(targets[may], minlength=num_classes).max()) if bool(may.any()) else 0
@@ -226,7 +228,7 @@ class NetworkScores:
 class Refresh:
     """What the networks of one refresh share. Values are trusted; :func:`score_on_network` checks and explains them."""
 
-    images: Tensor
+    images: Images
     targets: Tensor
     synthetic: Tensor
     synthetic_labels: Tensor
@@ -241,8 +243,8 @@ class Refresh:
     explicit: bool = True
     learning: Learning | None = None
 
-    def target_gradient(self, network: nn.Module, fold: Fold) -> tuple[float, Tensor]:
-        """M(S) and grad_S M on the held-out samples of the fold."""
+    def target_gradient(self, network: nn.Module, fold: Fold, size: int | None = None) -> tuple[float, Tensor]:
+        """M(S) and grad_S M on the held-out samples of the fold, with ``size`` images per pass."""
         return mean_target_gradient(
             self.target,
             [network],
@@ -253,22 +255,28 @@ class Refresh:
             self.num_classes,
             self.alpha,
             self.steps,
-            self.chunk_size,
+            self.chunk_size if size is None else size,
             self.expand,
         )
 
     def score(self, network: nn.Module, fold: Fold) -> NetworkScores:
-        """Scores the samples of ``fold.scored``: first grad_S M, then the paths that count, then z-scores."""
-        value, slope = self.target_gradient(network, fold)
+        """Scores the samples of ``fold.scored``: first grad_S M, then the paths that count, then z-scores.
+
+        Passes get smaller if memory runs out.
+        """
+        return halved(lambda size: self._score(network, fold, size), self.chunk_size)
+
+    def _score(self, network: nn.Module, fold: Fold, size: int) -> NetworkScores:
+        value, slope = self.target_gradient(network, fold, size)
         synthetic, synthetic_labels = self.synthetic.detach(), self.synthetic_labels
         if self.expand is not None:
             # The descent step is one of S. A linear map moves its images the way it moves the set itself.
             slope, _ = self.expand(slope, synthetic_labels)
             synthetic, synthetic_labels = self.expand(synthetic, synthetic_labels)
-        images, own = self.images[fold.scored], self.targets[fold.scored]
+        images, own = image_rows(self.images, fold.scored), self.targets[fold.scored]
         weights = None if self.weights is None else self.weights[fold.scored]
         matched = (images, own, synthetic.detach(), hard_labels(synthetic_labels), slope)
-        embed, k, size = embedding_of(network), self.num_classes, self.chunk_size
+        embed, k = embedding_of(network), self.num_classes
         if self.distance is not None:
             found = class_gradient_influence(network, *matched, k, self.distance, weights=weights, chunk_size=size)
         elif self.explicit:
@@ -311,7 +319,7 @@ def gather_scores(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 @named_errors
 def score_on_network(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     targets: Tensor,
     fold: Fold,
     synthetic: Tensor,

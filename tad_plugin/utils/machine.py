@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import re
 import shlex
 import sys
 from importlib import metadata
@@ -10,9 +13,21 @@ from pathlib import Path
 
 import torch
 
-from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.errors import ConfigError, InvalidInputError, explain
 
-__all__ = ["check_device", "command_line", "peak_memory_bytes", "reset_peak_memory", "versions"]
+__all__ = [
+    "byte_count",
+    "check_device",
+    "command_line",
+    "free_memory_bytes",
+    "peak_memory_bytes",
+    "reset_peak_memory",
+    "versions",
+]
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", 1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -90,6 +105,44 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
     except OSError:
         return False
     return True
+
+
+def byte_count(text: str, name: str) -> int:
+    """Bytes that a text such as "16GB", "500 MiB" or "4096" says. GB are 10^9 bytes, GiB 2^30.
+
+    Args:
+        text: a positive number and a unit.
+        name: its flag or argument, for the message.
+
+    Raises:
+        ConfigError: another text.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise ConfigError(explain(f"an amount of memory in {name}", repr(text), "Write for example 16GB or 500MiB"))
+    return int(float(found[1]) * unit)
+
+
+def free_memory_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Bytes that a process may hope for on a device; None if the system does not say.
+
+    On a CUDA device what is free now, with what PyTorch holds and does not use. Elsewhere the memory of the machine, or
+    the limit of its container, whatever other processes use: so it is the same for every run on a machine.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue  # no such file, or "max"
+    return min(found, default=None)
 
 
 def command_line() -> str:

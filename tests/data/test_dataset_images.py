@@ -16,6 +16,7 @@ from tad_plugin.data.dataset_images import DatasetImages, plain_view
 from tad_plugin.data.real import RealData
 from tad_plugin.data.samples import hard_label, labels_of, part, with_index, with_label
 from tad_plugin.errors import InvalidInputError
+from tad_plugin.utils.image_store import ImageStore
 
 IMAGES = torch.randn(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 3
@@ -35,8 +36,8 @@ class Noisy(Dataset):  # type: ignore[type-arg]
         return self.transform(IMAGES[i]), self.targets[i]
 
 
-def store(dataset: Any, **more: Any) -> DatasetImages:
-    return DatasetImages(dataset, prepare=lambda x: torch.as_tensor(x).float(), **more)
+def store(dataset: Any, **more: Any) -> ImageStore:
+    return ImageStore(DatasetImages(dataset, prepare=lambda x: torch.as_tensor(x).float(), **more))
 
 
 def test_an_image_is_the_same_in_every_pass_and_nothing_is_drawn(global_rng_untouched: None) -> None:
@@ -96,7 +97,7 @@ def test_a_store_takes_the_place_of_a_tensor_in_the_real_data() -> None:
     real = RealData(store(Noisy(), transform=lambda x: x), LABELS, 3)
     for indices, images in real.batches(5):
         assert torch.equal(images, IMAGES[indices])
-    assert torch.equal(real.subset(torch.tensor([2, 4])).images, IMAGES[[2, 4]])
+    assert torch.equal(real.subset(torch.tensor([2, 4])).images[:], IMAGES[[2, 4]])
 
 
 # samples

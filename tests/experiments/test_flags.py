@@ -35,7 +35,7 @@ MTT = {"baseline": "mtt"}
     ("change", "without", "with_effect"),
     [
         ({"root": "/data"}, {}, {"dataset": "cifar10"}),
-        ({"root": "/data"}, {"dataset": "folder:x"}, {"dataset": "svhn"}),
+        ({"root": "/data"}, {"dataset": "digits"}, {"dataset": "folder:x"}),
         ({"methods": TAD}, {"arms": ["noisy", "iwd"]}, {"arms": ["noisy", "tad+iwd"]}),
         ({"methods": IWD}, {"arms": ["tad"]}, {"arms": ["iwd"]}),
         ({"methods": SCORER}, {"arms": ["noisy", "oracle"]}, {"arms": ["loss-prune"]}),
@@ -88,7 +88,8 @@ def test_every_setting_is_decided() -> None:
     ruled = {"root", "methods", "iterations", "lr_img", "loop", "candidates", "eval_lr", "labels", *VERDICT}
     always = {
         "baseline", "dataset", "per_class", "holdout", "noise", "zca", "image_size", "ipc", "width", "eval_network",
-        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds",
+        "eval_epochs", "eval_runs", "seed", "device", "checkpoint_seconds", "storage",
+        "memory_budget", "precision", "compile",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(RunConfig)}
     assert names == ruled | always and names > NOT_FOR_EVALUATION

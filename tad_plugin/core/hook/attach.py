@@ -21,7 +21,6 @@ from tad_plugin.core.observer import Observer
 from tad_plugin.core.registry import make_callbacks, method_names
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
-from tad_plugin.data.image_store import ImageStore
 from tad_plugin.data.labels import integers_of
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.origin import Origin
@@ -30,6 +29,7 @@ from tad_plugin.data.samples import labels_of
 from tad_plugin.errors import ConfigError, InvalidInputError, explain
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import read_json, read_yaml
+from tad_plugin.utils.image_store import Images, ImageStore
 from tad_plugin.utils.machine import check_device
 from tad_plugin.utils.seeds import check_seed
 from tad_plugin.utils.settings import build_config
@@ -45,7 +45,7 @@ def attach(
     method: str | None = None,
     *,
     labels: Tensor | Sequence[int] | None = None,
-    data: Tensor | np.ndarray | Sequence[Any] | Dataset[Any] | None = None,
+    data: Tensor | np.ndarray | ImageStore | Sequence[Any] | Dataset[Any] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | str | Path | None = None,
@@ -76,9 +76,11 @@ def attach(
             nothing: it tells whether the loop uses the hook as a method needs it (``core/hook/wiring.py``).
         labels: observed labels of all real samples, integers [N]. A dataset given as ``data`` that has ``targets`` or
             ``labels`` tells them itself.
-        data: normalised images [N,C,H,W] or [N,H,W] (a tensor, array or list; other real dtypes become float32), an
-            ImageStore, or a map-style dataset of (image, label) or of mappings. A dataset is read once, or in batches
-            whenever a method asks if its images take more than 1 GiB. "none" reads no dataset.
+        data: normalised images [N,C,H,W] or [N,H,W] (a tensor, array or list; other real dtypes become float32), or a
+            map-style dataset of (image, label) or of mappings. A dataset is read once, or in batches whenever a method
+            asks if its images take more than 1 GiB. "none" reads no dataset. Images of any size: an ``ImageStore`` of
+            8-bit pixels with their mean and std, whose pixels may be an ``np.memmap``. An ``np.memmap`` stays in its
+            file, and 8-bit arrays stay 8-bit where they would take more than 2 GiB as float32.
         num_classes: K; by default the largest label + 1.
         seed: seeds the generators of the hook, the scorer and each method. The global generators are never touched.
         config: method name -> settings (and "scorer" -> settings of the plugin's scorer), or a YAML/JSON file of it.
@@ -155,7 +157,7 @@ def attach(
     real = RealData(shown, observed, num_classes, None if corrupted else true_labels, dataset, noise_rate, ipc)
     real.origin = origin
     if spec is not None and corrupted:
-        _corrupt(real, spec, images[:] if isinstance(images, ImageStore) else images)
+        _corrupt(real, spec, images)
     settings = _with_verdict(_read_config(config), verdict, names)
     if "check" in names and len(names) > 1:
         raise ConfigError(explain('"check" alone', repr(method), "Check the loop first, then attach the methods"))
@@ -217,7 +219,7 @@ def _spec(noise: NoiseSpec | str | None) -> NoiseSpec | None:
     return NoiseSpec.parse(noise)
 
 
-def _corrupt(real: RealData, spec: NoiseSpec, images: Tensor | None) -> None:
+def _corrupt(real: RealData, spec: NoiseSpec, images: Images | None) -> None:
     """Puts label noise on ``real``, whose labels become the true labels."""
     noisy = spec.apply(real.labels, real.num_classes, images=images, dataset=real.dataset or None)
     real.true_labels, real.labels = real.labels, noisy.labels.to(real.labels.device)

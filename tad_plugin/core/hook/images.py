@@ -1,4 +1,4 @@
-"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W] or a store that reads it."""
+"""Images: what a user gives to attach(), as one float32 tensor [N,C,H,W], or as a store if they are large."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from tad_plugin.data.dataset_images import DatasetImages
-from tad_plugin.data.image_store import ImageStore
 from tad_plugin.errors import InvalidInputError, TadPluginWarning, explain
 from tad_plugin.utils.arguments import holds_values
+from tad_plugin.utils.image_store import FLOAT_BYTES, Images, ImageStore
 
 __all__ = ["KEEP_BYTES", "as_images", "is_dataset"]
 
@@ -31,7 +31,7 @@ _FAR_MEAN, _FAR_VALUE = 3.0, 50.0
 
 def is_dataset(data: Any) -> bool:
     """True if ``data`` must be read item by item: neither None, nor a tensor, array, or list of images."""
-    if data is None or isinstance(data, Tensor | np.ndarray):
+    if data is None or isinstance(data, Tensor | np.ndarray | ImageStore):
         return False
     return not isinstance(data, list | tuple) or (len(data) > 0 and _is_pair(data[0]))
 
@@ -44,12 +44,15 @@ def as_images(
     transform: Callable[[Any], Any] | None = None,
     seed: int = 0,
     keep_bytes: int = KEEP_BYTES,
-) -> Tensor | ImageStore | None:
+) -> Images | None:
     """Normalised images float32 [N,C,H,W] of what a user gave; None for None.
 
     A float32 tensor [N,C,H,W] is not copied. Images [N,H,W] get their channel. Other real dtypes are cast. A store
     stays as it is. The images of a dataset are read once if they fit into ``keep_bytes``. Otherwise they are read
     whenever a method asks for them, in batches. See :class:`DatasetImages`.
+
+    No image of an ``np.memmap`` of uint8 or float32 is copied. Of uint8 arrays that would take more than 2 GiB as
+    float32 a store is made as well.
 
     Args:
         data: a tensor, array or list of images; an ImageStore; or a map-style dataset whose items are tuples
@@ -66,25 +69,41 @@ def as_images(
     Warns:
         TadPluginWarning: images that are not normalised; it names their mean and range.
     """
-    if data is None or isinstance(data, ImageStore):
-        return data
+    if data is None:
+        return None
     if is_dataset(data):
         _check_dataset(data, count)
         if not read:
             return None
-        store = DatasetImages(data, prepare=_tensor, transform=transform, seed=seed)
-        if 4 * store.numel() > keep_bytes:
-            _check(store[: min(len(store), _FEW)])
-            return store
-        data = store[:]
+        items = DatasetImages(data, prepare=_tensor, transform=transform, seed=seed)
+        large = 4 * math.prod(items.shape) > keep_bytes
+        data = ImageStore(items) if large else items[:]
     elif transform is not None:
         do = "Pass the dataset as data=, or transform the images yourself"
         raise InvalidInputError(explain("a dataset whose images scoring_transform makes", type(data).__name__, do))
+    store = _store(data)
+    if store is not None:
+        # A part tells whether they are normalised. A whole pass would take long.
+        few = torch.linspace(0, max(0, len(store) - 1), min(len(store), _FEW)).long()
+        _check(store[few])
+        return store
     images = _tensor(data)
     if images.ndim == 3:
         images = images.unsqueeze(1)
     _check(images)
     return images
+
+
+def _store(data: Any) -> ImageStore | None:
+    """A store of images that are not to be copied; None for others."""
+    if isinstance(data, ImageStore):
+        return data
+    if not isinstance(data, np.ndarray | Tensor) or data.ndim not in (3, 4):
+        return None
+    mapped = isinstance(data, np.memmap) and data.dtype in (np.uint8, np.float32)
+    large = data.dtype in (np.uint8, torch.uint8) and 4 * math.prod(data.shape) > FLOAT_BYTES
+    # The values as they are: a user who wants them normalised gives a store with mean and std.
+    return ImageStore(data if data.ndim == 4 else data[:, None], scale=1) if mapped or large else None
 
 
 def _is_pair(item: Any) -> bool:
@@ -142,5 +161,8 @@ def _check(images: Tensor) -> None:
         return  # RealData names the image
     if (low >= 0 and high > low) or abs(mean) > _FAR_MEAN or max(-low, high) > _FAR_VALUE:
         got = f"mean {mean:.4g}, values from {low:.4g} to {high:.4g}"
-        do = "Normalise them as for your networks: (images - mean) / std of each channel"
+        do = (
+            "Normalise them as for your networks: (images - mean) / std of each channel. For 8-bit images pass"
+            " tad_plugin.data.ImageStore(images, mean, std)"
+        )
         warnings.warn(explain("normalised images", got, do), TadPluginWarning, stacklevel=6)

@@ -7,6 +7,7 @@ higher rate. The instance kind is the exception, because its rates are drawn as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tad_plugin.data.splits import class_members
 from tad_plugin.errors import InvalidInputError, explain
+from tad_plugin.utils.image_store import Images, in_parts
 
 __all__ = ["by_map", "by_matrix", "instance_dependent", "symmetric"]
 
@@ -58,7 +60,7 @@ def by_matrix(labels: Tensor, matrix: Tensor, *, generator: torch.Generator) -> 
 
 
 def instance_dependent(
-    labels: Tensor, images: Tensor, rate: float, num_classes: int, *, spread: float, generator: torch.Generator
+    labels: Tensor, images: Images, rate: float, num_classes: int, *, spread: float, generator: torch.Generator
 ) -> Tensor:
     """Flips that depend on the image: Xia et al., NeurIPS 2020, algorithm 2 [paper], images standardised [ours].
 
@@ -70,7 +72,7 @@ def instance_dependent(
 
     Args:
         labels: int64 [N] in [0, K).
-        images: float [N, ...], finite, D values per image.
+        images: float [N, ...], finite, D values per image; or a store of them.
         rate: mean flip probability before truncation, in [0, 1].
         num_classes: K, at least 2.
         spread: standard deviation of the flip probability, > 0 (0.1 in the source).
@@ -82,8 +84,7 @@ def instance_dependent(
     if len(images) != len(labels):
         got = f"{len(images)} images for {len(labels)} labels"
         raise InvalidInputError(explain("one image per label", got, "Pass the images of the same samples, in order"))
-    flat = images.detach().to("cpu").flatten(1)
-    if not bool(torch.isfinite(flat).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in in_parts(images)):
         raise InvalidInputError(explain("finite images", "NaN or infinite pixels", "Check how the images were decoded"))
 
     # Truncated normal by inversion: one number per sample, without rejection, so the stream's length is fixed.
@@ -95,10 +96,10 @@ def instance_dependent(
     flipped = labels.clone()
     for c, members in enumerate(class_members(labels, num_classes)):
         # One projection at a time: all K of them would be K x D x K numbers (4 GB for Tiny ImageNet).
-        projection = torch.randn(flat.shape[1], num_classes, generator=generator, dtype=torch.float64)
+        projection = torch.randn(math.prod(images.shape[1:]), num_classes, generator=generator, dtype=torch.float64)
         if len(members) == 0:
             continue
-        x = flat[members].double()
+        x = images[members].detach().cpu().flatten(1).double()
         x = x - x.mean(1, keepdim=True)
         x = x / x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
         scores = x @ projection

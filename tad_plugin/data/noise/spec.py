@@ -25,6 +25,7 @@ from tad_plugin.data.noise.text import ACCEPTED, parse_fields, read_matrix
 from tad_plugin.errors import ConfigError, FileFormatError, StateMismatchError, explain, suggestion
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.files import atomic_write, read_json
+from tad_plugin.utils.image_store import Images
 from tad_plugin.utils.seals import sealed_json
 
 __all__ = ["KINDS", "NoiseSpec", "NoisyLabels"]
@@ -278,7 +279,7 @@ class NoiseSpec:
         self,
         labels: Tensor,
         num_classes: int,
-        images: Tensor | None = None,
+        images: Images | None = None,
         *,
         dataset: str | None = None,
         class_names: Sequence[str] | None = None,
@@ -330,7 +331,7 @@ class NoiseSpec:
         self,
         true: Tensor,
         num_classes: int,
-        images: Tensor | None,
+        images: Images | None,
         dataset: str | None,
         class_names: Sequence[str] | None,
         generator: torch.Generator,

@@ -1,12 +1,12 @@
 """Trains experts in parallel: each in a process of its own, which saves its checkpoints in a folder.
 
-Once the methods have decided, an expert depends only on the seed and its number. So the processes share only the data.
+Once the methods have decided, an expert depends only on the seed and its number. So the processes share only the data:
+they lie in one file that all processes map into memory, so that each image is there once.
 The owner of the buffer collects the experts in order: finished ones, or after a stop partly trained ones.
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.state import SampleState
@@ -27,7 +28,10 @@ from tad_plugin.data.real import RealData
 from tad_plugin.distill.experts.buffer import room_for
 from tad_plugin.distill.experts.trainer import ExpertConfig, ExpertTrainer
 from tad_plugin.errors import TadPluginError, explain
+from tad_plugin.nn.passes import given_budget, set_memory_budget
 from tad_plugin.utils.checkpoints import CheckpointSlots
+from tad_plugin.utils.files import atomic_save
+from tad_plugin.utils.image_store import Images, ImageStore, PixelSource
 from tad_plugin.utils.precision import current_precision, network_precision
 from tad_plugin.utils.seeds import expert_generator
 from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
@@ -78,15 +82,21 @@ class UnfinishedExperts:
         than :data:`PATIENCE` seconds is ended, and its expert goes on from an earlier checkpoint.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        stop = SPAWN.Event()
-        begin = (_packed(task), str(task.data.images.device), self.path, threads_each(jobs), stop, current_precision())
-        with worker_pool(min(jobs, len(numbers)), _begin, begin, patience=PATIENCE) as pool:
-            try:
-                self._futures = {n: pool.submit(_train, n) for n in numbers}
-                yield
-            finally:
-                stop.set()
-                self._futures = {}
+        stop, packed = SPAWN.Event(), self.path / "task.pt"
+        with room_for(f"the data of the experts in {packed}"):
+            source = _pack(task, packed)
+        device, threads = str(task.data.images.device), threads_each(jobs)
+        begin = (packed, source, device, self.path, threads, stop, current_precision())
+        try:
+            with worker_pool(min(jobs, len(numbers)), _begin, begin, patience=PATIENCE) as pool:
+                try:
+                    self._futures = {n: pool.submit(_train, n) for n in numbers}
+                    yield
+                finally:
+                    stop.set()
+                    self._futures = {}
+        finally:
+            packed.unlink(missing_ok=True)
 
     def take(self, number: int) -> Mapping[str, Any] | None:
         """The checkpoint of an expert ("trainer", "seconds", "loss"), or None. Waits if a process trains it.
@@ -125,12 +135,20 @@ def _lock(path: Path, number: int) -> Path:
     return path / f"expert-{number}.lock"
 
 
-def _packed(task: ExpertTask) -> bytes:
-    # As bytes: tensors would go through shared memory, which is small in many containers.
-    data, buffer = task.data, io.BytesIO()
+def _pack(task: ExpertTask, path: Path) -> PixelSource | None:
+    """Writes a task to a file, without images that are read from elsewhere. Returns their source."""
+    # A file: shared memory is small in many containers.
+    data, images, source = task.data, task.data.images, None
+    store: dict[str, Any] | None = None
+    if isinstance(images, ImageStore):
+        store = {name: getattr(images, name) for name in ("mean", "std", "scale", "size", "rows")}
+        source = images.source
+    pixels = images if store is None else source
     tree = {
         "config": vars(task.config),
-        "images": data.images.cpu(),
+        "pixels": pixels.cpu() if isinstance(pixels, Tensor) else None,
+        "store": store,
+        "budget": given_budget(),
         "labels": data.labels.cpu(),
         "num_classes": data.num_classes,
         "dataset": data.dataset,
@@ -138,13 +156,20 @@ def _packed(task: ExpertTask) -> bytes:
         "seed": task.seed,
         "every": task.every,
     }
-    torch.save(tree, buffer)
-    return buffer.getvalue()
+    atomic_save(path, lambda temporary: torch.save(tree, temporary))
+    return None if isinstance(source, Tensor) else source
 
 
-def _unpacked(packed: bytes, device: str) -> ExpertTask:
-    tree = torch.load(io.BytesIO(packed), map_location=device, weights_only=True)
-    data = RealData(tree["images"], tree["labels"], tree["num_classes"], dataset=tree["dataset"])
+def _unpacked(path: Path, source: PixelSource | None, device: str) -> ExpertTask:
+    # Mapped: the processes share the pages of the file.
+    tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    set_memory_budget(tree["budget"])
+    pixels, store = tree["pixels"], tree["store"]
+    if store is None:
+        images: Images = pixels.to(device)
+    else:
+        images = ImageStore(pixels if source is None else source, **store, device=device)
+    data = RealData(images, tree["labels"].to(device), tree["num_classes"], dataset=tree["dataset"])
     state = SampleState.of(data, allow_empty=True)
     state.load_state_dict(tree["state"])
     return ExpertTask(ExpertConfig(**tree["config"]), data, state, tree["seed"], tree["every"])
@@ -156,10 +181,12 @@ def _unpacked(packed: bytes, device: str) -> ExpertTask:
 _HERE: tuple[ExpertTask, Path, Event, str] | None = None
 
 
-def _begin(packed: bytes, device: str, path: Path, threads: int, stop: Event, precision: str) -> None:
+def _begin(
+    packed: Path, source: PixelSource | None, device: str, path: Path, threads: int, stop: Event, precision: str
+) -> None:
     global _HERE
     torch.set_num_threads(threads)
-    _HERE = (_unpacked(packed, device), path, stop, precision)
+    _HERE = (_unpacked(packed, source, device), path, stop, precision)
 
 
 def _train(number: int) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tad_plugin.core.state import SampleState
@@ -24,6 +25,7 @@ from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.style import VERMILLION, picture
 from tad_plugin.utils.files import atomic_save
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["extremes", "influence_table", "plot_influence", "report_influence", "write_table"]
 
@@ -127,7 +129,7 @@ def _cell(value: Any) -> Any:
 
 
 def plot_influence(
-    images: Tensor,
+    images: Images,
     state: SampleState,
     path: str | Path,
     *,
@@ -135,6 +137,7 @@ def plot_influence(
     class_names: Sequence[str] = (),
     true_labels: Tensor | None = None,
     max_classes: int = 20,
+    inverse: Callable[[Tensor], Tensor] | None = None,
 ) -> Path:
     """Draws one row per class: its most helpful samples on the left, its most harmful ones on the right.
 
@@ -146,6 +149,7 @@ def plot_influence(
         class_names: K names; empty writes numbers.
         true_labels: int64 [N] if they are known; mislabelled samples get a frame and the name of the true class.
         max_classes: maximum number of rows; a note says if classes are left out.
+        inverse: brings images [B,C,H,W] to [0, 1], if they are normalised. Only those that are drawn are read.
 
     Returns:
         ``path``.
@@ -155,8 +159,11 @@ def plot_influence(
             explain(f"images [{len(state)}, 1 or 3, H, W]", f"{list(images.shape)}", "Pass the real training images")
         )
     names = list(class_names) or [str(c) for c in range(state.num_classes)]
-    pixels = images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     rows = extremes(state, top)[:max_classes]
+    drawn = torch.cat([kind for row in rows for kind in row]).unique() if rows else torch.zeros(0, dtype=torch.int64)
+    read = images[drawn.to(images.device)].detach()
+    read = (read if inverse is None else inverse(read)).float().cpu().clamp(0, 1)
+    pixels = dict(zip(drawn.tolist(), read.permute(0, 2, 3, 1).expand(-1, -1, -1, 3), strict=True))
     wide = max((len(kind) for row in rows for kind in row), default=0)
     captions = true_labels is not None
     with picture(path, tight=True) as figure:
@@ -223,8 +230,13 @@ def report_influence(folder: str | Path, out: str | Path = "", *, top: int = 10)
     names = tuple(splits.class_names)
     rows = influence_table(state, top=top, class_names=names, true_labels=true)
     written = write_table(rows, target / "influence.csv")
-    pixels = splits.preprocessing.inverse(splits.train_images).cpu()
     picture_file = plot_influence(
-        pixels, state, target / "influence.png", top=min(top, 8), class_names=names, true_labels=shown
+        splits.train_images,
+        state,
+        target / "influence.png",
+        top=min(top, 8),
+        class_names=names,
+        true_labels=shown,
+        inverse=splits.preprocessing.inverse,
     )
     return [*written, picture_file]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tad_plugin.nn.passes import LARGE_PASS
+from tad_plugin.nn.passes import LARGE_PASS, batch_statistics, halved
+from tad_plugin.utils.image_store import Images
 
 __all__ = ["mean_gradient"]
 
@@ -16,7 +17,7 @@ __all__ = ["mean_gradient"]
 def mean_gradient(
     network: Callable[[Tensor], Tensor],
     parameters: Sequence[Tensor],
-    images: Tensor,
+    images: Images,
     targets: Tensor,
     weights: Tensor | None = None,
     *,
@@ -35,15 +36,21 @@ def mean_gradient(
     Returns:
         One detached tensor per parameter.
     """
-    total: list[Tensor] = []
-    for start in range(0, len(images), chunk_size):
-        part = slice(start, start + chunk_size)
-        with torch.enable_grad():
-            logits = network(images[part])
-            if weights is None:
-                loss = F.cross_entropy(logits, targets[part], reduction="sum")
-            else:
-                loss = (weights[part].detach() * F.cross_entropy(logits, targets[part], reduction="none")).sum()
-        found = torch.autograd.grad(loss / len(images), parameters)
-        total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
-    return total
+
+    def gradient(size: int) -> list[Tensor]:
+        total: list[Tensor] = []
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            with torch.enable_grad():
+                logits = network(images[part])
+                if weights is None:
+                    loss = F.cross_entropy(logits, targets[part], reduction="sum")
+                else:
+                    loss = (weights[part].detach() * F.cross_entropy(logits, targets[part], reduction="none")).sum()
+            found = torch.autograd.grad(loss / len(images), parameters)
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
+        return total
+
+    if isinstance(network, nn.Module) and batch_statistics(network):
+        return gradient(chunk_size)
+    return halved(gradient, min(chunk_size, len(images)))

@@ -25,6 +25,7 @@ from tad_plugin.nn.derivatives.vectors import (
     unflatten,
 )
 from tad_plugin.utils.arguments import finite_result, named_errors
+from tad_plugin.utils.image_store import Images
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -125,7 +126,7 @@ def activation_bytes(network: nn.Module, image: Tensor, parameters: Parameters |
 @named_errors
 def per_sample_gradient_chunks(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     *,
     parameters: Parameters | Tensor | None = None,
@@ -167,7 +168,7 @@ def per_sample_gradient_chunks(
 @finite_result
 def per_sample_gradients(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     *,
     parameters: Parameters | Tensor | None = None,
@@ -188,7 +189,7 @@ def per_sample_gradients(
 @finite_result
 def per_sample_directional(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     direction: Parameters | Tensor,
     *,
@@ -237,7 +238,7 @@ def per_sample_directional(
 
 
 def _prepare(
-    network: nn.Module, images: Tensor, labels: Tensor, parameters: Parameters | Tensor | None
+    network: nn.Module, images: Images, labels: Tensor, parameters: Parameters | Tensor | None
 ) -> dict[str, Tensor]:
     if len(images) != len(labels) or len(images) == 0:
         got = f"{len(images)} images and {len(labels)} labels"
@@ -247,7 +248,7 @@ def _prepare(
 
 
 def _chunk_size(
-    network: nn.Module, values: dict[str, Tensor], images: Tensor, memory_budget: int, *, gradients: bool
+    network: nn.Module, values: dict[str, Tensor], images: Images, memory_budget: int, *, gradients: bool
 ) -> int:
     needed = 2 * activation_bytes(network, images[0], values) + images[0].numel() * images.element_size()
     if gradients:

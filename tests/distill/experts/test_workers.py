@@ -21,7 +21,7 @@ from tad_plugin.distill.experts.workers import (
     FOLDER,
     ExpertTask,
     UnfinishedExperts,
-    _packed,
+    _pack,
     _slots,
     _train_alone,
     _unpacked,
@@ -73,7 +73,7 @@ def test_an_expert_that_was_stopped_goes_on_in_another_process(tmp_path: Path, d
         hook.state.update(trusted=real.labels == real.true_labels)
         hook.settle()
     task = ExpertTask(config(momentum=0.5), real, hook.state, 4, 1e9)
-    task = _unpacked(_packed(task), "cpu")
+    task = _unpacked(tmp_path / "task.pt", _pack(task, tmp_path / "task.pt"), "cpu")
     never: Any = threading.Event()
     stopped: Any = After(2)
     _train_alone(task, _slots(tmp_path, 1), 1, stopped)
