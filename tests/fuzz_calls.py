@@ -88,6 +88,12 @@ def hook_handles(d: Draw) -> tuple[Callable[..., Any], Arguments]:
         (hook.loader, {"loader": DataLoader(TensorDataset(d.images(), d.labels()), batch_size=4)}),
         (hook.criterion, {"criterion": nn.CrossEntropyLoss()}),
         (hook.epoch_end, {"network": net}),
+        (hook.dataset, {"dataset": TensorDataset(d.images(), d.labels())}),
+        (hook.loss, {"logits": logits, "labels": labels, "indices": i, "partner": i.flip(0), "share": 0.5}),
+        (hook.loss, {"logits": logits, "labels": torch.eye(K)[labels], "indices": i}),
+        (hook.batch_sampler, {"batch_size": 4, "shuffle": True, "drop_last": False, "generator": d.generator}),
+        (hook.class_sampler, {"per_class": 2, "classes": [1], "batches": 3, "generator": d.generator}),
+        (hook.class_indices, {"c": 1}),
     ]
     return d.random.choice(handles)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
+from tad_plugin.utils.transfers import upload
 
 __all__ = ["FLOAT_BYTES", "ImageStore", "Images", "MappedPixels", "PixelSource", "image_rows", "in_parts"]
 
@@ -183,7 +184,8 @@ class ImageStore:
             if index.ndim != 1:
                 do = "Ask for rows with a slice, a mask [N] or positions [B]"
                 raise InvalidInputError(explain("rows of images", f"a tensor of shape {list(index.shape)}", do))
-            index = (index.nonzero().flatten() if index.dtype == torch.bool else index).to(self._at)
+            chosen = index.nonzero().flatten() if index.dtype == torch.bool else index
+            index = upload([chosen], self._at)[0].to(self._at)
             # Offset from the end, as in a tensor.
             index = torch.where(index < 0, index + len(self), index)
         return self._made(self.source[index if self.rows is None else self.rows[index]])

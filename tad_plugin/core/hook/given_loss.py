@@ -123,6 +123,13 @@ class GivenLoss:
         if not isinstance(labels, Tensor):
             do = "Pass the labels of the batch as a tensor"
             raise InvalidLabelsError(explain("labels as a tensor", type(labels).__name__, do))
+        if share is not None:
+            part = torch.as_tensor(share)
+            if part.numel() not in (1, len(logits)) or not bool(((part >= 0) & (part <= 1)).all()):
+                do = "Pass lam, the share of each row's own sample"
+                raise InvalidInputError(explain("`share` in [0, 1], one or one per row", f"{share!r}"[:60], do))
+        if labels.is_floating_point() and not bool(torch.isfinite(labels).all()):
+            raise InvalidLabelsError(explain("finite soft labels", "a NaN or infinite value", "Check what mixed them"))
         self.usage.note("loss", len(logits))
         if share is None and not labels.is_floating_point():
             pair = None  # hard labels: nothing was mixed into this batch

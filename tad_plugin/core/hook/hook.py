@@ -20,6 +20,7 @@ from tad_plugin.core.hook.loader import TrustedCriterion
 from tad_plugin.core.hook.method_run import MethodRun
 from tad_plugin.core.hook.samplers import ClassIndices, ClassSampler, PoolSampler, drawn_by_weight
 from tad_plugin.nn.training import inner_network
+from tad_plugin.utils.arguments import named_errors
 
 __all__ = ["Hook"]
 
@@ -62,6 +63,7 @@ class Hook(MethodRun):
         """The usable indices of class c as a sequence that follows the pool; see :class:`ClassIndices`."""
         return ClassIndices(self.state, c, self.usage)
 
+    @named_errors
     def batch_sampler(
         self,
         batch_size: int,
@@ -74,6 +76,7 @@ class Hook(MethodRun):
         how: dict[str, Any] = {"generator": generator, "by_weight": self.by_weight, "usage": self.usage}
         return PoolSampler(self.state, batch_size, shuffle=shuffle, drop_last=drop_last, **how)
 
+    @named_errors
     def class_sampler(
         self,
         per_class: int,
@@ -135,6 +138,7 @@ class Hook(MethodRun):
         return found
 
     # -- a loop that trains networks on the real data ------------------------------------------------
+    @named_errors
     def dataset(
         self,
         dataset: Any,
@@ -153,6 +157,7 @@ class Hook(MethodRun):
         """
         return self.indexed.dataset(dataset, label, key, positions)
 
+    @named_errors
     def loss(
         self,
         logits: Tensor,

@@ -40,6 +40,13 @@ class SharedTargets:
         self._version = self._state.version
 
 
+def _check_map_style(dataset: Any) -> None:
+    known = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, IterableDataset) or not known:
+        do = "Read it into a map-style dataset: only its samples have an index"
+        raise InvalidInputError(explain("a map-style dataset", type(dataset).__name__, do))
+
+
 def positions_of(dataset: Any, length: int, known: Any, given: Tensor | Sequence[int] | None) -> Tensor | None:
     """Which sample of the state each item of a dataset is: int64 [M], or None if item i is sample i.
 
@@ -50,8 +57,9 @@ def positions_of(dataset: Any, length: int, known: Any, given: Tensor | Sequence
         given: the positions, if the user names them.
 
     Raises:
-        InvalidInputError: the dataset has another length, and nothing tells which samples it holds.
+        InvalidInputError: no map-style dataset, or one of another length, and nothing tells which samples it holds.
     """
+    _check_map_style(dataset)
     if given is not None:
         return check_indices(given, length, count=len(dataset), name="positions")
     if dataset is known:
@@ -100,10 +108,7 @@ class IndexedDataset(Dataset):  # type: ignore[type-arg]
         key: str = "index",
         reads: Tensor | None = None,
     ) -> None:
-        known = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if isinstance(dataset, IterableDataset) or not known:
-            do = "Read it into a map-style dataset: only its samples have an index"
-            raise InvalidInputError(explain("a map-style dataset", type(dataset).__name__, do))
+        _check_map_style(dataset)
         self.dataset = dataset
         self._targets, self._given, self._positions, self._reads = targets, given, positions, reads
         self._label, self._key = label, key

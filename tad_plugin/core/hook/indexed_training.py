@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad_plugin.core.dispatch import CallbackList
+from tad_plugin.core.distributed import merge_rows
 from tad_plugin.core.hook.given_loss import GivenLoss
 from tad_plugin.core.hook.images import as_images
 from tad_plugin.core.hook.indexed import IndexedDataset, SharedTargets, positions_of
@@ -30,16 +31,16 @@ class SeenLogits:
 
     def __init__(self, state: SampleState) -> None:
         self.logits = torch.zeros(len(state), state.num_classes, device=state.device)
-        self.seen = torch.zeros(len(state), dtype=torch.bool, device=state.device)
+        self.visits = torch.zeros(len(state), dtype=torch.int32, device=state.device)
 
     def note(self, index: Tensor, logits: Tensor) -> None:
         """Notes the logits [B,K] of the samples ``index`` int64 [B]."""
         self.logits[index] = logits.detach().to(self.logits.device, torch.float32)
-        self.seen[index] = True
+        self.visits[index] += 1
 
     def missing(self) -> int:
         """Number of samples without logits."""
-        return int((~self.seen).sum())
+        return int((self.visits == 0).sum())
 
     def scores(self) -> Scores:
         """Logits of all samples. They are also their features."""
@@ -160,6 +161,8 @@ class IndexedTraining:
         if self._seen is None:
             do = "Pass data=images to attach(), wrap the data with hook.dataset, or train with hook.loss"
             raise ConfigError(explain("something to score the network on", "no images and no losses", do))
+        # Each process has seen its own part of the data.
+        merge_rows(self._seen.logits, self._seen.visits)
         if missing := self._seen.missing():
             return f"no images, and {missing} samples that never went through hook.loss(logits, labels, idx) unmixed"
         return RecordedScores(self._seen.scores()), self.known
