@@ -26,7 +26,8 @@ FLOAT_BYTES = 2**31
 """Images that would take more bytes than this as float32 stay what they are: 8-bit pixels, a file, a dataset."""
 
 _PART_BYTES = 2**25
-_READ_BYTES = 2**28
+# The kernel maps up to 16 pages around one that is read, so random reads hold several times as much.
+_READ_BYTES = 2**25
 
 
 class PixelSource(Protocol):
@@ -48,7 +49,7 @@ class PixelSource(Protocol):
 class MappedPixels:
     """8-bit pixels in a file that is mapped into memory. Processes that map it share its pages.
 
-    After every 256 MiB that were read the pages are given back. They stay in the system's cache of files while there
+    After every 32 MiB that were read the pages are given back. They stay in the system's cache of files while there
     is room, and do not count as memory of the process.
 
     Args:
