@@ -13,6 +13,7 @@ from typing import Any
 from tad_plugin import __version__
 from tad_plugin.errors import TadPluginError
 from tad_plugin.upstream import cli as checkouts
+from tad_plugin.utils.machine import named_memory_error
 from tad_plugin.utils.workers import Terminated, stoppable
 from tad_plugin.utils.write_errors import named_write_error
 
@@ -370,8 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        named = named_write_error(error, getattr(error, "filename", None) or "a file", "use")
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        named = named_memory_error(error) or named_write_error(error, getattr(error, "filename", "") or "a file", "use")
         if named is None:
             raise
         print(f"tad-plugin: {named}", file=sys.stderr)
@@ -386,12 +387,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     if given and given[0] in checkouts.VERBS:
         return checkouts.VERBS[given[0]](given[1:])
-    from tad_plugin.experiments.parser import check_given, with_switches
+    from tad_plugin.experiments.parser import check_given, parsed, with_switches
 
     parser = _parser()
     given = with_switches(given)
     check_given(parser, given)
-    values = parser.parse_args(given)
+    values = parsed(parser, given)
     return VERBS[values.verb](values[values.verb]) or 0
 
 
