@@ -6,12 +6,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tad_plugin import __version__
 from tad_plugin.errors import TadPluginError
 from tad_plugin.upstream import cli as checkouts
+from tad_plugin.utils.machine import named_memory_error
 from tad_plugin.utils.workers import Terminated, stoppable
 from tad_plugin.utils.write_errors import named_write_error
 
@@ -19,6 +21,7 @@ __all__ = ["main"]
 
 ABOUT = """Dataset distillation on imperfect real data.
 
+  tad-plugin audit --dataset folder:photos --out runs/audit --fix copy --to photos-corrected
   tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
   tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
@@ -155,6 +158,11 @@ def _parser() -> Any:
     take.add_argument("--format", type=str, default="png", help="png, npz, pt, safetensors or dd-ranking")
     take.add_argument("--overwrite", type=bool, default=False, help="replace an earlier export in the folder")
 
+    from tad_plugin.experiments.audit import verbs as audits
+
+    audits.add_audit_arguments(
+        verb("audit", "--dataset NAME --out FOLDER [options]", audits.ABOUT, audits.NOT_FOR_AUDIT)
+    )
     verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
     for name, about in checkouts.ABOUT.items():
         verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
@@ -308,24 +316,6 @@ def _influence(values: Any) -> None:
         print(path)
 
 
-def _reproduce(values: Any) -> int:
-    from tad_plugin.experiments.grid.verbs import reproduce
-
-    return reproduce(values)
-
-
-def _report(values: Any) -> None:
-    from tad_plugin.experiments.grid.verbs import report
-
-    report(values)
-
-
-def _export(values: Any) -> None:
-    from tad_plugin.experiments.export_run import export_run
-
-    print(export_run(values.run, values.to, values.format, overwrite=values.overwrite))
-
-
 def _methods(_values: Any) -> None:
     import dataclasses
 
@@ -341,15 +331,26 @@ def _methods(_values: Any) -> None:
     print(f"baselines: {', '.join(baseline_names())}")
 
 
+def _later(module: str, name: str) -> Callable[[Any], int | None]:
+    """A verb whose module is imported when it is called."""
+
+    def call(values: Any) -> int | None:
+        found: int | None = getattr(import_module(module), name)(values)
+        return found
+
+    return call
+
+
 VERBS: dict[str, Callable[[Any], int | None]] = {
     "distill": _distill,
     "experts": _experts,
     "evaluate": _evaluate,
     "compare": _compare,
     "influence": _influence,
-    "reproduce": _reproduce,
-    "report": _report,
-    "export": _export,
+    "audit": _later("tad_plugin.experiments.audit.verbs", "audit_verb"),
+    "reproduce": _later("tad_plugin.experiments.grid.verbs", "reproduce"),
+    "report": _later("tad_plugin.experiments.grid.verbs", "report"),
+    "export": _later("tad_plugin.experiments.export_run", "export_verb"),
     "methods": _methods,
 }
 
@@ -371,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TadPluginError as error:
         print(f"tad-plugin: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        named = named_write_error(error, getattr(error, "filename", None) or "a file", "use")
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        named = named_memory_error(error) or named_write_error(error, getattr(error, "filename", "") or "a file", "use")
         if named is None:
             raise
         print(f"tad-plugin: {named}", file=sys.stderr)
@@ -387,12 +388,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     if given and given[0] in checkouts.VERBS:
         return checkouts.VERBS[given[0]](given[1:])
-    from tad_plugin.experiments.parser import check_given, with_switches
+    from tad_plugin.experiments.parser import check_given, parsed, with_switches
 
     parser = _parser()
     given = with_switches(given)
     check_given(parser, given)
-    values = parser.parse_args(given)
+    values = parsed(parser, given)
     return VERBS[values.verb](values[values.verb]) or 0
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "FolderInUseError",
     "InvalidInputError",
     "InvalidLabelsError",
+    "LackOfMemoryError",
     "MemoryBudgetError",
     "MissingExtraError",
     "NoHeldOutError",
@@ -125,6 +126,10 @@ class ConvergenceError(TadPluginError, ArithmeticError):
 
 class MemoryBudgetError(TadPluginError, ValueError):
     """A memory budget is too small for a single sample."""
+
+
+class LackOfMemoryError(TadPluginError, MemoryError):
+    """There is not enough memory for a tensor."""
 
 
 class DiskSpaceError(TadPluginError, OSError):

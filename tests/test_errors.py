@@ -3,9 +3,11 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
 from tad_plugin import errors
-from tad_plugin.errors import TadPluginError, TadPluginWarning, explain, missing_extra, unknown_name
+from tad_plugin.errors import LackOfMemoryError, TadPluginError, TadPluginWarning, explain, missing_extra, unknown_name
+from tad_plugin.utils.machine import named_memory_error
 
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
 
@@ -66,3 +68,11 @@ def test_missing_extra_names_package_purpose_and_command() -> None:
     message = str(missing_extra("sklearn", "reproduce", "the digits dataset"))
     assert "'sklearn'" in message and "the digits dataset" in message
     assert "pip install 'tad_plugin[reproduce]'" in message
+
+
+def test_a_lack_of_memory_has_a_name() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**56)
+    assert isinstance(named_memory_error(caught.value), LackOfMemoryError)
+    assert isinstance(named_memory_error(MemoryError()), LackOfMemoryError)
+    assert named_memory_error(RuntimeError("shapes")) is None and named_memory_error(ValueError("memory")) is None

@@ -38,6 +38,17 @@ def test_a_loop_waits_as_often_for_many_classes_as_for_few(name: str, method: st
     assert sum(found.waiting.values()) <= 2 * most, found.waiting
 
 
+@pytest.mark.parametrize("name", ["dm", "mtt"])
+def test_a_refresh_waits_as_often_for_many_classes_as_for_few(name: str) -> None:
+    loop = SMALL.loop(name, "iwd")
+    loop.step(0)
+    loop.hook.iteration = 2000
+    with counted() as found:
+        loop.step(1)
+    assert loop.hook.callbacks[0].refreshes == 2  # type: ignore[attr-defined]
+    assert sum(found.waiting.values()) <= 20, found.waiting
+
+
 @pytest.mark.parametrize("rho", [0.0, 0.01])
 def test_steps_of_an_expert_do_not_wait(rho: float) -> None:
     """Once for the loss of the epoch, once for its parameters; TAD is on."""

@@ -161,6 +161,7 @@ def part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         load = {"holdout": 0.0, "image_size": 224, "per_class": 4, "storage": "uint8"}
     splits = watch.stage("loaded", lambda: load_dataset(folder, **load))
     if name == "folder":
+        del splits
         splits = watch.stage("loaded again", lambda: load_dataset(folder, **load))
         distilled(splits, "tad", watch, arguments)
         return summary(watch, splits)

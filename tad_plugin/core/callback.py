@@ -151,6 +151,20 @@ class Callback:
         """
         return None
 
+    @classmethod
+    def judge(cls, probabilities: Tensor, observed: Tensor, num_classes: int) -> Tensor | None:
+        """The trust in observed labels from predictions of networks that did not train on these samples.
+
+        Args:
+            probabilities: float [N, K].
+            observed: int64 [N] in [0, num_classes).
+            num_classes: K.
+
+        Returns:
+            float32 [N] in [0, 1], above 1/2 for samples whose label it believes; None if the method has no such rule.
+        """
+        return None
+
     def acted(self, *, state: SampleState) -> bool:
         """Whether the method has decided so far. Without any write to the state it has not."""
         return state.version > 0

@@ -307,6 +307,7 @@ def _fit(
         return replace(plain, zca=fit_zca(images)), ()
     if raw.name in KNOWN_STATISTICS:
         return Preprocessing(*KNOWN_STATISTICS[raw.name]), ()
-    mean, std = channel_statistics(raw.train, raw.scale)
+    # Of a mapped file the pages are given back as they are read.
+    mean, std = channel_statistics(raw.train if raw.mapped is None else raw.mapped, raw.scale, len(raw.train))
     constant = tuple(c for c, s in enumerate(std) if s == 0)
     return Preprocessing(mean, tuple(s or 1.0 for s in std)), constant

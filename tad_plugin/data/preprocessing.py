@@ -20,6 +20,7 @@ from torch import Tensor
 from tad_plugin.data.whitening import ZCA
 from tad_plugin.errors import FileFormatError, InvalidInputError, PreprocessingMismatchError, explain
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.image_store import PixelSource
 
 __all__ = ["KNOWN_STATISTICS", "Preprocessing", "channel_statistics"]
 
@@ -172,18 +173,23 @@ class Preprocessing:
         return f"fingerprint {self.fingerprint()} (mean {row(self.mean)}; std {row(self.std)}; {zca})"
 
 
-def channel_statistics(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(
+    images: Tensor | PixelSource, scale: float, count: int | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation per channel of 8-bit images, in units of ``scale``.
 
     Exact: the sums are integers, so the result does not depend on the number of threads.
 
     Args:
-        images: uint8 [N, C, H, W], N at least 1.
+        images: uint8 [N, C, H, W], N at least 1; read some at a time.
         scale: the value that stands for 1 (255 for ordinary images).
+        count: only the first so many images; None takes all.
     """
     channels = images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for part in images.split(512):
+    total = images.shape[0] if count is None else count
+    for start in range(0, total, 512):
+        part = images[start : min(start + 512, total)]
         for c in range(channels):
             counts[c] += torch.bincount(part[:, c].flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.int64)

@@ -299,10 +299,10 @@ def initial_images(
         NotEnoughSamplesError: a class has fewer usable samples than IPC.
     """
     k, device = data.num_classes, data.images.device
-    labels = torch.arange(k, device=device).repeat_interleave(config.ipc)
     if config.init == "noise":
         shape = (k * config.ipc, *data.images.shape[1:])
-        return torch.randn(shape, generator=generator).to(device), labels
+        images = torch.randn(shape, generator=generator).to(device)
+        return images, torch.arange(k, device=device).repeat_interleave(config.ipc)
     rows = []
     for c in range(k):
         indices = hook.sample(c, config.ipc, generator)
@@ -314,7 +314,7 @@ def initial_images(
             expected = f"at least IPC = {config.ipc} usable samples of class {c}"
             raise NotEnoughSamplesError(explain(expected, str(len(indices)), do))
         rows.append(data.images[indices])
-    return torch.cat(rows).clone(), labels
+    return torch.cat(rows).clone(), torch.arange(k, device=device).repeat_interleave(config.ipc)
 
 
 def check_loss(loss: Tensor | float, iteration: int) -> float:

@@ -15,7 +15,7 @@ from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.nn.networks import default_depth
 
-__all__ = ["SYNTHETIC_FILE", "export_run", "find_synthetic"]
+__all__ = ["export_run", "export_verb"]
 
 SYNTHETIC_FILE = "synthetic.safetensors"
 """The synthetic set in a run folder."""
@@ -72,3 +72,8 @@ def _protocol(folder: Path, synthetic: SyntheticSet) -> dict[str, Any]:
     height, width = synthetic.images.shape[-2:]
     names = ("width", "epochs", "batch_size", "lr", "momentum", "weight_decay")
     return {**{n: getattr(found, n) for n in names}, "depth": found.depth or default_depth(height, width)}
+
+
+def export_verb(values: Any) -> None:
+    """Runs ``tad-plugin export``."""
+    print(export_run(values.run, values.to, values.format, overwrite=values.overwrite))

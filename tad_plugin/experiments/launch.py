@@ -20,6 +20,7 @@ from tad_plugin.experiments.config import RunConfig
 from tad_plugin.experiments.run import run
 from tad_plugin.experiments.strict_json import strict
 from tad_plugin.utils.files import atomic_write
+from tad_plugin.utils.machine import named_memory_error
 from tad_plugin.utils.progress import bar
 from tad_plugin.utils.workers import handlers_kept, raise_if_stopped, stoppable, threads_each, worker_pool
 
@@ -159,6 +160,7 @@ def _attempt(task: Task, threads: int, progress: bool, overwrite: bool) -> dict[
 
 
 def _failure(task: Task, error: BaseException) -> Failure:
+    error = named_memory_error(error) or error
     message = str(error) if isinstance(error, TadPluginError) else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return Failure(task, message, trace)
@@ -169,6 +171,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int, progress: bool, overwrite: b
         futures = {pool.submit(_attempt, t, threads_each(jobs), False, overwrite): i for i, t in enumerate(tasks)}
         found: dict[int, dict[str, Any] | Failure] = {}
         for future in bar(as_completed(futures), "runs", progress, len(tasks)):
+            raise_if_stopped()
             error = future.exception()  # a process that died, out of memory for example
             i = futures[future]
             found[i] = future.result() if error is None else _failure(tasks[i], error)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tad_plugin.distill.experts.trainer import ExpertConfig
-from tad_plugin.errors import ConfigError, explain, missing_extra, suggestion, unknown_name
+from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra, suggestion, unknown_name
 from tad_plugin.experiments.config import RunConfig
 
-__all__ = ["check_given", "flags_of", "parser_class", "with_switches"]
+__all__ = ["check_given", "flags_of", "parsed", "parser_class", "with_switches"]
 
 SWITCHES = {"overwrite", "pictures", "dry_run"} | {
     name
@@ -112,3 +112,19 @@ def check_given(parser: Any, given: Sequence[str]) -> None:
         if flag in flags_of(parser) and not difflib.get_close_matches(flag, known, n=1, cutoff=0.85):
             do = f"Leave it out: it would have no effect on {verb}"
         raise ConfigError(explain(f"a flag of {verb}", flag, do))
+
+
+def parsed(parser: Any, given: Sequence[str]) -> Any:
+    """The values of a command line. Mistakes that the parser knows end the program with status 2.
+
+    Raises:
+        ConfigError: the parser fails in another way, as jsonargparse does on some files and values.
+    """
+    try:
+        return parser.parse_args(list(given))
+    except (TadPluginError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        got = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        do = f"Correct the flags or the file of --config. See: tad-plugin {given[0]} --help"
+        raise ConfigError(explain("arguments that can be read", got, do)) from error

@@ -16,13 +16,13 @@ from tad_plugin.core.registry import available_methods, load_method, make_callba
 from tad_plugin.data.noise.spec import NoiseSpec
 from tad_plugin.data.sources import DATASETS
 from tad_plugin.distill.baseline import Baseline, BaselineConfig, baseline_class
-from tad_plugin.errors import ConfigError, FileFormatError, explain, missing_extra, unknown_name
+from tad_plugin.errors import ConfigError, FileFormatError, InvalidInputError, explain, missing_extra, unknown_name
 from tad_plugin.evaluate import EvaluateConfig
 from tad_plugin.experiments.arms import Arm, parse_arm
 from tad_plugin.experiments.config import PRESETS, VERDICT, RunConfig
 from tad_plugin.nn.networks import NETWORKS
 from tad_plugin.utils.files import file_digest
-from tad_plugin.utils.machine import byte_count
+from tad_plugin.utils.machine import byte_count, check_device
 from tad_plugin.utils.precision import check_precision
 from tad_plugin.utils.settings import build_config
 
@@ -287,4 +287,8 @@ def _device(name: str) -> str:
         return "cuda" if available else "cpu"
     if name.startswith("cuda") and not available:
         raise ConfigError(explain("a CUDA device", f"{name!r}, and none is available", "Use --device cpu"))
+    try:
+        check_device(name)
+    except InvalidInputError as error:
+        raise ConfigError(explain("a device (auto, cpu or cuda)", repr(name), "Correct --device")) from error
     return name

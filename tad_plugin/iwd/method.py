@@ -26,6 +26,7 @@ from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.networks import reinitialise
 from tad_plugin.nn.passes import batch_statistics, forward_size, with_fixed_statistics
 from tad_plugin.utils.image_store import image_rows
+from tad_plugin.utils.transfers import download
 
 __all__ = ["IWD"]
 
@@ -277,12 +278,12 @@ class IWD(Callback):
         state["influence"].copy_(running.estimate)
         state["influence_count"].copy_(running.counts)
         active = self.refreshes > self.config.warmup and self.config.ess < 1
-        record = self._weigh(state, running) if active else {"ess": 1.0, "temperature": None}
+        record: dict[str, Any] = {"ess": 1.0, "temperature": None}
+        record = self._weigh(state, running) if active else {**record, "scored": int(running.seen.sum())}
         self.report(
             "influence",
             refresh=self.refreshes,
             active=active,
-            scored=int(running.seen.sum()),
             target=target,
             seconds=perf_counter() - began,
             **record,
@@ -298,18 +299,20 @@ class IWD(Callback):
         weights = torch.where(inside, classes.softmax(z, fitted.temperature).float(), 1.0)
         state["influence_weight"].copy_(weights)
         state.set_weights(self.name, weights)
-        present = fitted.ess > 0
+        ess, temperature, scored = download([fitted.ess, fitted.temperature, running.seen.sum()])
+        present = ess > 0
         return {
-            "ess": float(fitted.ess[present].mean()),
-            "ess_smallest": float(fitted.ess[present].min()),
-            "temperature": [float(fitted.temperature[present].min()), float(fitted.temperature[present].max())],
+            "ess": float(ess[present].mean()),
+            "ess_smallest": float(ess[present].min()),
+            "scored": int(scored),
+            "temperature": [float(temperature[present].min()), float(temperature[present].max())],
         }
 
     def _ess(self, state: SampleState) -> Tensor:
         """Float64 [K]: ``ess`` as a share of the trusted samples; larger if an earlier method removed some."""
         k = state.num_classes
-        every = torch.bincount(state.observed, minlength=k).double()
-        kept = torch.bincount(state.target[state.trusted], minlength=k).double().clamp_min(1)
+        every = Classes(state.observed, k, torch.ones_like(state.trusted)).count
+        kept = Classes(state.target, k, state.trusted).count.clamp_min(1)
         return (self.config.ess * every / kept).clamp(max=1.0).clamp_min(self.config.ess)
 
     # -- running scores ----------------------------------------------------------------------------
@@ -330,7 +333,7 @@ class IWD(Callback):
             # A relabelled sample's old scores belong to another class.
             running.forget(self._scored_as != state.target)
         self._scored_as = state.target.clone()
-        running.add(indices, scores)
+        running._add(indices, scores)
 
     # -- resume ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

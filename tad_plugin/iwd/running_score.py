@@ -101,6 +101,10 @@ class RunningScore:
             raise InvalidInputError(
                 explain("each index at most once", "a repeated one", "Add the scores in several calls")
             )
+        self._add(where, scores)
+
+    def _add(self, where: Tensor, scores: Tensor) -> None:
+        """:meth:`add` for indices that were checked before."""
         scores = require_finite(scores.detach().to(self._total), "scores", "Check the influences that were computed")
         old = self._total[where]
         self._total[where] = old + scores if self.decay is None else self.decay * old + (1.0 - self.decay) * scores

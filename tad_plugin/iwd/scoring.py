@@ -27,7 +27,7 @@ from tad_plugin.iwd.weighting import Classes
 from tad_plugin.nn.passes import halved
 from tad_plugin.utils.arguments import named_errors
 from tad_plugin.utils.image_store import Images, image_rows
-from tad_plugin.utils.transfers import upload
+from tad_plugin.utils.transfers import download, upload
 
 __all__ = [
     "Fold",
@@ -113,7 +113,7 @@ def draw_folds(
 ) -> list[Fold]:
     """:func:`held_out_folds` for arguments that are checked already. Raises NoHeldOutError."""
     # On the CPU, where the draw is made: a choice by a mask makes an accelerator wait.
-    device, (targets, usable) = targets.device, (targets.cpu(), usable.cpu())
+    device, (targets, usable) = targets.device, download([targets, usable])
     may = usable if vouched is None else usable & vouched.cpu()
     size = torch.bincount(targets[usable], minlength=num_classes).max() if bool(usable.any()) else 0
     largest = int(torch.bincount(targets[may], minlength=num_classes).max()) if bool(may.any()) else 0

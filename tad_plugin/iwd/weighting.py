@@ -18,6 +18,7 @@ from tad_plugin.data.splits import class_members, sorted_in_class
 from tad_plugin.errors import ConvergenceWarning, InvalidInputError, explain
 from tad_plugin.nn.derivatives.vectors import require_finite
 from tad_plugin.utils.arguments import named_errors
+from tad_plugin.utils.transfers import upload
 
 __all__ = [
     "Classes",
@@ -127,7 +128,8 @@ class Classes:
         # Class after class, each in the order of its samples: so the sums keep their bits, and the table of
         # temperatures is read in order.
         members = class_members(self.labels, self.num_classes, self.inside)
-        order, sizes = torch.cat(members), torch.bincount(self.labels[self.inside], minlength=self.num_classes)
+        order = torch.cat(members)
+        (sizes,) = upload([torch.tensor([len(m) for m in members])], order.device)
         inner = Classes(self.labels[order], self.num_classes, torch.ones_like(order, dtype=torch.bool))
         gap = inner.gap(z[order])
 

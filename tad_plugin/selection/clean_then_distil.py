@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.core.state import SampleState
@@ -47,6 +48,17 @@ class CleanThenDistil(Rival):
     packages: ClassVar[tuple[str, ...]] = ("cleanlab",)
     config: CleanThenDistilConfig
 
+    @classmethod
+    def judge(cls, probabilities: Tensor, observed: Tensor, num_classes: int) -> Tensor:
+        """See :class:`Callback`: confident learning flags samples; the probability of the label orders them.
+
+        Raises:
+            MissingExtraError: cleanlab is not installed.
+        """
+        issues = _issues(probabilities, observed, CleanThenDistilConfig.filter_by)
+        own = probabilities.gather(1, observed[:, None]).flatten().float()
+        return torch.where(issues, own / 2, (1 + own) / 2)
+
     def on_start(self, *, state: SampleState, data: RealData) -> None:
         """Trains one network per fold and cleans.
 
@@ -54,10 +66,6 @@ class CleanThenDistil(Rival):
             NotEnoughSamplesError: a class has fewer samples than there are folds.
             MissingExtraError: cleanlab is not installed.
         """
-        try:
-            from cleanlab.filter import find_label_issues
-        except ImportError as error:
-            raise missing_extra("cleanlab", "reproduce", "the method 'clean-then-distil'") from error
         folds, observed, k = self.config.folds, state.observed, state.num_classes
         smallest = int(torch.bincount(observed, minlength=k).min())
         if smallest < folds:
@@ -71,10 +79,20 @@ class CleanThenDistil(Rival):
             found = train_logits(data, self.config.scorer, seed=self.network_seed(number), on=train)[-1]
             logits[held] = found[held]
         probabilities = logits.double().softmax(1)
-        issues = find_label_issues(
-            observed.cpu().numpy(), probabilities.cpu().numpy(), filter_by=self.config.filter_by, n_jobs=1
-        )
+        issues = _issues(probabilities, observed, self.config.filter_by)
         confidence = probabilities.gather(1, observed[:, None]).squeeze(1).float()
         # A class that was cleaned away keeps its most confident samples, as many as the synthetic set needs.
         spared = keep_lowest(-confidence, observed, k, 1e-9, data.ipc or 1)
-        self.keep(state, ~torch.as_tensor(issues, device=state.device) | spared, trust=confidence)
+        self.keep(state, ~issues | spared, trust=confidence)
+
+
+def _issues(probabilities: Tensor, observed: Tensor, filter_by: str) -> Tensor:
+    """The samples that cleanlab finds mislabelled, bool [N]. Raises MissingExtraError."""
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError as error:
+        raise missing_extra("cleanlab", "reproduce", "the method 'clean-then-distil'") from error
+    found = find_label_issues(
+        observed.cpu().numpy(), probabilities.double().cpu().numpy(), filter_by=filter_by, n_jobs=1
+    )
+    return torch.as_tensor(found, device=observed.device)

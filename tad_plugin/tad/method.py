@@ -133,6 +133,19 @@ class TAD(Callback):
         losses = state["tad_loss"]
         return losses, fit_class_mixture(losses, state.observed, state.num_classes)
 
+    @classmethod
+    def judge(cls, probabilities: Tensor, observed: Tensor, num_classes: int) -> Tensor:
+        """See :class:`Callback`: the posterior of the low-loss component of the sample's class.
+
+        A class without two groups keeps the share that the others keep, by lowest loss; its trust is 1 or 0 there.
+        """
+        own = probabilities.double().gather(1, observed[:, None]).flatten()
+        losses = -own.clamp_min(1e-12).log()
+        mixture = _fit_class_mixture(losses, observed, num_classes)
+        trust = _posterior(mixture, losses, observed, monotone=True)
+        division = _divide(losses, observed, mixture, trust, THRESHOLD, 1)
+        return torch.where(division.replaced[observed], division.trusted.float(), trust.float())
+
     def acted(self, *, state: SampleState) -> bool:
         """After the first round that divided the data."""
         return bool((state.trust < 1).any())

@@ -6,6 +6,7 @@ Each context manager here is on while a script runs and leaves nothing behind. T
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import types
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tad_plugin.errors import PatchError, explain
 
 __all__ = [
     "ClassErrorMeter",
@@ -27,6 +31,8 @@ __all__ = [
     "error_meters",
     "folder",
     "imported",
+    "no_efficientnet",
+    "old_numpy",
     "old_scipy",
     "overlapping_assignment",
     "silent_wandb",
@@ -38,9 +44,29 @@ def _is_cuda(value: Any) -> bool:
     return str(value).startswith("cuda") if isinstance(value, str | torch.device) else False
 
 
+#: functions of torch that make a tensor on a device
+_MAKERS = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "logspace", "ones"),
+    *("ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor"),
+    *("zeros", "zeros_like"),
+)
+
+
+def _on_cpu(original: Any) -> Any:
+    """The function, which takes ``device="cuda"`` for the CPU."""
+
+    @functools.wraps(original)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original(*args, **kwargs)
+
+    return made
+
+
 @contextmanager
 def cpu_only() -> Iterator[None]:
-    """``.cuda()`` and ``.to("cuda")`` leave tensors and modules on the CPU."""
+    """``.cuda()``, ``.to("cuda")`` and ``device="cuda"`` leave tensors and modules on the CPU."""
 
     def stay(self: Any, *_args: Any, **_kwargs: Any) -> Any:
         return self
@@ -54,6 +80,8 @@ def cpu_only() -> Iterator[None]:
         return to
 
     with ExitStack() as stack:
+        for name in _MAKERS:
+            stack.enter_context(mock.patch.object(torch, name, _on_cpu(getattr(torch, name))))
         for owner in (torch.Tensor, torch.nn.Module):
             stack.enter_context(mock.patch.object(owner, "cuda", stay))
             stack.enter_context(mock.patch.object(owner, "to", move(owner.to)))
@@ -200,6 +228,32 @@ def silent_wandb(name: str) -> Iterator[None]:
     vars(module).update(config=config, run=run, init=init)
     vars(module).update(dict.fromkeys(("log", "finish", "watch", "save", "Histogram", "Image"), nothing))
     with imported({"wandb": module}):
+        yield
+
+
+@contextmanager
+def old_numpy() -> Iterator[None]:
+    """``numpy.int``, ``numpy.float`` and ``numpy.bool`` are the types of Python again."""
+    with ExitStack() as stack:
+        for name, kind in (("int", int), ("float", float), ("bool", bool)):
+            if name not in vars(np):
+                stack.enter_context(mock.patch.object(np, name, kind, create=True))
+        yield
+
+
+@contextmanager
+def no_efficientnet() -> Iterator[None]:
+    """``import efficientnet_pytorch`` works; making its EfficientNet is a PatchError."""
+
+    class EfficientNet:
+        @classmethod
+        def from_name(cls, *_args: Any, **_more: Any) -> Any:
+            do = "Install efficientnet_pytorch, or choose another network"
+            raise PatchError(explain("efficientnet_pytorch for an EfficientNet", "none", do))
+
+    module = types.ModuleType("efficientnet_pytorch")
+    vars(module)["EfficientNet"] = EfficientNet
+    with imported({"efficientnet_pytorch": module}):
         yield
 
 

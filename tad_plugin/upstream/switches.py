@@ -88,8 +88,8 @@ def _quiet_wandb(script: Script) -> Iterator[None]:
 _SWITCHES = (
     Switch(
         "cpu",
-        "no GPU here: .cuda() and .to('cuda') leave tensors and modules on the CPU",
-        lambda s: not s.gpu and _mentions(s, r"\.cuda\(|[\"']cuda:"),
+        "no GPU here: .cuda(), .to('cuda') and device='cuda' leave tensors and modules on the CPU",
+        lambda s: not s.gpu and _mentions(s, r"\.cuda\(|[\"']cuda:|device\s*=\s*[\"']cuda[\"']\s*[,)]"),
         lambda _: stand_ins.cpu_only(),
     ),
     Switch(
@@ -115,6 +115,18 @@ _SWITCHES = (
         "this SciPy has no scipy.ndimage.interpolation any more: an alias of scipy.ndimage",
         lambda s: "scipy.ndimage.interpolation" in s.sources and not _installed("scipy.ndimage.interpolation"),
         lambda _: stand_ins.old_scipy(),
+    ),
+    Switch(
+        "numpy",
+        "this NumPy has no numpy.int, numpy.float and numpy.bool any more: the types of Python",
+        lambda s: _mentions(s, r"\bnp\.(int|float|bool)\b"),
+        lambda _: stand_ins.old_numpy(),
+    ),
+    Switch(
+        "efficientnet",
+        "efficientnet_pytorch is not installed: imported by IDC, and an error if its network is used",
+        lambda s: _mentions(s, r"^\s*from efficientnet_pytorch") and not _installed("efficientnet_pytorch"),
+        lambda _: stand_ins.no_efficientnet(),
     ),
     Switch(
         "torchnet",

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tad_plugin.errors import FileFormatError, InvalidInputError, explain
+from tad_plugin.utils.transfers import upload
 
 __all__ = ["FLOAT_BYTES", "ImageStore", "Images", "MappedPixels", "PixelSource", "image_rows", "in_parts"]
 
@@ -25,7 +26,8 @@ FLOAT_BYTES = 2**31
 """Images that would take more bytes than this as float32 stay what they are: 8-bit pixels, a file, a dataset."""
 
 _PART_BYTES = 2**25
-_READ_BYTES = 2**28
+# The kernel maps up to 16 pages around one that is read, so random reads hold several times as much.
+_READ_BYTES = 2**25
 
 
 class PixelSource(Protocol):
@@ -47,7 +49,7 @@ class PixelSource(Protocol):
 class MappedPixels:
     """8-bit pixels in a file that is mapped into memory. Processes that map it share its pages.
 
-    After every 256 MiB that were read the pages are given back. They stay in the system's cache of files while there
+    After every 32 MiB that were read the pages are given back. They stay in the system's cache of files while there
     is room, and do not count as memory of the process.
 
     Args:
@@ -183,7 +185,8 @@ class ImageStore:
             if index.ndim != 1:
                 do = "Ask for rows with a slice, a mask [N] or positions [B]"
                 raise InvalidInputError(explain("rows of images", f"a tensor of shape {list(index.shape)}", do))
-            index = (index.nonzero().flatten() if index.dtype == torch.bool else index).to(self._at)
+            chosen = index.nonzero().flatten() if index.dtype == torch.bool else index
+            index = upload([chosen], self._at)[0].to(self._at)
             # Offset from the end, as in a tensor.
             index = torch.where(index < 0, index + len(self), index)
         return self._made(self.source[index if self.rows is None else self.rows[index]])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from tad_plugin.errors import ConfigError, InvalidInputError, explain
+from tad_plugin.errors import ConfigError, InvalidInputError, LackOfMemoryError, explain
 
 __all__ = [
     "byte_count",
     "check_device",
     "command_line",
     "free_memory_bytes",
+    "named_memory_error",
     "peak_memory_bytes",
     "reset_peak_memory",
     "versions",
@@ -46,6 +47,16 @@ def check_device(device: str | torch.device) -> torch.device:
     if found.type == "meta":
         raise InvalidInputError(explain(expected, repr(str(found)), do))
     return found
+
+
+def named_memory_error(error: BaseException) -> LackOfMemoryError | None:
+    """The named error for a lack of memory, whichever library ran out of it; None for other errors."""
+    text = str(error).partition("\n")[0]
+    lacking = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    if not lacking and not (isinstance(error, RuntimeError) and "allocate memory" in text):
+        return None
+    do = "Take fewer or smaller images, a lower width, or smaller batches; the same command goes on"
+    return LackOfMemoryError(explain("enough memory", text[:300] or "a MemoryError", do))
 
 
 def versions(device: str | torch.device = "cpu") -> dict[str, str]:

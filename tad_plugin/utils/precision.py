@@ -1,7 +1,7 @@
 """The precision in which networks compute. Everything else stays float32.
 
 Losses, gradients in images and parameters, optimisers and the methods' scores are float32 in every case. The public
-codebases compute in float32, so that is the default. The other precisions are faster on a GPU and change numbers.
+codebases compute in float32, so that is the default. The other precisions are meant for GPUs and change numbers.
 """
 
 from __future__ import annotations

@@ -48,11 +48,12 @@ def _part(buffer: Tensor, like: Tensor, end: int) -> Tensor:
 
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors of one device and type on the CPU, by one transfer."""
+    """Copies of tensors of one device, of any types, on the CPU, by one transfer."""
     if tensors[0].device.type == "cpu":
         return [t.to("cpu", copy=True) for t in tensors]
-    parts = torch.cat([t.reshape(-1) for t in tensors]).cpu().split([t.numel() for t in tensors])
-    return [part.view(t.shape).clone() for part, t in zip(parts, tensors, strict=True)]
+    packed = torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors]).cpu()
+    parts = packed.split([t.numel() * t.element_size() for t in tensors])
+    return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def read(*scalars: Tensor) -> list[float]:

@@ -83,6 +83,7 @@ def stoppable(*signals: int) -> Iterator[None]:
         for number in before:
             signal.signal(number, handle)
         yield
+        raise_if_stopped()  # the exception was lost in a destructor
     except Exception:
         raise_if_stopped()  # C++ code turns a KeyboardInterrupt into errors of its own
         raise

@@ -139,6 +139,9 @@ def test_no_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device cpu"):
         resolve(RunConfig(device="cuda"), "noisy")
+    for name in ("gpu", "1e-9", "7", "meta", ""):
+        with pytest.raises(ConfigError, match="--device"):
+            resolve(RunConfig(device=name), "noisy")
     assert resolve(RunConfig(), "noisy").device == "cpu"
 
 

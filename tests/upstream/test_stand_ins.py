@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tad_plugin.errors import PatchError
 from tad_plugin.upstream.run_script import run_script
-from tad_plugin.upstream.stand_ins import ClassErrorMeter, any_checksum, capped_topk
+from tad_plugin.upstream.stand_ins import ClassErrorMeter, any_checksum, capped_topk, cpu_only
 from tad_plugin.upstream.switches import needed_switches
 from tests.upstream.scripts import needed, script
 
@@ -104,3 +105,40 @@ def test_files_of_other_contents_are_read_only_where_that_is_asked_for(tmp_path:
             CIFAR10(str(tmp_path))
     found = script(tmp_path, "from torchvision.datasets import CIFAR10\n")
     assert needed(found) == [] and needed(found, on=["checksums"]) == ["checksums"]
+
+
+def test_tensors_made_on_a_gpu_are_made_on_the_cpu() -> None:
+    originals = (torch.tensor, torch.randn)
+    like = torch.zeros(2)
+    with cpu_only():
+        made = [
+            torch.tensor([1.0, 2.0], requires_grad=True, device="cuda"),
+            torch.randn(size=(2,), dtype=torch.float, device=torch.device("cuda", 0)),
+            torch.zeros_like(like, device="cuda:0"),
+            torch.arange(2, device="cuda"),
+        ]
+        assert all(t.device.type == "cpu" and t.shape == (2,) for t in made) and made[0].requires_grad
+        assert torch.ones(1, device="meta").device.type == "meta" and torch.ones(1).device.type == "cpu"
+    assert (torch.tensor, torch.randn) == originals
+
+
+def test_device_arguments_need_the_switch(tmp_path: Path) -> None:
+    found = script(tmp_path, "def f(n, device='cuda'):\n    return n\n")
+    assert "cpu" in needed(found) or found.gpu
+
+
+def test_old_names_of_numpy_and_a_missing_network(tmp_path: Path) -> None:
+    import numpy as np
+
+    text = """
+        import numpy as np
+        from efficientnet_pytorch import EfficientNet
+        assert np.int(2.7) == 2 and np.float is float and np.bool_(True)
+        EfficientNet.from_name('efficientnet-b0', num_classes=3)
+        """
+    found = script(tmp_path, text)
+    on = needed_switches(found)
+    assert {"numpy", "efficientnet"} <= {s.name for s in on}
+    with pytest.raises(PatchError, match="efficientnet_pytorch"):
+        run_script(found, switches=on)
+    assert not hasattr(np, "int") and "efficientnet_pytorch" not in sys.modules

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 import pytest
 
-from tad_plugin.utils.workers import SPAWN, threads_each, worker_pool
+from tad_plugin.utils.workers import SPAWN, Terminated, stoppable, threads_each, worker_pool
 
 _NOTES: list[str] = []
 
@@ -31,3 +33,14 @@ def test_a_pool_of_fresh_processes_runs_the_initializer_in_each() -> None:
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int | None, jobs: int, each: int) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert threads_each(jobs) == each
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_whose_exception_was_lost_is_raised_at_the_end(number: int, error: type[BaseException]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    lost = contextlib.suppress(KeyboardInterrupt, Terminated)
+    with pytest.raises(error), stoppable(signal.SIGINT, signal.SIGTERM), lost:
+        os.kill(os.getpid(), number)  # as a destructor would lose it
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with stoppable(signal.SIGINT):  # nothing of it is left
+        pass
