@@ -1,7 +1,7 @@
 """Writes the table of results in README.md from the files in reproduce/results. Takes a second.
 
-    python reproduce/readme_table.py            # rewrites the part between the marks in README.md
-    python reproduce/readme_table.py --check    # only says whether it is up to date (exit status 1 if not)
+python reproduce/readme_table.py            # rewrites the part between the marks in README.md
+python reproduce/readme_table.py --check    # only says whether it is up to date (exit status 1 if not)
 """
 
 from __future__ import annotations
