@@ -282,8 +282,7 @@ def _compare(values: Any) -> int:
         shared=values.shared or None,
     )
     if results:
-        rows = summarise(results)
-        odd = doubt_lines(results)
+        rows, odd = summarise(results), doubt_lines(results)
         table = "\n".join([text_table(rows), *odd])
         atomic_write(out / "table.txt", table + "\n")
         atomic_write(out / "table.md", "\n\n".join([markdown_table(rows), *odd]) + "\n")
@@ -293,8 +292,8 @@ def _compare(values: Any) -> int:
             from tad_plugin.experiments.report.pictures import draw_comparison, run_links
 
             tasks = c.tasks_of(config, arms, seeds, ipcs, out)
-            pictures = draw_comparison(results, tasks, out)
-            atomic_write(out / "index.html", html_page(results, pictures, runs=run_links(tasks, out)))
+            page = html_page(results, draw_comparison(results, tasks, out), runs=run_links(tasks, out))
+            atomic_write(out / "index.html", page)
             written += ", index.html, pictures/"
         print(f"\n{out}: {written}")
     if not failures:

@@ -164,7 +164,7 @@ def finished_tasks(folder: Path) -> list[Task]:
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     tasks = []
     for path in sorted(folder.rglob("config.yaml")):
-        if (path.parent / "results.json").exists():
+        if all((path.parent / name).exists() for name in ("results.json", "synthetic.safetensors")):
             said = read_yaml(path)
             config = RunConfig(**{key: value for key, value in said.items() if key in fields})
             tasks.append(Task(str(said["arm"]), config, path.parent))
