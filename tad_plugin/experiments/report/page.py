@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
+from tad_plugin.experiments.arms import ARMS
 from tad_plugin.experiments.doubts import doubt_lines
 from tad_plugin.experiments.report.marks import COLUMNS
 from tad_plugin.experiments.report.tables import Table, build_tables, notes, summarise
 
-__all__ = ["data_uri", "distinct", "glossary", "html_page", "render", "versions_line"]
+__all__ = ["arm_meanings", "data_uri", "distinct", "glossary", "html_page", "render", "versions_line"]
 
 _KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 
@@ -47,6 +48,7 @@ def html_page(
         note=notes(rows),
         tables=tables,
         glossary=glossary(tables),
+        arms=arm_meanings(row.arm for row in rows),
         runs=dict(runs or {}),
         doubts=doubt_lines(results),
         pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
@@ -59,6 +61,11 @@ def glossary(tables: Iterable[Table]) -> dict[str, str]:
     """Column -> its meaning, for the columns that these tables have."""
     header = {name for table in tables for name in table.header}
     return {name: meaning for name, meaning in COLUMNS.items() if name in header}
+
+
+def arm_meanings(arms: Iterable[str]) -> dict[str, str]:
+    """Arm -> what it is; a registered method without an arm of its own, or one that is not installed, says so."""
+    return {arm: ARMS[arm].about if arm in ARMS else "a registered method" for arm in distinct(arms)}
 
 
 def render(template: str, **values: Any) -> str:

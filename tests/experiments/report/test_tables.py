@@ -325,4 +325,5 @@ def test_a_footnote_stands_only_where_its_mark_stands() -> None:
 def test_the_page_explains_its_columns_and_links_its_runs() -> None:
     html = html_page(RESULTS, {}, runs={"tad, IPC 10, seed 0": "tad/ipc10/seed0/"})
     assert '<a href="tad/ipc10/seed0/">tad, IPC 10, seed 0</a>' in html
+    assert "<dt>clean</dt><dd>true labels" in html
     assert "<dt>recovered</dt>" in html and "<dt>gain</dt>" not in html
