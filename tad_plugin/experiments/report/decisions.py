@@ -112,7 +112,7 @@ def plot_distrusted(
                 axis.spines[:].set_linewidth(2)
                 new = int(state.target[i])
                 said = names[new] if bool(state.trusted[i]) and new != int(state.observed[i]) else "dropped"
-                axis.set_xlabel(said, fontsize=6, color=BLUE if said != "dropped" else GREY, labelpad=1.5)
+                axis.set_xlabel(said, fontsize=7, color=BLUE if said != "dropped" else GREY, labelpad=1.5)
         if len(found) > len(shown):
             figure.text(0, 1, f"first {len(shown)} of {len(found)} classes", va="bottom", fontsize=7)
     return Path(path)

@@ -25,6 +25,8 @@ __all__ = [
     "ORANGE",
     "PAPER",
     "PURPLE",
+    "SOFT_BLUE",
+    "SOFT_ORANGE",
     "TEXT",
     "VERMILLION",
     "legend_above",
@@ -33,8 +35,18 @@ __all__ = [
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#A8518A"
 GREY, LIGHT = "#5F6871", "#C9D0D7"
+SOFT_BLUE, SOFT_ORANGE = "#8FC1DF", "#F2C27F"
 TEXT, GRID, PAPER = "#1B1F24", "#E6E9EC", "#FFFFFF"
-_DARK = {TEXT: "#E4E8EC", GRID: "#2B333C", PAPER: "#14181D", GREY: "#A3AEB9", LIGHT: "#48525D", BLUE: "#4FA9DE"}
+_DARK = {
+    TEXT: "#E4E8EC",
+    GRID: "#2B333C",
+    PAPER: "#14181D",
+    GREY: "#A3AEB9",
+    LIGHT: "#48525D",
+    BLUE: "#4FA9DE",
+    SOFT_BLUE: "#24506B",
+    SOFT_ORANGE: "#6E4B1B",
+}
 """Colour of a picture -> what it is in dark mode. All others are readable on both."""
 SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE: Any = {

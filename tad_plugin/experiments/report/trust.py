@@ -12,7 +12,18 @@ from torch import Tensor
 
 from tad_plugin.core.callback import ClassMixtureLike
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, LIGHT, ORANGE, VERMILLION, legend_above, picture
+from tad_plugin.experiments.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT,
+    ORANGE,
+    SOFT_BLUE,
+    SOFT_ORANGE,
+    VERMILLION,
+    legend_above,
+    picture,
+)
 
 __all__ = ["plot_loss_histogram", "plot_trusted_space"]
 
@@ -191,7 +202,7 @@ def _loss_panel(
 ) -> None:
     edges = np.linspace(*limits, bins + 1)
     parts = [(loss, LIGHT, "samples")] if wrong is None else [
-        (loss[~wrong], "#8FC1DF", "label correct"), (loss[wrong], "#F2C27F", "label wrong"),
+        (loss[~wrong], SOFT_BLUE, "label correct"), (loss[wrong], SOFT_ORANGE, "label wrong"),
     ]  # fmt: skip
     total = np.zeros(bins)
     for values, colour, name in parts:
