@@ -108,13 +108,19 @@ def test_compare_writes_everything_and_goes_on_where_it_stopped(
     text = capsys.readouterr().out
     for name in ("results.json", "table.txt", "table.md", "index.html"):
         assert (out / name).stat().st_size > 100
-    pictures = {p.name for p in (out / "pictures").glob("*.png")}
-    assert pictures == {
-        "accuracy.png", "synthetic-noisy-ipc1.png", "synthetic-tad-ipc1.png", "trusted-tad.png", "losses-tad.png",
+    pictures = {p.name for p in (out / "pictures").iterdir()}
+    assert pictures >= {
+        "accuracy-ipc1.svg", "classes.svg", "synthetic-ipc1.svg", "trusted-tad.svg", "losses-tad.svg", "noise.svg",
     }  # fmt: skip
+    assert 'href="tad/ipc1/seed0/"' in (out / "index.html").read_text()
     assert (out / "table.txt").read_text().strip() in text
     found = json.loads((out / "results.json").read_text())
     assert [r["arm"] for r in found] == ["noisy", "tad"] and all(r["iterations"] == 2 for r in found)
+    for r in found:
+        assert len(r["class_accuracy"]) == 10 and all(0 <= share <= 100 for share in r["class_accuracy"])
+        assert r["curve"] is None or len(r["curve"]["test"]) == len(r["curve"]["heldout"]) > 1
+    assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert 'href="../out/tad/ipc1/seed0/"' in (tmp_path / "again" / "index.html").read_text()
     assert RunFolder(out / "tad" / "ipc1" / "seed0").config()["loop"]["batch_real"] == 8
     before = (out / "noisy" / "ipc1" / "seed0" / "results.json").stat().st_mtime_ns
     assert main([*command[:-6], "--seeds", "0,1", "--ipc", "1", "--out", str(out), "--pictures", "false"]) == 0

@@ -164,3 +164,17 @@ def test_several_architectures_are_joined_by_commas() -> None:
         "mlp",
         "vgg11",
     ]
+
+
+def test_accuracies_of_classes_make_up_the_whole_and_further_images_change_nothing() -> None:
+    synthetic, (images, labels) = small_set(), blobs(spread=2.0)
+    part = (labels != 1).nonzero().flatten()[:21]
+    images, labels, few = images[:50], labels[:50], (images[part], labels[part])
+    sizes = torch.bincount(labels).double()
+    found = evaluate(synthetic, (images, labels), SMALL, generator=seeded())
+    for whole, shares in zip(found.accuracies, found.per_class, strict=True):
+        assert whole == pytest.approx(float((torch.tensor(shares).double() * sizes).sum() / sizes.sum()))
+    both = evaluate(synthetic, (images, labels), SMALL, also=few, generator=seeded())
+    alone = evaluate(synthetic, few, SMALL, generator=seeded())
+    assert both.accuracies == found.accuracies and both.also == alone.accuracies and found.also == ()
+    assert [math.isnan(share) for share in alone.per_class[0]] == [False, True, False]  # class 1 has no images

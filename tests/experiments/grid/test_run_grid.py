@@ -62,7 +62,7 @@ def test_from_nothing_to_the_report(
     assert len(found) == 4 and [r for r in found if (r["arm"], r["seed"]) != ("noisy", 1)] == first
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "| 1 | noisy | 2 |" in text and "48.9" in text
-    assert "a &lt;paper&gt;" in page and "data:image/png" in page and "http" not in page.replace("http-equiv", "")
+    assert "a &lt;paper&gt;" in page and "data:image/svg+xml" in page and "http" not in page.replace("http-equiv", "")
     (out / "report.md").unlink()
     assert main(["report", str(out)]) == 0 and (out / "report.md").read_text() == text
     capsys.readouterr()
