@@ -54,9 +54,9 @@ class AuditConfig(Settings):
 
     method: str = "tad"
     folds: int = setting(4, at_least=2)
-    networks: int = setting(2, at_least=1)
+    networks: int = setting(1, at_least=1)
     rounds: int = setting(2, at_least=1)
-    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=20, width=48))
+    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=20))
 
 
 @dataclass(frozen=True)
