@@ -13,6 +13,8 @@ WORDS = ("keep", "relabel", "drop", "unsure")
 """The verdicts: the label stays; it is replaced by the proposed one; the image is left out; the evidence is mixed."""
 
 _UNSURE = 0.25
+# Below it relabelling was right in 61% of a trial's images, and lowered the accuracy of the corrected labels.
+_LEAST_CONFIDENCE = 0.7
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def decide(probabilities: Tensor, observed: Tensor, trust: Tensor) -> Verdicts:
     """Decides on every sample [ours].
 
     - Trust above 1/2, or a prediction that agrees with the label: keep.
-    - Else, if the proposed label has a probability of at least 1/2, and is as probable as it is on average for kept
+    - Else, if the proposed label has a probability of at least 0.7, and is as probable as it is on average for kept
       samples of that class (the rule of confident learning, Northcutt et al. 2021): relabel.
     - Else, trust below 1/4: drop. The rest: unsure.
 
@@ -68,7 +70,7 @@ def decide(probabilities: Tensor, observed: Tensor, trust: Tensor) -> Verdicts:
         members = kept & (observed == c) & agree
         if bool(members.any()):
             needed[c] = own[members].mean()
-    relabel = ~kept & (confidence >= needed[proposed].clamp_min(0.5))
+    relabel = ~kept & (confidence >= needed[proposed].clamp_min(_LEAST_CONFIDENCE))
     drop = ~kept & ~relabel & (trust < _UNSURE)
     verdict = torch.where(kept, 0, torch.where(relabel, 1, torch.where(drop, 2, 3)))
     return Verdicts(trust.float(), -own.log().float(), proposed, confidence.float(), doubt, verdict)
