@@ -20,6 +20,10 @@ SHARED = "shared"
 """Folder inside that of a comparison, for decisions and experts that its runs share."""
 
 
+MOST_SEEDS = 10_000
+"""A larger number of seeds is taken for a seed that was meant."""
+
+
 def parse_numbers(text: str, name: str) -> list[int]:
     """ "1,10" -> [1, 10]. Raises ConfigError naming the flag."""
     try:
@@ -38,8 +42,9 @@ def parse_seeds(text: str) -> list[int]:
     numbers = parse_numbers(str(text).strip().removesuffix(","), "seeds")
     if "," in str(text):
         return numbers
-    if numbers[0] < 1:
-        raise ConfigError(explain("--seeds of at least 1", text, "Write --seeds 5, or --seeds 7,8,9"))
+    if not 1 <= numbers[0] <= MOST_SEEDS:
+        expected = f"--seeds from 1 to {MOST_SEEDS}"
+        raise ConfigError(explain(expected, text, "Write --seeds 5 for how many, or --seeds 7,8,9 for which"))
     return list(range(numbers[0]))
 
 

@@ -199,7 +199,8 @@ class Run:
         )
 
     def _candidate_iterations(self) -> list[int]:
-        total, parts = self.plan.loop.iterations, self.plan.candidates
+        total = self.plan.loop.iterations
+        parts = min(self.plan.candidates, total)  # more than one for each iteration would be the same ones
         return sorted({round(total * (k + 1) / parts) for k in range(parts)})
 
     def _evaluate(

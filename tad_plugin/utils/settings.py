@@ -152,6 +152,8 @@ def _wrong_type(hint: Any, value: Any) -> str | None:
 def _fits(member: Any, value: Any) -> tuple[bool, str] | None:
     """Whether ``value`` is of this type, and the type in words; None for a type that is not checked."""
     number = not isinstance(value, bool)  # True counts as 1 in Python, and is a mistake here
+    if member in (int, float) and number and isinstance(value, numbers.Integral) and abs(int(value)) >= 2**64:
+        return False, "a number below 2**64"
     if member is bool:
         return isinstance(value, bool), "true or false"
     if member is int:

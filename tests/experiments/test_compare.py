@@ -32,7 +32,7 @@ def test_seeds_are_a_number_or_a_list(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "a", "1.5", "1,,", "1,-2"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "a", "1.5", "1,,", "1,-2", "2147483648"])
 def test_other_seeds_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="--seeds"):
         parse_seeds(text)

@@ -198,6 +198,15 @@ def test_the_kept_synthetic_set_is_the_last_iterate_with_its_statistics(tmp_path
     found.preprocessing.check_same(load_dataset("digits").preprocessing)
 
 
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10])
+def test_candidates_are_evenly_spaced_and_more_than_all_are_all(total: int, tmp_path: Path) -> None:
+    for parts in (1, 2, 3, 5, total, total + 1, 4 * total, 2**40):
+        config = dataclasses.replace(SMALL, iterations=total, candidates=parts)
+        found = experiment.Run(resolve(config, "noisy"), tmp_path)._candidate_iterations()
+        exact = {round(total * (k + 1) / parts) for k in range(min(parts, 4 * total))}
+        assert set(found) == (exact - {0} if parts <= 4 * total else set(range(1, total + 1)))
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark can only be reset on Linux")
 def test_peak_memory_is_measured_anew_for_each_run() -> None:
     block = torch.ones(2**26)  # 256 MiB

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tad_plugin.errors import ConfigError
+from tad_plugin.experiments.config import RunConfig
 from tad_plugin.utils.settings import Settings, build_config, setting
 
 
@@ -155,3 +156,11 @@ def test_a_foreign_dataclass_is_built_as_well() -> None:
     assert build_config(Foreign, {"rate": 1.0}, "the test") == Foreign(1.0)
     with pytest.raises(ConfigError, match="rate='x'"):
         build_config(Foreign, {"rate": "x"}, "the test")
+
+
+@pytest.mark.parametrize("value", [2**64, -(10**400)])
+def test_whole_numbers_that_no_machine_counts_are_named(value: int) -> None:
+    for name in ("iterations", "eval_lr", "eval_runs"):
+        with pytest.raises(ConfigError, match=name):
+            RunConfig(**{name: value})
+    assert RunConfig(seed=2**64 - 1).seed == 2**64 - 1
