@@ -282,18 +282,18 @@ def _compare(values: Any) -> int:
         shared=values.shared or None,
     )
     if results:
-        rows = summarise(results)
-        odd = doubt_lines(results)
+        rows, odd = summarise(results), doubt_lines(results)
         table = "\n".join([text_table(rows), *odd])
         atomic_write(out / "table.txt", table + "\n")
         atomic_write(out / "table.md", "\n\n".join([markdown_table(rows), *odd]) + "\n")
         print(table)
         written = "results.json, table.txt, table.md"
         if values.pictures:
-            from tad_plugin.experiments.report.pictures import draw_comparison
+            from tad_plugin.experiments.report.pictures import draw_comparison, run_links
 
-            pictures = draw_comparison(results, c.tasks_of(config, arms, seeds, ipcs, out), out)
-            atomic_write(out / "index.html", html_page(results, pictures))
+            tasks = c.tasks_of(config, arms, seeds, ipcs, out)
+            page = html_page(results, draw_comparison(results, tasks, out), runs=run_links(tasks, out))
+            atomic_write(out / "index.html", page)
             written += ", index.html, pictures/"
         print(f"\n{out}: {written}")
     if not failures:

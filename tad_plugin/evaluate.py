@@ -74,10 +74,14 @@ class Evaluation:
         network: the architecture.
         mean: mean of the accuracies.
         std: their standard deviation (biased).
+        per_class: for each network the accuracy in percent on each of the K classes; NaN for a class without images.
+        also: accuracies in percent on the further images; empty without them.
     """
 
     accuracies: tuple[float, ...]
     network: str = "convnet"
+    per_class: tuple[tuple[float, ...], ...] = ()
+    also: tuple[float, ...] = ()
     mean: float = field(init=False)
     std: float = field(init=False)
 
@@ -145,14 +149,28 @@ def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
 
     Switches the network to eval mode. The labels may lie on another device than the images.
     """
+    return 100.0 * int(_hits(network, images, labels).sum()) / len(labels)
+
+
+@torch.no_grad()
+def _hits(network: nn.Module, images: Images, labels: Tensor) -> Tensor:
+    """Which images the network classifies rightly: bool [N] on the CPU."""
     network.eval()
     labels = labels.to(images.device)
 
-    def hits(size: int) -> int:
+    def hits(size: int) -> Tensor:
         parts = zip(images.split(size), labels.split(size), strict=True)
-        return int(torch.stack([(network(x).argmax(1) == y).sum() for x, y in parts]).sum())
+        return torch.cat([network(x).argmax(1) == y for x, y in parts]).cpu()
 
-    return 100.0 * halved(hits, forward_size(images, network)) / len(labels)
+    return halved(hits, forward_size(images, network))
+
+
+def _class_accuracies(hits: Tensor, labels: Tensor, num_classes: int) -> tuple[float, ...]:
+    """Accuracy in percent on each of K classes, from hits bool [N] and labels int64 [N]; NaN without images."""
+    labels = labels.cpu()
+    sizes = torch.bincount(labels, minlength=num_classes).double()
+    right = torch.bincount(labels[hits], minlength=num_classes).double()
+    return tuple((100.0 * right / sizes).tolist())
 
 
 @named_errors
@@ -165,6 +183,7 @@ def evaluate(
     preprocessing: Preprocessing | None = None,
     network: str | None = None,
     runs: int | None = None,
+    also: tuple[Images, Tensor] | None = None,
     generator: torch.Generator,
 ) -> Evaluation:
     """Trains fresh networks on the synthetic set and tests them.
@@ -177,6 +196,7 @@ def evaluate(
         preprocessing: preprocessing of the test images, compared with that of the set; None skips the comparison.
         network: one architecture; overrides ``config.network``, and is needed if that names several.
         runs: overrides ``config.runs``.
+        also: further images and labels that each network is tested on; they change nothing else.
         generator: CPU generator of initial weights, batches and augmentation.
 
     Raises:
@@ -206,7 +226,7 @@ def evaluate(
     synthetic = synthetic.to(images.device)
     name = network or config.network
     size = int(images.shape[-1])
-    results = []
+    results, per_class, further = [], [], []
     for _ in range(config.runs if runs is None else check_whole("runs", runs, 1)):
         fresh = make_network(
             name,
@@ -219,5 +239,10 @@ def evaluate(
             generator=generator,
             device=images.device,
         )
-        results.append(accuracy(train_on_synthetic(fresh, synthetic, config, generator), images, labels))
-    return Evaluation(tuple(results), name)
+        trained = train_on_synthetic(fresh, synthetic, config, generator)
+        hits = _hits(trained, images, labels)
+        results.append(100.0 * int(hits.sum()) / len(labels))
+        per_class.append(_class_accuracies(hits, labels, synthetic.num_classes))
+        if also is not None:
+            further.append(accuracy(trained, *also))
+    return Evaluation(tuple(results), name, tuple(per_class), tuple(further))

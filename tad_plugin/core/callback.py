@@ -97,6 +97,7 @@ class Callback:
         decides_late: True if the method changes nothing before the first update, so that experts can be shared.
         uses_ipc: False if the method's decisions are the same for every IPC, so that runs of all IPC can share them.
         rival: True if the method is only there to compare with; pictures draw it in another colour.
+        told_rate: True if the method uses the nominal noise rate where the experiment knows it; tables mark it.
         acts_when: what a loop must do for the method to act, for the warning of a method that never did.
     """
 
@@ -110,6 +111,7 @@ class Callback:
     decides_late: ClassVar[bool] = False
     uses_ipc: ClassVar[bool] = True
     rival: ClassVar[bool] = False
+    told_rate: ClassVar[bool] = False
     acts_when: ClassVar[str] = "See the method's documentation"
 
     def __init__(self, config: Any = None, *, seed: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -108,7 +109,8 @@ class Run:
         self._keep(hook, loop)
         odd = doubts(loop.result().images, splits, accuracy, judges[1], plan, loop.doubt())
         results = self._results(splits, noisy, hook, loop, state, chosen)
-        results |= {"accuracy": accuracy, "doubts": odd}
+        results |= {"accuracy": accuracy, "doubts": odd, "curve": state.curve()}
+        results["class_accuracy"] = state.class_accuracy(plan.evaluation.networks[0], splits.num_classes)
         if not splits.tested:
             results |= {"accuracy": NO_ACCURACY, "heldout": held_out(accuracy, len(judges[1]), plan)}
         self.folder.write_results(results, FILES)
@@ -222,7 +224,8 @@ class Run:
 
         def once(key: str, synthetic: SyntheticSet, on: tuple[Images, Tensor], network: str, run: int) -> float:
             if key not in done:
-                part = "choose" if key.startswith("choose/") else "test"
+                choosing = key.startswith("choose/")
+                part = "choose" if choosing else "test"
                 found = evaluate(
                     synthetic,
                     on,
@@ -230,9 +233,15 @@ class Run:
                     preprocessing=splits.preprocessing,
                     network=network,
                     runs=1,
+                    also=test if choosing and len(test[1]) and test is not holdout else None,
                     generator=generator_of(seed, "evaluation", part, network, run),
                 )
                 done[key] = found.accuracies[0]
+                if choosing and found.also:  # for the curve alone: test data choose nothing
+                    done[key.replace("choose/", "curve/")] = found.also[0]
+                if key.startswith("last/"):
+                    shares = enumerate(found.per_class[0])
+                    done.update((f"classes/{network}/{run}/{c}", share) for c, share in shares if not math.isnan(share))
                 state.maybe_save()
             return done[key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
@@ -34,7 +35,7 @@ class RunState:
         finished: True once the distillation is over and ``hook.finish()`` was called.
         chosen: iteration that the held-out data chose; None before.
         candidates: synthetic sets by iteration.
-        evaluated: accuracies in percent by "part/network/run".
+        evaluated: accuracies in percent by "part/network/run", and what :meth:`curve` and :meth:`class_accuracy` read.
     """
 
     def __init__(self, folder: RunFolder, hook: Hook, *, device: str, every: float) -> None:
@@ -62,6 +63,34 @@ class RunState:
         """Writes a checkpoint if the last one is more than ``every`` seconds old."""
         if perf_counter() - self._saved_at > self._every:
             self.save()
+
+    def curve(self) -> dict[str, list[Any]] | None:
+        """Accuracy of one network on each candidate, in percent; None unless held-out data chose among several.
+
+        Returns:
+            "iterations", "heldout" (accuracy on held-out training images by the labels that the arm sees) and "test"
+            (None where there are no other test images).
+        """
+        found = sorted(int(key.removeprefix("choose/")) for key in self.evaluated if key.startswith("choose/"))
+        if not found:
+            return None
+        return {
+            "iterations": found,
+            "heldout": [self.evaluated[f"choose/{i}"] for i in found],
+            "test": [self.evaluated.get(f"curve/{i}") for i in found],
+        }
+
+    def class_accuracy(self, network: str, num_classes: int) -> list[float | None] | None:
+        """Accuracy of the last set on each of K classes, in percent, mean over networks of one architecture.
+
+        It is None for a class without images, and in all if nothing was evaluated.
+        """
+        table: list[list[float]] = [[] for _ in range(num_classes)]
+        for key, share in self.evaluated.items():
+            part, *rest = key.split("/")
+            if part == "classes" and rest[0] == network:
+                table[int(rest[2])].append(share)
+        return [statistics.fmean(shares) if shares else None for shares in table] if any(table) else None
 
     def save(self) -> None:
         """Writes a checkpoint."""

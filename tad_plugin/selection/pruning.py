@@ -106,6 +106,7 @@ class LossPruning(Rival):
     name: ClassVar[str] = "loss-prune"
     Config: ClassVar[type] = LossPruningConfig
     needs_images: ClassVar[bool] = True
+    told_rate: ClassVar[bool] = True
     config: LossPruningConfig
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:
@@ -141,6 +142,7 @@ class EL2N(Rival):
     name: ClassVar[str] = "el2n"
     Config: ClassVar[type] = EL2NConfig
     needs_images: ClassVar[bool] = True
+    told_rate: ClassVar[bool] = True
     config: EL2NConfig
 
     def on_start(self, *, state: SampleState, data: RealData) -> None:

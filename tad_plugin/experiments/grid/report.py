@@ -13,7 +13,6 @@ from tad_plugin.experiments.grid.curves import plot_noise_rates
 from tad_plugin.experiments.grid.runner import GRID_FILE
 from tad_plugin.experiments.grid.statistics import GridRow, grid_rows
 from tad_plugin.experiments.grid.tables import (
-    GLOSSARY,
     grid_markdown,
     grid_tables,
     plain_markdown,
@@ -21,12 +20,13 @@ from tad_plugin.experiments.grid.tables import (
     ways_table,
 )
 from tad_plugin.experiments.launch import Task
-from tad_plugin.experiments.report.page import data_uri, distinct, render, versions_line
+from tad_plugin.experiments.report.marks import MARKED, marks_note
+from tad_plugin.experiments.report.page import data_uri, distinct, glossary, render, versions_line
 from tad_plugin.experiments.report.pictures import draw_comparison
 from tad_plugin.utils.files import atomic_write, read_json, read_yaml
 from tad_plugin.utils.write_errors import writing_to
 
-__all__ = ["is_grid", "write_report"]
+__all__ = ["finished_tasks", "is_grid", "write_report"]
 
 
 def is_grid(folder: str | Path) -> bool:
@@ -73,7 +73,7 @@ def write_report(folder: str | Path, out: str | Path = "") -> list[Path]:
     ]
     sections = [(name, text) for name, text in sections if text]
     markdown, page = out / "report.md", out / "report.html"
-    atomic_write(markdown, _markdown(title, grid, sections, results, pictures, out))
+    atomic_write(markdown, _markdown(title, grid, sections, rows, results, pictures, out))
     atomic_write(page, _page(title, grid, rows, results, pictures))
     return [markdown, page]
 
@@ -82,6 +82,7 @@ def _markdown(
     title: str,
     grid: Mapping[str, Any],
     sections: Sequence[tuple[str, str]],
+    rows: Sequence[GridRow],
     results: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Path],
     out: Path,
@@ -89,7 +90,14 @@ def _markdown(
     lines = [f"# {title}", "", str(grid["question"]), ""]
     for name, text in sections:
         lines += [f"## {name}", "", text, ""]
-    lines += ["## Columns", "", *(f"- **{name}**: {meaning}" for name, meaning in GLOSSARY.items()), ""]
+    lines += [
+        _note(rows),
+        "",
+        "## Columns",
+        "",
+        *(f"- **{name}**: {meaning}" for name, meaning in _glossary(rows).items()),
+        "",
+    ]
     lines += [f"![{caption}]({path.relative_to(out).as_posix()})" for caption, path in pictures.items()]
     lines += ["", "## How it was made", "", *(f"    {c}" for c in _commands(results)), ""]
     lines += [f"- {line}" for line in _versions(results)]
@@ -107,14 +115,23 @@ def _page(
         "grid.html.j2",
         title=title,
         question=grid["question"],
+        note=_note(rows),
         tables=grid_tables(rows),
         ways=ways_table(rows),
         published=grid["published"],
-        glossary=GLOSSARY,
+        glossary=_glossary(rows),
         pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
         commands=_commands(results),
         versions=_versions(results),
     )
+
+
+def _glossary(rows: Sequence[GridRow]) -> dict[str, str]:
+    return glossary(grid_tables(rows))
+
+
+def _note(rows: Sequence[GridRow]) -> str:
+    return f"{marks_note(row.arm for row in rows)} {MARKED}".strip()
 
 
 def _commands(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -132,22 +149,22 @@ def _pictures(
     found: dict[str, Path] = {}
     for cell in dict.fromkeys(str(r["cell"]) for r in results):
         own = [row for row in rows if row.key.cell == cell]
-        rates = place / f"{cell}-noise.png"
+        rates = place / f"{cell}-noise.svg"
         if plot_noise_rates(own, rates):
             found[f"{cell}: accuracy against the rate of wrong labels"] = rates
         bundled = [dict(r) for r in results if r["cell"] == cell and r["way"] == "bundled"]
         if len({str(r["noise"].get("text")) for r in bundled}) == 1:
-            tasks = _finished(folder / "runs" / cell / "bundled")
+            tasks = finished_tasks(folder / "runs" / cell / "bundled")
             found |= {f"{cell}: {name}": path for name, path in draw_comparison(bundled, tasks, place / cell).items()}
     return found
 
 
-def _finished(folder: Path) -> list[Task]:
+def finished_tasks(folder: Path) -> list[Task]:
     """The finished bundled runs below a folder, from their configurations."""
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     tasks = []
     for path in sorted(folder.rglob("config.yaml")):
-        if (path.parent / "results.json").exists():
+        if all((path.parent / name).exists() for name in ("results.json", "synthetic.safetensors")):
             said = read_yaml(path)
             config = RunConfig(**{key: value for key, value in said.items() if key in fields})
             tasks.append(Task(str(said["arm"]), config, path.parent))

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tad_plugin.experiments.grid.statistics import Gain, GridRow
-from tad_plugin.experiments.report.roles import knows_truth
+from tad_plugin.experiments.report.marks import leaders, marked
 from tad_plugin.experiments.report.tables import Line, Table
 
 __all__ = [
     "COLUMNS",
-    "GLOSSARY",
     "grid_markdown",
     "grid_tables",
     "plain_markdown",
@@ -49,7 +48,7 @@ def _gain(gain: Gain | None) -> str:
 
 COLUMNS: dict[str, Callable[[GridRow], str]] = {
     "IPC": lambda row: str(row.key.ipc),
-    "arm": lambda row: row.arm + (" *" if knows_truth(row.arm) else ""),
+    "arm": lambda row: marked(row.arm),
     "n": lambda row: str(len(row.last)),
     "last": lambda row: _accuracy(row.last),
     "best": lambda row: _accuracy(row.best),
@@ -64,24 +63,6 @@ COLUMNS: dict[str, Callable[[GridRow], str]] = {
     "AUC": lambda row: _number(row.auc, "{:.2f}"),
 }
 """Name of a column -> its text in a row."""
-
-GLOSSARY = {
-    "IPC": "synthetic images per class",
-    "arm": "which labels the loop sees and which method acts; * knows the true labels",
-    "n": "seeds",
-    "last": "test accuracy of the last synthetic set, %, mean ± standard deviation over seeds",
-    "best": "the same of the iterate that held-out training data chose",
-    "gain": "over the noisy arm (clean, where there is none) seed by seed, 95% interval, p of a paired t test",
-    "over random": "gain over random real images without distillation",
-    "recovered": "share of the gap between noisy and clean labels that is won back",
-    "s/iter": "seconds per update of the synthetic set",
-    "scoring s": "seconds spent on scoring real samples",
-    "memory": "peak memory",
-    "precision": "share of right labels among trusted samples",
-    "recall": "share of rightly labelled samples that are trusted",
-    "AUC": "of the trust against right labels",
-}
-"""Name of a column -> its meaning."""
 
 
 def grid_tables(rows: Sequence[GridRow]) -> list[Table]:
@@ -130,11 +111,8 @@ def _leaders(rows: Sequence[GridRow]) -> list[GridRow]:
     """The best arm of each IPC among those that do not know the true labels, and all within its standard error."""
     found: list[GridRow] = []
     for ipc in {row.key.ipc for row in rows}:
-        fair = [r for r in rows if r.key.ipc == ipc and r.last and not knows_truth(r.arm)]
-        if fair:
-            top = max(fair, key=lambda row: row.mean)
-            error = (top.std or 0.0) / len(top.last) ** 0.5
-            found += [row for row in fair if row.mean >= top.mean - error]
+        of_ipc = [row for row in rows if row.key.ipc == ipc and row.last]
+        found += leaders([(row, row.arm, row.mean, row.std, len(row.last)) for row in of_ipc])
     return found
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tad_plugin.errors import FileFormatError, explain
-from tad_plugin.experiments.grid.report import is_grid, write_report
+from tad_plugin.experiments.grid.report import finished_tasks, is_grid, write_report
 from tad_plugin.experiments.grid.runner import prepare_grid, run_grid
 from tad_plugin.experiments.grid.spec import SIZES, read_grid
 from tad_plugin.experiments.launch import Failure
 from tad_plugin.experiments.report.page import html_page
+from tad_plugin.experiments.report.pictures import draw_comparison, run_links
 from tad_plugin.experiments.report.tables import markdown_table, summarise
 from tad_plugin.utils.files import atomic_write, read_json
 from tad_plugin.utils.write_errors import check_path
@@ -83,8 +84,9 @@ def report(values: Any) -> None:
         raise FileFormatError(explain(f"the folder of a grid or a comparison in {folder}", "another", do))
     out = Path(values.out) if values.out else folder
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {p.stem: p for p in sorted((folder / "pictures").glob("*.png"))}
+    tasks = finished_tasks(folder)
+    drawn = draw_comparison(results, tasks, out) if tasks else {}
     atomic_write(out / "table.md", markdown_table(summarise(results)) + "\n")
-    atomic_write(out / "index.html", html_page(results, drawn))
+    atomic_write(out / "index.html", html_page(results, drawn, runs=run_links(tasks, out)))
     print(out / "table.md")
     print(out / "index.html")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.experiments.report.roles import has_own_method, knows_truth
-from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, picture
+from tad_plugin.experiments.report.style import BLUE, GREEN, GREY, ORANGE, PAPER, PURPLE, VERMILLION, picture
 from tad_plugin.experiments.report.tables import Row
 
 __all__ = ["plot_comparison"]
@@ -86,7 +86,7 @@ def _panel(axis: Any, members: Mapping[str, Row], arms: Sequence[str], which: st
             color=colour,
             elinewidth=1.6,
             capsize=3,
-            markeredgecolor="white",
+            markeredgecolor=PAPER,
             markeredgewidth=0.8,
         )
         figures = f"{accuracy.mean:.1f}" if accuracy.std is None else f"{accuracy.mean:.1f} ± {accuracy.std:.1f}"

@@ -9,9 +9,10 @@ from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
 from tad_plugin.experiments.doubts import doubt_lines
-from tad_plugin.experiments.report.tables import build_tables, notes, summarise
+from tad_plugin.experiments.report.marks import COLUMNS
+from tad_plugin.experiments.report.tables import Table, build_tables, notes, summarise
 
-__all__ = ["data_uri", "distinct", "html_page", "render", "versions_line"]
+__all__ = ["data_uri", "distinct", "glossary", "html_page", "render", "versions_line"]
 
 _KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 
@@ -21,6 +22,7 @@ def html_page(
     pictures: Mapping[str, str | Path],
     *,
     title: str = "Dataset distillation on noisy data",
+    runs: Mapping[str, str] | None = None,
 ) -> str:
     """Renders one self-contained HTML page: tables, doubts, embedded pictures, commands and versions.
 
@@ -30,6 +32,7 @@ def html_page(
         results: dicts as in results.json.
         pictures: caption -> PNG, JPEG or SVG file, in the order of the page.
         title: the page's heading.
+        runs: name of a run -> its folder, relative to the page; links at the end.
 
     Raises:
         InvalidInputError: as in :func:`summarise`; or a picture does not exist or is of another kind.
@@ -37,16 +40,25 @@ def html_page(
     """
     results = list(results)
     rows = summarise(results)
+    tables = build_tables(rows)
     return render(
         "report.html.j2",
         title=title,
         note=notes(rows),
-        tables=build_tables(rows),
+        tables=tables,
+        glossary=glossary(tables),
+        runs=dict(runs or {}),
         doubts=doubt_lines(results),
         pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
         commands=distinct(str(result["command"]) for result in results if result.get("command")),
         versions=distinct(versions_line(result["versions"]) for result in results if result.get("versions")),
     )
+
+
+def glossary(tables: Iterable[Table]) -> dict[str, str]:
+    """Column -> its meaning, for the columns that these tables have."""
+    header = {name for table in tables for name in table.header}
+    return {name: meaning for name, meaning in COLUMNS.items() if name in header}
 
 
 def render(template: str, **values: Any) -> str:

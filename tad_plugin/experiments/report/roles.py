@@ -7,7 +7,7 @@ from tad_plugin.core.registry import load_method, method_names
 from tad_plugin.errors import UnknownNameError
 from tad_plugin.experiments.arms import parse_arm
 
-__all__ = ["has_own_method", "knows_truth", "methods_of"]
+__all__ = ["has_own_method", "knows_truth", "methods_of", "told_rate"]
 
 
 def methods_of(arm: str) -> list[type[Callback]]:
@@ -26,3 +26,8 @@ def knows_truth(arm: str) -> bool:
 def has_own_method(arm: str) -> bool:
     """True if the arm has a method that is not a rival, that is, not there only to compare with."""
     return any(not method.rival for method in methods_of(arm))
+
+
+def told_rate(arm: str) -> bool:
+    """True if the arm is told how many labels are wrong, which a user would have to guess."""
+    return any(method.told_rate for method in methods_of(arm))

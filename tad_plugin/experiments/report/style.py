@@ -1,11 +1,14 @@
 """Shared style of all pictures: colours, fonts, and a figure that changes no global state.
 
+An SVG follows the reader's light or dark mode: its greys are variables, which a rule in the file sets for each mode.
+
 Each picture has its own Figure object, so no window is opened and no display is needed. The colours are those of Okabe
 and Ito, which colour-blind readers can tell apart. Line styles and markers differ as well.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +17,25 @@ from typing import Any
 from tad_plugin.errors import InvalidInputError, explain, missing_extra
 from tad_plugin.utils.files import atomic_save
 
-__all__ = ["BLUE", "GREEN", "GREY", "LIGHT", "ORANGE", "PURPLE", "VERMILLION", "legend_above", "picture"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "LIGHT",
+    "ORANGE",
+    "PAPER",
+    "PURPLE",
+    "TEXT",
+    "VERMILLION",
+    "legend_above",
+    "picture",
+]
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#A8518A"
 GREY, LIGHT = "#5F6871", "#C9D0D7"
+TEXT, GRID, PAPER = "#1B1F24", "#E6E9EC", "#FFFFFF"
+_DARK = {TEXT: "#E4E8EC", GRID: "#2B333C", PAPER: "#14181D", GREY: "#A3AEB9", LIGHT: "#48525D", BLUE: "#4FA9DE"}
+"""Colour of a picture -> what it is in dark mode. All others are readable on both."""
 SUFFIXES = (".png", ".svg", ".pdf")
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that pictures look the same everywhere
@@ -28,14 +46,17 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.axisbelow": True,
-    "grid.color": "#E6E9EC",
+    "text.color": TEXT,  # not black: matplotlib writes no colour for black text, so that nothing could change it
+    "axes.labelcolor": TEXT,
+    "axes.titlecolor": TEXT,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "xtick.color": GREY,
     "ytick.color": GREY,
-    "xtick.labelcolor": "black",
-    "ytick.labelcolor": "black",
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
     "savefig.dpi": 150,
     "svg.hashsalt": "tad_plugin",  # the same picture gives the same file
 }
@@ -70,7 +91,25 @@ def picture(path: str | Path, *, tight: bool = False) -> Iterator[Any]:
         cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.08} if tight else {}
         # without the date the same picture gives the same file
         dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        atomic_save(path, lambda temporary: figure.savefig(temporary, metadata=dated, **cut))
+
+        def save(temporary: Path) -> None:
+            figure.savefig(temporary, metadata=dated, **cut)
+            if path.suffix.lower() == ".svg":
+                text = temporary.read_text(encoding="utf-8")
+                temporary.write_text(_with_dark_mode(text), encoding="utf-8", newline="\n")
+
+        atomic_save(path, save)
+
+
+def _with_dark_mode(svg: str) -> str:
+    """Makes the colours in ``_DARK`` variables, which follow the reader's mode."""
+    names = {light.lower(): f"--c{index}" for index, light in enumerate(_DARK)}
+    svg = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: f"var({names[c]})" if (c := found[0]) in names else c, svg)
+    light = "".join(f"{name}:{colour};" for colour, name in names.items())
+    dark = "".join(f"{names[colour.lower()]}:{instead};" for colour, instead in _DARK.items())
+    rule = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    start = svg.index(">", svg.index("<svg")) + 1
+    return svg[:start] + rule + svg[start:]
 
 
 def legend_above(axis: Any, **options: Any) -> None:

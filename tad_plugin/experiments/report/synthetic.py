@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.experiments.report.style import picture
 
-__all__ = ["plot_synthetic"]
+__all__ = ["plot_arms", "plot_synthetic"]
 
 
 def plot_synthetic(
@@ -92,3 +93,97 @@ def plot_synthetic(
         if heading:
             axis.set_title(heading, pad=8)
     return Path(path)
+
+
+def plot_arms(
+    sets: Mapping[str, tuple[Tensor, Tensor]],
+    path: str | Path,
+    *,
+    class_names: Sequence[str],
+    max_classes: int = 10,
+    max_per_class: int = 5,
+    across: int = 3,
+) -> Path:
+    """Draws the synthetic images of several arms in one grid.
+
+    With one image per class each arm is a row, and each class is a column. With more, each arm is a block with a row
+    per class, and blocks stand side by side.
+
+    Args:
+        sets: arm -> (pixels float [M, 1 or 3, H, W], where 0 is black and 1 is white; int64 labels [M]).
+        path: picture to write.
+        class_names: names of all classes.
+        max_classes: maximum number of classes; a note says if some are left out.
+        max_per_class: maximum number of images of a class.
+        across: blocks side by side.
+
+    Raises:
+        InvalidInputError: no set, or images that are not finite.
+    """
+    if not sets or not all(bool(torch.isfinite(pixels).all()) for pixels, _ in sets.values()):
+        raise InvalidInputError(explain("finite images of at least one arm", "none", "Check the losses of the runs"))
+    classes = list(range(min(len(class_names), max_classes)))
+    tables = {arm: _blocks(pixels, labels, classes, max_per_class) for arm, (pixels, labels) in sets.items()}
+    wide = max(len(row) for table in tables.values() for row in table)
+    single, arms = wide == 1, list(tables)
+    rows, columns = (len(arms), len(classes)) if single else (len(classes), wide)
+    across = 1 if single else min(across, len(arms))
+    down = 1 if single else -(-len(arms) // across)
+    cell, left, head = 0.5 if single else 0.38, 1.35 if single else 0.95, 0.3
+    gap = 0.14
+    block = columns * cell
+    with picture(path, tight=True) as figure:
+        figure.set_size_inches(left + across * (block + gap), down * (rows * cell + head + gap))
+        width, height = figure.get_size_inches()
+        sheets: list[tuple[str, list[list[Tensor]]]] = list(tables.items())
+        if single:
+            sheets = [("", [[image for row in tables[arm] for image in row] for arm in arms])]
+        for place, (title, table) in enumerate(sheets):
+            x = left + (place % across) * (block + gap)
+            top = height - (place // across) * (rows * cell + head + gap) - head
+            bounds = (x / width, (top - rows * cell) / height, block / width, rows * cell / height)
+            axis = figure.add_axes(bounds)
+            axis.imshow(_sheet(table, columns), interpolation="nearest", aspect="auto")
+            axis.patch.set_visible(False)
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+            size = axis.get_images()[0].get_array().shape
+            ys = [(row + 0.5) * size[0] / rows for row in range(rows)]
+            if single:
+                axis.xaxis.tick_top()
+                names = [class_names[c] for c in classes]
+                turned = 0 if max(map(len, names)) < 6 else 45
+                axis.set_xticks(
+                    [(c + 0.5) * size[1] / columns for c in range(columns)], names, rotation=turned,
+                    ha="center" if not turned else "left",
+                )  # fmt: skip
+                axis.set_yticks(ys, arms)
+            else:
+                axis.set_xticks([])
+                axis.set_yticks(ys if place % across == 0 else [], [class_names[c] for c in classes][: len(ys)]
+                                if place % across == 0 else [])  # fmt: skip
+                axis.set_title(title)
+        notes = [f"first {len(classes)} of {len(class_names)} classes"] if len(classes) < len(class_names) else []
+        largest = max(int(labels.bincount().max()) for _, labels in sets.values())
+        notes += [f"first {wide} of {largest} images per class"] if wide < largest else []
+        if notes:
+            figure.text(0, -0.02, ", ".join(notes), va="top", fontsize=7.5)
+    return Path(path)
+
+
+def _blocks(pixels: Tensor, labels: Tensor, classes: Sequence[int], most: int) -> list[list[Tensor]]:
+    """For each class its first images, as [H, W, 3] in [0, 1]."""
+    shown = pixels.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    return [list(shown[(labels.cpu() == c).nonzero().flatten()[:most]]) for c in classes]
+
+
+def _sheet(table: Sequence[Sequence[Tensor]], columns: int) -> np.ndarray:
+    """The images of a table beside and below one another, [rows * H', columns * W', 4]; gaps are transparent."""
+    height, width, _ = next(image for row in table for image in row).shape
+    gap = max(1, height // 16)
+    sheet = np.zeros((len(table) * (height + gap), columns * (width + gap), 4))
+    for r, row in enumerate(table):
+        for c, image in enumerate(row):
+            top, left = r * (height + gap), c * (width + gap)
+            sheet[top : top + height, left : left + width] = np.dstack([image.numpy(), np.ones((height, width))])
+    return sheet

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tad_plugin.errors import InvalidInputError, explain
-from tad_plugin.experiments.report.roles import knows_truth
+from tad_plugin.experiments.report.marks import COLUMNS, MARKED, leaders, marked, marks_note
 
 __all__ = [
-    "NOTE",
     "Accuracy",
     "Line",
     "Row",
@@ -34,11 +33,6 @@ __all__ = [
 
 #: smallest gap between clean and noisy, in points, of which a recovered share is computed
 MINIMUM_GAP = 0.5
-NOTE = (
-    "* knows the true labels. recovered: share of the gap between the clean and the noisy arm that is won back. "
-    "cost: time of scoring, experts and distillation, as a multiple of the noisy arm's."
-)
-"""The note below every table."""
 HELD_OUT = (
     "held out: no test images; accuracy of the last set on training images that were held out, counted against "
     "{labels} labels{doubt}."
@@ -254,7 +248,8 @@ class Line:
     Attributes:
         cells: texts, one per column.
         first: True for the first line of its IPC.
-        best: True for the highest last accuracy of its IPC among arms that do not know the true labels.
+        best: True for the highest last accuracy of its IPC among arms that do not know the true labels, and for all
+            within its standard error.
     """
 
     cells: tuple[str, ...]
@@ -292,7 +287,7 @@ def build_tables(rows: Sequence[Row]) -> list[Table]:
             Line(
                 cells=tuple(text[column] for column in kept),
                 first=position == 0 or row.ipc != members[position - 1].ipc,
-                best=best[row.ipc] is row,
+                best=any(row is leader for leader in best),
             )
             for position, (row, text) in enumerate(zip(members, texts, strict=True))
         ]
@@ -319,7 +314,7 @@ def _cells(row: Row) -> list[str]:
     main = row.last or row.best
     return [
         str(row.ipc),
-        row.arm + (" *" if knows_truth(row.arm) else ""),
+        marked(row.arm),
         accuracy(row.last),
         accuracy(row.best),
         accuracy(row.held_out),
@@ -335,16 +330,13 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _best(rows: Sequence[Row]) -> dict[int, Row | None]:
-    """IPC -> the row with the highest last accuracy among arms that do not know the true labels."""
-    best: dict[int, Row | None] = {row.ipc: None for row in rows}
-    for row in rows:
-        if row.last is None or knows_truth(row.arm):
-            continue
-        leader = best[row.ipc]
-        if leader is None or leader.last is None or row.last.mean > leader.last.mean:
-            best[row.ipc] = row
-    return best
+def _best(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are bold: the highest last accuracy of each IPC, and all within its standard error."""
+    found: list[Row] = []
+    for ipc in dict.fromkeys(row.ipc for row in rows):
+        of_ipc = [row for row in rows if row.ipc == ipc]
+        found += leaders([(r, r.arm, r.last.mean, r.last.std, r.seeds) for r in of_ipc if r.last is not None])
+    return found
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -365,16 +357,18 @@ def text_table(rows: Sequence[Row]) -> str:
         for line, text in zip(table.lines, texts[1:], strict=True):
             body += ["", text] if line.first and body else [text]
         blocks.append("\n".join([table.title, rule, texts[0], rule, *body, rule]))
-    return "\n\n".join([*blocks, notes(rows)]) if blocks else "No results."
+    return "\n\n".join([*blocks, notes(rows, bold=False)]) if blocks else "No results."
 
 
-def notes(rows: Sequence[Row]) -> str:
-    """The note below tables of these rows."""
-    labels = sorted({row.held_out_labels for row in rows if row.held_out is not None})
-    if not labels:
-        return NOTE
-    doubt = ", which may be wrong themselves" if "observed" in labels else ""
-    return f"{NOTE} {HELD_OUT.format(labels=' or '.join(labels), doubt=doubt)}"
+def notes(rows: Sequence[Row], *, bold: bool = True) -> str:
+    """The note below tables of these rows; ``bold`` if they show the best arms."""
+    header = {name for table in build_tables(rows) for name in table.header}
+    found = [marks_note(row.arm for row in rows), MARKED if bold and "last" in header else ""]
+    found += [f"{name}: {COLUMNS[name]}." for name in ("recovered", "cost") if name in header]
+    if labels := sorted({row.held_out_labels for row in rows if row.held_out is not None}):
+        doubt = ", which may be wrong themselves" if "observed" in labels else ""
+        found.append(HELD_OUT.format(labels=" or ".join(labels), doubt=doubt))
+    return " ".join(part for part in found if part)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -382,11 +376,19 @@ def markdown_table(rows: Sequence[Row]) -> str:
     blocks = []
     for table in build_tables(rows):
         align = [":--" if name == "arm" else "--:" for name in table.header]
-        body = [[_markdown(cell) for cell in line.cells] for line in table.lines]
+        body = [_markdown_cells(line, table.header) for line in table.lines]
         lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
         blocks.append("\n".join([f"**{_markdown(table.title)}**", "", *lines]))
     note = textwrap.fill(_markdown(notes(rows)), 118)
     return "\n\n".join([*blocks, note]) if blocks else "No results."
+
+
+def _markdown_cells(line: Line, header: Sequence[str]) -> list[str]:
+    cells = [_markdown(cell) for cell in line.cells]
+    if line.best and "last" in header:
+        place = header.index("last")
+        cells[place] = f"**{cells[place]}**"
+    return cells
 
 
 def _markdown(text: str) -> str:

@@ -21,13 +21,13 @@ _GRID = 512
 
 
 def plot_trusted_space(log_records: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draws the trusted space over rounds: its size, recalled and returned samples, precision and recall.
+    """Draws the division over rounds: samples trusted as labelled, relabelled and untrusted, and its quality.
 
     Args:
         log_records: records of a run's log, in their order. A record with a number under "trusted" is a round. It may
-            also have "untrusted", "recalled", "returned", "round", and "precision" and "recall" (shares in [0, 1]).
-            Precision and recall are also read from the records with "event": "split" that follow the round. Other
-            records are ignored. A panel without any figure is left out.
+            also have "untrusted", "relabelled" (a part of the trusted ones), "recalled", "returned", "round", and
+            "precision" and "recall" (shares in [0, 1]). Precision and recall are also read from the records with
+            "event": "split" that follow the round. Other records are ignored. A panel without any figure is left out.
         path: picture to write.
 
     Raises:
@@ -38,6 +38,8 @@ def plot_trusted_space(log_records: Sequence[Mapping[str, Any]], path: str | Pat
     number = _series(rounds, "round")
     x = number if bool(np.all(np.diff(number) > 0)) and not np.isnan(number).any() else np.arange(1.0, len(rounds) + 1)
     trusted, untrusted = _series(rounds, "trusted"), _series(rounds, "untrusted")
+    relabelled = np.nan_to_num(_series(rounds, "relabelled"))
+    plain = trusted - relabelled  # "trusted" counts relabelled samples
     moved = _present(rounds, (("recalled", GREEN, "-"), ("returned", VERMILLION, "--")))
     shares = _present(rounds, (("precision", BLUE, "-"), ("recall", ORANGE, "--")))
     heights = [1.7, *([1.0] if moved else []), *([1.2] if shares else [])]
@@ -46,12 +48,15 @@ def plot_trusted_space(log_records: Sequence[Mapping[str, Any]], path: str | Pat
         figure.set_size_inches(6.4, 0.5 + 1.3 * sum(heights))
         axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
         axis = axes.pop(0)
-        axis.fill_between(x, 0, trusted, color=BLUE, alpha=0.25, linewidth=0)
-        axis.plot(x, trusted, color=BLUE, label="trusted", **style)
+        axis.fill_between(x, 0, plain, color=BLUE, alpha=0.3, linewidth=0)
+        axis.plot(x, plain, color=BLUE, label="trusted as labelled", **style)
+        if relabelled.any():
+            axis.fill_between(x, plain, trusted, color=GREEN, alpha=0.3, linewidth=0)
+            axis.plot(x, trusted, color=GREEN, label="and relabelled", **style)
         if not np.isnan(untrusted).all():
             axis.fill_between(x, trusted, trusted + untrusted, color=LIGHT, alpha=0.5, linewidth=0)
-            axis.plot(x, trusted + untrusted, color=GREY, linewidth=1.2, label="all samples")
-        axis.set_title("Trusted space")
+            axis.plot(x, trusted + untrusted, color=GREY, linewidth=1.2, label="and untrusted")
+        axis.set_title("Samples")
         axis.set_ylabel("samples")
         axis.set_ylim(bottom=0)
         lower = ((moved, "Moved in the round", "samples", 1), (shares, "Against the true labels", "%", 100))

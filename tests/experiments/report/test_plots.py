@@ -134,13 +134,14 @@ def test_trusted_space_reads_rounds_and_the_split_records_after_them(tmp_path: P
         {"event": "round", "trusted": 60, "untrusted": 40, "recalled": 0, "returned": 0},
         {"event": "split", "precision": 0.9, "recall": 0.5},
         {"iteration": 3, "loss": 1.0},
-        {"event": "round", "trusted": 70, "untrusted": 30, "recalled": 12, "returned": 2},
+        {"event": "round", "trusted": 70, "untrusted": 30, "relabelled": 12, "recalled": 12, "returned": 2},
         {"event": "split", "precision": 0.8, "recall": None},
     ]
     plot_trusted_space(log, tmp_path / "t.png")
     lines = {line.get_label(): np.asarray(line.get_ydata()) for axis in drawn[0].axes for line in axis.lines}
-    assert set(lines) == {"trusted", "all samples", "recalled", "returned", "precision", "recall"}
-    assert lines["trusted"].tolist() == [60, 70] and lines["all samples"].tolist() == [100, 100]
+    stacked = {"trusted as labelled": [60, 58], "and relabelled": [60, 70], "and untrusted": [100, 100]}
+    assert set(lines) == {*stacked, "recalled", "returned", "precision", "recall"}
+    assert {name: lines[name].tolist() for name in stacked} == stacked
     assert lines["recalled"].tolist() == [0, 12] and lines["returned"].tolist() == [0, 2]
     assert lines["precision"].tolist() == [90, 80] and lines["recall"][0] == 50 and math.isnan(lines["recall"][1])
 

@@ -12,7 +12,15 @@ import pytest
 
 from tad_plugin.errors import InvalidInputError, MissingExtraError
 from tad_plugin.experiments.report.page import html_page
-from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise, text_table
+from tad_plugin.experiments.report.tables import (
+    Row,
+    build_tables,
+    markdown_table,
+    noise_label,
+    notes,
+    summarise,
+    text_table,
+)
 
 
 def result(arm: str, last: list[float], *, seed: int = 0, ipc: int = 10, **more: Any) -> dict[str, Any]:
@@ -210,6 +218,7 @@ def test_markdown_table_has_one_cell_per_column() -> None:
     assert len(lines) == 2 + 4
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "a\\|b" in text and "clean \\*" in text
+    assert sum("**" in line for line in lines) == 1 and "**89.5 ± 2.1**" in text
 
 
 def test_markdown_shows_names_as_they_are() -> None:
@@ -293,3 +302,27 @@ def test_without_jinja2_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"tad_plugin\[reproduce\]"):
         html_page(RESULTS, {})
+
+
+def test_bold_marks_the_best_and_all_within_its_standard_error() -> None:
+    """tad: mean 80, standard deviation 2 over 4 seeds, so the error is 1."""
+    arms = {"clean": [99.0] * 4, "noisy": [78.9] * 4, "el2n": [79.1] * 4, "tad": [78.0, 82.0, 78.0, 82.0]}
+    error = statistics.stdev(arms["tad"]) / 2
+    arms["noisy"], arms["el2n"] = [80.0 - error - 0.05] * 4, [80.0 - error + 0.05] * 4
+    rows = summarise(result(arm, [v], seed=seed) for arm, values in arms.items() for seed, v in enumerate(values))
+    best = [line.cells[1] for line in build_tables(rows)[0].lines if line.best]
+    assert best == ["el2n †", "tad"]
+
+
+def test_a_footnote_stands_only_where_its_mark_stands() -> None:
+    assert notes(summarise([result("noisy", [1.0])])).startswith("bold")
+    assert "told the rate" in notes(summarise([result("loss-prune", [1.0])]))
+    known = notes(summarise([result("clean", [1.0])]))
+    assert "knows the true labels" in known and "rate" not in known
+    assert "bold" not in text_table(summarise([result("noisy", [1.0])]))
+
+
+def test_the_page_explains_its_columns_and_links_its_runs() -> None:
+    html = html_page(RESULTS, {}, runs={"tad, IPC 10, seed 0": "tad/ipc10/seed0/"})
+    assert '<a href="tad/ipc10/seed0/">tad, IPC 10, seed 0</a>' in html
+    assert "<dt>recovered</dt>" in html and "<dt>gain</dt>" not in html
