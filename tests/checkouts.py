@@ -1,7 +1,7 @@
 """Checkouts of the public codebases, for the tests that compare with them number for number.
 
-A checkout is named by an environment variable: TAD_UPSTREAM_DM, TAD_UPSTREAM_MTT, TAD_UPSTREAM_DATM, TAD_UPSTREAM_IDM.
-Without it the test that asks for the checkout is skipped.
+A checkout is named by an environment variable: TAD_UPSTREAM_DM, TAD_UPSTREAM_MTT, TAD_UPSTREAM_DATM, TAD_UPSTREAM_IDM,
+TAD_UPSTREAM_IDC. Without it the test that asks for the checkout is skipped.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ def cpu_only() -> Iterator[None]:
 
         return to
 
+    # torch compiles its rules for forward-mode derivatives on first use, from the functions that are replaced below.
+    torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
     with ExitStack() as stack:
         for name in _MAKERS:
             stack.enter_context(mock.patch.object(torch, name, _on_cpu(getattr(torch, name))))

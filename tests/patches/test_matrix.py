@@ -1,6 +1,6 @@
 """Checkouts of the public codebases as people have them: edited, converted, forked.
 
-Needs checkouts named by TAD_UPSTREAM_DM, _MTT, _DATM and _IDM. TAD_UPSTREAM_FORKS names forks of
+Needs checkouts named by TAD_UPSTREAM_DM, _MTT, _DATM, _IDM and _IDC. TAD_UPSTREAM_FORKS names forks of
 them: ``dm=PATH:mtt=PATH:mtt=PATH``.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tad_plugin.core.registry import available_methods, load_method
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.data.real import RealData
-from tad_plugin.errors import ConfigError, FileFormatError, explain
+from tad_plugin.errors import ConfigError, explain
 from tad_plugin.experiments.audit.cross_fit import Part, cross_fit, draw_folds
 from tad_plugin.experiments.audit.page import audit_page, shown_samples
 from tad_plugin.experiments.audit.table import summary, suspect_rows, write_suspects
@@ -54,9 +54,9 @@ class AuditConfig(Settings):
 
     method: str = "tad"
     folds: int = setting(4, at_least=2)
-    networks: int = setting(2, at_least=1)
+    networks: int = setting(1, at_least=1)
     rounds: int = setting(2, at_least=1)
-    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=20, width=48))
+    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=20))
 
 
 @dataclass(frozen=True)
@@ -169,20 +169,14 @@ def _judged(
         return found
 
     usable = torch.ones_like(data.labels, dtype=torch.bool)
+    logs = torch.zeros(len(data), data.num_classes, device=data.labels.device)
     for round in range(settings.rounds):
-        probabilities = cross_fit(
-            data,
-            folds,
-            settings.scorer,
-            round=round,
-            networks=settings.networks,
-            seed=plan.seed,
-            usable=usable,
-            once=once,
-        )
+        options: dict[str, Any] = {"round": round, "networks": settings.networks, "seed": plan.seed, "once": once}
+        logs += cross_fit(data, folds, settings.scorer, usable=usable, **options).clamp_min(1e-12).log()
+        # The geometric mean of the rounds: the first is too cautious, the later ones are too sure of what they kept.
+        probabilities = (logs / (round + 1)).softmax(1)
         trust = method.judge(probabilities, data.labels, data.num_classes)
-        if trust is None:
-            raise FileFormatError(explain("a judgement", "none", "Choose another --method"))
+        assert trust is not None  # judging_methods() have a rule
         verdicts = decide(probabilities, data.labels, trust)
         usable = verdicts.verdict == 0
     next(steps, None)

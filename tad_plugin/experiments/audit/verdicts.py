@@ -13,6 +13,8 @@ WORDS = ("keep", "relabel", "drop", "unsure")
 """The verdicts: the label stays; it is replaced by the proposed one; the image is left out; the evidence is mixed."""
 
 _UNSURE = 0.25
+# Below it relabelling was right in 61% of a trial's images, and lowered the accuracy of the corrected labels.
+_LEAST_CONFIDENCE = 0.7
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def decide(probabilities: Tensor, observed: Tensor, trust: Tensor) -> Verdicts:
     """Decides on every sample [ours].
 
     - Trust above 1/2, or a prediction that agrees with the label: keep.
-    - Else, if the proposed label is as probable as it is on average for kept samples of that class (the rule of
-      confident learning, Northcutt et al. 2021): relabel.
+    - Else, if the proposed label has a probability of at least 0.7, and is as probable as it is on average for kept
+      samples of that class (the rule of confident learning, Northcutt et al. 2021): relabel.
     - Else, trust below 1/4: drop. The rest: unsure.
 
     Args:
@@ -59,16 +61,16 @@ def decide(probabilities: Tensor, observed: Tensor, trust: Tensor) -> Verdicts:
     confidence, proposed = p.max(1)
     agree = proposed == observed
     others = p.scatter(1, observed[:, None], 0.0).max(1).values
-    # The margin decides between samples whose trust is equal to a few digits.
-    margin = others.log() - own.log()
-    doubt = 1.0 - trust.double() + 1e-3 * margin / (1.0 + margin.abs())
+    # Over all classes the loss orders better than trust, which is relative to the class: an average precision of 0.78
+    # instead of 0.72 in reproduce/benchmarks/audit_trial.py (a seed that is in no table), with half of the rival's.
+    doubt = 0.5 * others.clamp_min(1e-12).log() - own.log()
     kept = (trust > 0.5) | agree
     needed = torch.full((p.shape[1],), torch.inf, dtype=torch.float64, device=p.device)
     for c in proposed[~kept].unique().tolist():
         members = kept & (observed == c) & agree
         if bool(members.any()):
             needed[c] = own[members].mean()
-    relabel = ~kept & (confidence >= needed[proposed])
+    relabel = ~kept & (confidence >= needed[proposed].clamp_min(_LEAST_CONFIDENCE))
     drop = ~kept & ~relabel & (trust < _UNSURE)
     verdict = torch.where(kept, 0, torch.where(relabel, 1, torch.where(drop, 2, 3)))
     return Verdicts(trust.float(), -own.log().float(), proposed, confidence.float(), doubt, verdict)

@@ -40,10 +40,19 @@ def test_each_sample_gets_its_verdict() -> None:
     ]
 
 
-def test_equal_trust_is_ordered_by_the_margin() -> None:
-    p = torch.tensor([[0.4, 0.6], [0.001, 0.999], [0.01, 0.99], [0.99, 0.01]])
-    found = decide(p, torch.tensor([0, 0, 0, 0]), torch.tensor([0.0, 0.0, 0.0, 1.0]))
-    assert found.order.tolist() == [1, 2, 0, 3]
+def test_doubt_is_the_loss_and_half_of_the_rival() -> None:
+    p = torch.tensor([[0.4, 0.6, 0.0], [0.001, 0.999, 0.0], [0.2, 0.4, 0.4], [0.2, 0.8, 0.0]])
+    found = decide(p, torch.tensor([0, 0, 0, 0]), torch.ones(4))
+    assert found.order.tolist() == [1, 3, 2, 0]
+    own, other = p[:, 0].double(), p[:, 1:].max(1).values.double()
+    assert torch.allclose(found.doubt, 0.5 * other.log() - own.log())
+
+
+def test_no_label_is_replaced_by_an_improbable_one() -> None:
+    p = torch.tensor([[0.45, 0.3, 0.25], [0.1, 0.46, 0.44], [0.1, 0.44, 0.46], [0.02, 0.49, 0.49]])
+    assert [WORDS[i] for i in decide(p, torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 1.0, 1.0, 0.0])).verdict] == [
+        "keep", "keep", "keep", "drop"
+    ]  # fmt: skip
 
 
 def test_the_transition_matrix_counts_right_labels_in_rows() -> None:
