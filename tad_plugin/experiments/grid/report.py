@@ -21,7 +21,15 @@ from tad_plugin.experiments.grid.tables import (
 )
 from tad_plugin.experiments.launch import Task
 from tad_plugin.experiments.report.marks import MARKED, marks_note
-from tad_plugin.experiments.report.page import arm_meanings, data_uri, distinct, glossary, render, versions_line
+from tad_plugin.experiments.report.page import (
+    arm_meanings,
+    data_uri,
+    distinct,
+    glossary,
+    least_width,
+    render,
+    versions_line,
+)
 from tad_plugin.experiments.report.pictures import draw_comparison
 from tad_plugin.utils.files import atomic_write, read_json, read_yaml
 from tad_plugin.utils.write_errors import writing_to
@@ -121,7 +129,7 @@ def _page(
         published=grid["published"],
         glossary=_glossary(rows),
         arms=arm_meanings(row.arm for row in rows),
-        pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
+        pictures=[(caption, data_uri(path), least_width(path)) for caption, path in pictures.items()],
         commands=_commands(results),
         versions=_versions(results),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tad_plugin.experiments.doubts import doubt_lines
 from tad_plugin.experiments.report.marks import COLUMNS
 from tad_plugin.experiments.report.tables import Table, build_tables, notes, summarise
 
-__all__ = ["arm_meanings", "data_uri", "distinct", "glossary", "html_page", "render", "versions_line"]
+__all__ = ["arm_meanings", "data_uri", "distinct", "glossary", "html_page", "least_width", "render", "versions_line"]
 
 _KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 
@@ -51,7 +52,7 @@ def html_page(
         arms=arm_meanings(row.arm for row in rows),
         runs=dict(runs or {}),
         doubts=doubt_lines(results),
-        pictures=[(caption, data_uri(path)) for caption, path in pictures.items()],
+        pictures=[(caption, data_uri(path), least_width(path)) for caption, path in pictures.items()],
         commands=distinct(str(result["command"]) for result in results if result.get("command")),
         versions=distinct(versions_line(result["versions"]) for result in results if result.get("versions")),
     )
@@ -95,6 +96,14 @@ def data_uri(path: str | Path) -> str:
         raise InvalidInputError(explain("a PNG, JPEG or SVG file", got, "Draw the picture first, or leave it out"))
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return f"data:image/{_KINDS[path.suffix.lower()]};base64,{content}"
+
+
+def least_width(path: str | Path) -> float:
+    """Width in rem under which a picture scrolls instead of shrinking: three quarters of an SVG's own, at least 22."""
+    if Path(path).suffix.lower() != ".svg":
+        return 22.0
+    found = re.search(r'<svg[^>]* width="([0-9.]+)pt"', Path(path).read_text(encoding="utf-8"))
+    return max(22.0, round(float(found[1]) * 4 / 3 / 16 * 0.75, 1)) if found else 22.0
 
 
 def distinct(lines: Iterable[str]) -> list[str]:
