@@ -56,7 +56,7 @@ class AuditConfig(Settings):
     folds: int = setting(4, at_least=2)
     networks: int = setting(1, at_least=1)
     rounds: int = setting(2, at_least=1)
-    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=20))
+    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(epochs=15))
 
 
 @dataclass(frozen=True)
