@@ -89,7 +89,8 @@ def test_every_data_file_is_installed(config: configparser.ConfigParser) -> None
 
 
 def test_every_patch_is_installed(config: configparser.ConfigParser) -> None:
-    for folder in sorted((ROOT / "patches").iterdir()):
+    assert config["options.data_files"]["share/tad_plugin/patches"] == "patches/README.md"
+    for folder in sorted(p for p in (ROOT / "patches").iterdir() if p.is_dir()):
         place = f"share/tad_plugin/patches/{folder.name}"
         assert config["options.data_files"][place] == f"patches/{folder.name}/*"
 

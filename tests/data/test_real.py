@@ -24,6 +24,6 @@ def test_batches_and_subsets_keep_images_and_labels_together() -> None:
     batches = list(data.batches(4))
     assert [len(i) for i, _ in batches] == [4, 2] and torch.equal(torch.cat([x for _, x in batches]), IMAGES)
     part = data.subset(torch.tensor([5, 0]))
-    assert torch.equal(part.images, IMAGES[[5, 0]]) and part.labels.tolist() == [2, 0]
+    assert torch.equal(part.images[:], IMAGES[[5, 0]]) and part.labels.tolist() == [2, 0]
     assert part.true_labels is not None and part.true_labels.tolist() == [0, 2]
     assert len(RealData(torch.zeros(6, 0), LABELS, 3)) == 6  # labels only

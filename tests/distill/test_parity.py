@@ -54,17 +54,17 @@ class Replayed:
 @contextmanager
 def recorded_draws(loop: Baseline) -> Iterator[list[Tensor]]:
     """The indices of each real batch that the loop draws."""
-    original, found = loop.hook.sample, []
+    original, found = loop.hook.draw, []
 
-    def sample(*args: Any) -> Tensor:
+    def draw(*args: Any) -> Tensor:
         found.append(original(*args))
         return found[-1]
 
-    loop.hook.sample = sample  # type: ignore[method-assign]
+    loop.hook.draw = draw  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        loop.hook.sample = original  # type: ignore[method-assign]
+        loop.hook.draw = original  # type: ignore[method-assign]
 
 
 def loop_of(cls: type[Baseline], config: BaselineConfig) -> Baseline:

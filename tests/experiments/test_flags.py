@@ -185,8 +185,9 @@ def test_every_flag_that_a_text_names_exists() -> None:
     parser = _parser()
     scripts = set(flags_of(add_arguments(argparse.ArgumentParser())))
     scripts |= {"--upstream", "--seed", "--with", "--without", "--patches", "--long"}
+    scripts |= {"--files", "--edited", "--repository", "--commit"}  # of tad-plugin patch
     # of other programs: git, pip, and the public codebases' own
-    foreign = {"--no-ext-diff", "--no-textconv"}
+    foreign = {"--no-ext-diff", "--no-textconv", "--c"}  # --c0: a colour of a picture
     known = set(flags_of(parser)) | scripts
     loops = {f"--loop.{name}" for name in loop_settings()}
     wrong = []

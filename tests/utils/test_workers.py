@@ -37,6 +37,8 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int |
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_whose_exception_was_lost_is_raised_at_the_end(number: int, error: type[BaseException]) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup and in background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     lost = contextlib.suppress(KeyboardInterrupt, Terminated)
     with pytest.raises(error), stoppable(signal.SIGINT, signal.SIGTERM), lost:

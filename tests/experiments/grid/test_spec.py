@@ -185,9 +185,10 @@ def checks_only(grid: Any, out: Path, names: set[str]) -> list[Any]:
     from tad_plugin.experiments.plan import resolve
 
     tasks = grid_tasks(grid, out, {"device": "cpu"}, dict.fromkeys(names, out))
-    seen = set()
-    for task in tasks:
-        if (key := (task.arm, task.config.baseline, task.config.ipc, task.config.noise)) not in seen:
-            seen.add(key)
-            resolve(task.config, task.arm)
+    chosen: dict[Any, Any] = {}
+    for task in tasks:  # each arm and each cell once: a plan takes milliseconds, a grid has hundreds of runs
+        chosen.setdefault(("arm", task.arm), task)
+        chosen.setdefault(("cell", task.folder.relative_to(out / "runs").parts[0], task.config.ipc), task)
+    for task in {id(task): task for task in chosen.values()}.values():
+        resolve(task.config, task.arm)
     return tasks
