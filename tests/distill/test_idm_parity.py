@@ -100,7 +100,7 @@ def test_the_networks_learn_as_theirs_do(utils: types.ModuleType) -> None:
     learner, seen = loop.queue[0], []
     theirs = their_network(utils, learner.network).train()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.02, momentum=0.9, weight_decay=0.0005)
-    usable = loop.hook.state.trusted.nonzero().flatten()
+    usable = torch.cat(loop.hook.state.pools())  # sorted by class
     before = [p.detach().clone() for p in theirs.parameters()]
     for _ in range(3):
         generator = torch.Generator()
