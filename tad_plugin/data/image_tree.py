@@ -6,7 +6,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -47,6 +47,8 @@ class Tree:
         folders: relative names of the folders. A zip knows only those that have an entry of their own.
         skipped: how many entries were passed over, by reason.
         open: opens a file for reading.
+        prefix: what stands before the names in ``source``; "" if nothing does.
+        flat: True if the class folders lie at the top, without a folder ``train``, which the names have all the same.
     """
 
     source: str
@@ -54,6 +56,12 @@ class Tree:
     folders: tuple[str, ...]
     skipped: Mapping[str, int]
     open: Callable[[str], IO[bytes]]
+    prefix: str = ""
+    flat: bool = False
+
+    def place(self, name: str) -> str:
+        """Where the file ``name`` lies below ``source``."""
+        return self.prefix + (name.split("/", 1)[1] if self.flat else name)
 
     def has(self, top: str) -> bool:
         """Whether a file or a folder lies below the folder ``top``."""
@@ -173,15 +181,26 @@ def _rooted(tree: Tree, marker: str) -> Tree:
     every = [*tree.files, *(folder + "/" for folder in tree.folders)]
     tops = {name.split("/", 1)[0] for name in every if "/" in name}
     prefix = ""
+    if marker not in tops and _is_flat(tree, tops):
+        files = {f"{marker}/{n}": file for n, file in tree.files.items() if "/" in n}
+        skipped = Counter(tree.skipped) + Counter(suffix_of(n) for n in tree.files if "/" not in n)
+        folders = tuple(f"{marker}/{f}" for f in tree.folders)
+        return Tree(tree.source, files, folders, skipped, lambda name: tree.open(name.split("/", 1)[1]), "", True)
     if marker not in tops:
         below = {n.split("/", 2)[0] for n in every if n.count("/") >= 2 and n.split("/", 2)[1] == marker}
         if len(below) != 1:
             found = ", ".join(sorted(tops)[:8]) or "no folder"
-            do = "Arrange the images as train/<class>/* and test/<class>/*"
+            do = "Arrange the images as <class>/*, or as train/<class>/* and test/<class>/*"
             raise FileFormatError(explain(f"a folder '{marker}' in {tree.source}", found, do))
         prefix = below.pop() + "/"
     skipped = Counter(tree.skipped)
     skipped.update(suffix_of(name) for name in tree.files if not name.startswith(prefix))
     files = {n.removeprefix(prefix): tree.files[n] for n in sorted(tree.files) if n.startswith(prefix)}
     folders = tuple(sorted(f.removeprefix(prefix) for f in tree.folders if f.startswith(prefix)))
-    return Tree(tree.source, files, folders, +skipped, lambda name: tree.open(prefix + name))
+    return Tree(tree.source, files, folders, +skipped, lambda name: tree.open(prefix + name), prefix)
+
+
+def _is_flat(tree: Tree, tops: Collection[str]) -> bool:
+    """Whether the class folders lie at the top: at least two, each with files of its own, and none named as a split."""
+    own = {name.split("/")[0] for name in tree.files if name.count("/") == 1}
+    return len(tops) > 1 and set(tops) == own and not set(tops) & {"train", "test", "val"}

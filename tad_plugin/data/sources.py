@@ -156,7 +156,8 @@ def _folder(
     index = torch.arange(n)
     name = dataset_name(f"{_FOLDER}{path}")
     parts = (pixels[:n], train.labels, index, train.ranks, pixels[n:], test.labels)
-    return RawSplits(name, names, *parts, paths=train.paths, skipped=skipped, mapped=mapped)
+    paths = tuple(tree.place(path) for path in train.paths) if tree.flat else train.paths
+    return RawSplits(name, names, *parts, paths=paths, skipped=skipped, mapped=mapped)
 
 
 def _pixels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import zipfile
 from pathlib import Path
@@ -98,4 +99,26 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(image_tree.os, "scandir", refused)
     with pytest.raises(FileFormatError, match="Permission denied"), open_tree(place):
+        pass
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_class_folders_at_the_top_are_the_training_images(archive: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    path = Path(shutil.make_archive(str(folder), "zip", folder)) if archive else folder
+    with open_tree(path) as tree:
+        assert sorted(tree.files) == ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png"] and tree.flat
+        assert tree.read("train/dog/1.png") == b"dog/1.png" and tree.place("train/dog/1.png") == "dog/1.png"
+        assert tree.skipped == {".txt": 1}
+
+
+@pytest.mark.parametrize("names", [("cat/1.png",), ("cat/1.png", "test/1.png"), ("cat/a/1.png", "dog/a/1.png")])
+def test_other_folders_at_the_top_are_not_taken_for_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileFormatError, match="train"), open_tree(tmp_path):
         pass

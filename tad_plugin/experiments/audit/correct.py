@@ -85,11 +85,12 @@ def write_corrected(rows: Sequence[Mapping[str, Any]], dataset: str, to: str, ki
                 continue
             with writing_to(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
+            file = row["path"] if not tree.flat else f"train/{row['path']}"
             if kind == "link":
-                path.symlink_to((Path(tree.source) / row["path"]).resolve())
+                path.symlink_to((Path(tree.source) / tree.place(file)).resolve())
             else:
 
-                def save(temporary: Path, name: str = row["path"]) -> None:
+                def save(temporary: Path, name: str = file) -> None:
                     with tree.open(name) as read, open(temporary, "wb") as write:
                         shutil.copyfileobj(read, write)
 

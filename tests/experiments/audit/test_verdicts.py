@@ -179,3 +179,16 @@ def test_places_that_would_touch_other_files_are_refused(
     with pytest.raises(error):
         check_fix(kind, to, dataset)
     check_fix("copy", "new", "folder:photos")
+
+
+@pytest.mark.parametrize("above", ["", "inside/"])
+def test_links_lead_to_the_originals_wherever_the_classes_lie(above: str, tmp_path: Path) -> None:
+    """Without a folder train/, and in a folder around it."""
+    source = tmp_path / "photos"
+    found = rows(source / above if above else tmp_path / "made")
+    if not above:  # class folders at the top
+        (tmp_path / "made" / "train").rename(source)
+        found = [{**row, "path": row["path"].removeprefix("train/")} for row in found]
+    write_corrected(found, f"folder:{source}", str(tmp_path / "fixed"), "link")
+    links = list((tmp_path / "fixed").rglob("*.png"))
+    assert len(links) == 7 and all(p.is_symlink() and p.resolve().is_file() for p in links)
