@@ -25,7 +25,7 @@ ABOUT = """Dataset distillation on imperfect real data.
   tad-plugin compare --dataset digits --noise symmetric:0.4 --ipc 1,10 --arms clean,noisy,tad --seeds 3 --out runs/first
   tad-plugin distill --dataset digits --noise symmetric:0.4 --arm tad --out runs/one
   tad-plugin experts --dataset digits --noise symmetric:0.4 --arm tad --experts 5 --epochs 20 --out runs/experts
-  tad-plugin evaluate runs/one/synthetic.safetensors --dataset digits --eval_network mlp,convnet
+  tad-plugin evaluate runs/one --eval_network mlp,convnet
   tad-plugin influence runs/first/iwd/ipc10/seed0
   tad-plugin reproduce reproduce/tad_cifar10.yaml --size smoke
   tad-plugin report runs/tad_cifar10-smoke
@@ -101,11 +101,11 @@ def _parser() -> Any:
 
     check = verb(
         "evaluate",
-        "FILE --dataset NAME [options]",
+        "RUN [options]",
         "Train fresh networks on a synthetic set and test them on the real test images.",
         NOT_FOR_EVALUATION,
     )
-    check.add_argument("synthetic", type=str, help="synthetic.safetensors of a run")
+    check.add_argument("synthetic", type=str, help="run folder, or its synthetic.safetensors")
     check.add_argument("--out", type=str, default="", help="JSON file for the result")
 
     many = verb(
@@ -163,7 +163,8 @@ def _parser() -> Any:
     audits.add_audit_arguments(
         verb("audit", "--dataset NAME --out FOLDER [options]", audits.ABOUT, audits.NOT_FOR_AUDIT)
     )
-    verb("methods", "", "List the registered methods with their settings, and the bundled baselines.", run=False)
+    about = "List the registered methods with their settings and the bundled baselines, or explain one method."
+    verb("methods", "[METHOD]", about, run=False).add_argument("method", type=str, nargs="?", default="")
     for name, about in checkouts.ABOUT.items():
         verb(name, "...", about, run=False)  # only for the list of verbs: main() passes them on before it parses
     return parser
@@ -216,6 +217,7 @@ def _evaluate(values: Any) -> None:
     from tad_plugin.data.synthetic import SyntheticSet
     from tad_plugin.evaluate import evaluate
     from tad_plugin.experiments.doubts import at_chance
+    from tad_plugin.experiments.evaluated import evaluated
     from tad_plugin.experiments.flags import check_evaluate_flags
     from tad_plugin.experiments.loading import load_test
     from tad_plugin.experiments.plan import resolve
@@ -224,11 +226,11 @@ def _evaluate(values: Any) -> None:
     from tad_plugin.utils.files import atomic_write
     from tad_plugin.utils.seeds import seeded_generator
 
-    config = _run_config(values)
+    config, file = evaluated(_run_config(values), values.synthetic)
     plan = resolve(config, "noisy")  # evaluation is the same for all arms
-    synthetic = SyntheticSet.load(values.synthetic, device=plan.device)
+    synthetic = SyntheticSet.load(file, device=plan.device)
     check_evaluate_flags(config, synthetic.learning_rate)
-    splits = load_test(plan, synthetic, values.synthetic)
+    splits = load_test(plan, synthetic, file)
     found = {}
     for network in plan.evaluation.networks:
         with memory_budget(plan.memory_budget):
@@ -315,19 +317,10 @@ def _influence(values: Any) -> None:
         print(path)
 
 
-def _methods(_values: Any) -> None:
-    import dataclasses
+def _methods(values: Any) -> None:
+    from tad_plugin.experiments.help_text import methods_text
 
-    from tad_plugin.core.registry import available_methods, load_method
-    from tad_plugin.distill.baseline import baseline_names
-
-    for name in available_methods():
-        cls = load_method(name)
-        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
-        for setting in dataclasses.fields(cls.Config) if cls.Config is not None else ():
-            default = setting.default if setting.default is not dataclasses.MISSING else "..."
-            print(f"    {setting.name} = {default!r}")
-    print(f"baselines: {', '.join(baseline_names())}")
+    print(methods_text(values.method))
 
 
 def _later(module: str, name: str) -> Callable[[Any], int | None]:
@@ -387,10 +380,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     if given and given[0] in checkouts.VERBS:
         return checkouts.VERBS[given[0]](given[1:])
-    from tad_plugin.experiments.parser import check_given, parsed, with_switches
+    from tad_plugin.experiments.parser import check_given, parsed, with_help, with_switches
 
     parser = _parser()
-    given = with_switches(given)
+    given = with_switches(with_help(given))
     check_given(parser, given)
     values = parsed(parser, given)
     return VERBS[values.verb](values[values.verb]) or 0

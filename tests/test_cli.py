@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tad_plugin.errors.TadPluginWarn
 
 def helped(capsys: pytest.CaptureFixture[str], *verb: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        main([*verb, "--help"])
+        main([*verb, "--help_all"])
     assert caught.value.code == 0
     return capsys.readouterr().out
 

@@ -6,13 +6,15 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from tad_plugin.distill.experts.trainer import ExpertConfig
 from tad_plugin.errors import ConfigError, TadPluginError, explain, missing_extra, suggestion, unknown_name
 from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.help_text import short_help
 
-__all__ = ["check_given", "flags_of", "parsed", "parser_class", "with_switches"]
+__all__ = ["check_given", "flags_of", "parsed", "parser_class", "with_help", "with_switches"]
 
 SWITCHES = {"overwrite", "pictures", "dry_run"} | {
     name
@@ -24,6 +26,16 @@ SWITCHES = {"overwrite", "pictures", "dry_run"} | {
 
 _WORDS = {"true", "false", "yes", "no", "on", "off", "null"}
 _OPEN = ("--loop.", "--methods.")
+
+
+_WHOLE: ContextVar[bool] = ContextVar("whole_help", default=False)
+"""True while --help_all is answered."""
+
+
+def with_help(given: Sequence[str]) -> list[str]:
+    """The arguments with --help for --help_all, which then shows all flags."""
+    _WHOLE.set("--help_all" in given)
+    return ["--help" if word == "--help_all" else word for word in given]
 
 
 def parser_class() -> Any:
@@ -42,6 +54,12 @@ def parser_class() -> Any:
 
         def __init__(self, *args: Any, **more: Any) -> None:
             super().__init__(*args, allow_abbrev=False, **more)
+
+        def format_help(self, *args: Any, **more: Any) -> str:
+            """The short help; all flags where --help_all is asked for."""
+            if _WHOLE.get():
+                return str(super().format_help(*args, **more))
+            return short_help(self, _verbs(self))
 
         def error(self, message: str, ex: Exception | None = None) -> Any:
             """Prints usage and message and ends with status 2."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from tad_plugin.errors import ConfigError, explain, suggestion
 
-__all__ = ["Settings", "build_config", "setting"]
+__all__ = ["Settings", "bounds_text", "build_config", "setting"]
 
 _BOUNDS = "tad_plugin.bounds"
 
@@ -119,6 +119,12 @@ class Settings:
         """Raises ConfigError unless ``condition``. ``expected`` begins with the name of the setting."""
         if not condition:
             raise ConfigError(explain(f"{self.prefix}{expected}", str(got), do))
+
+
+def bounds_text(cls: type, name: str) -> str:
+    """The declared bounds of a setting in words, such as "in (0, 1]"; "" without any."""
+    bounds = _declared_bounds(cls, name)
+    return "" if bounds is None or bounds == _Bounds() else str(bounds)
 
 
 def _declared_bounds(cls: type, name: str) -> _Bounds | None:

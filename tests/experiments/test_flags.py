@@ -188,6 +188,7 @@ def test_every_flag_that_a_text_names_exists() -> None:
     scripts |= {"--files", "--edited", "--repository", "--commit"}  # of tad-plugin patch
     # of other programs: git, pip, and the public codebases' own
     foreign = {"--no-ext-diff", "--no-textconv", "--c"}  # --c0: a colour of a picture
+    scripts |= {"--help_all", "--loop.help", "--print_"}  # answered before the parser, and not shown
     known = set(flags_of(parser)) | scripts
     loops = {f"--loop.{name}" for name in loop_settings()}
     wrong = []
