@@ -86,7 +86,7 @@ def test_a_method_from_another_package_is_an_arm(site: Path) -> None:
     assert results["noisy"]["split"] is None and 0 < results["halves"]["split"]["recall"] < 0.5
     # its division by loss has a picture, without a line of code here that knows it
     pictures = {path.name for path in (out / "pictures").iterdir()}
-    assert {"trusted-halves.png", "losses-halves.png"} <= pictures and "losses-noisy.png" not in pictures
+    assert {"trusted-halves.svg", "losses-halves.svg"} <= pictures and "losses-noisy.svg" not in pictures
     wrong = ["--methods", '{"halves": {"every": 0}}', "--arms", "halves", "--out", str(site.parent / "wrong")]
     status, printed = tad_plugin(site, "compare", *settings, *wrong)
     assert status == 2 and "halves.every" in printed
