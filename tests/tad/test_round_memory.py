@@ -42,4 +42,5 @@ def test_a_round_holds_at_most_two_tensors_of_n_times_k(monkeypatch: pytest.Monk
     before = resident("VmRSS")
     tad.on_scorer_epoch(state=state, network=network, data=data)
     assert int((state.target != labels).sum()) > n // 10  # the round recalled: it went through all of its steps
-    assert resident("VmHWM") - before <= 2 * 4 * n * k
+    # The heap of a process that ran other tests adds some MB; a third tensor would add 64.
+    assert resident("VmHWM") - before <= 2 * 4 * n * k + 24 * 2**20
