@@ -19,12 +19,13 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.experiments.audit.cross_fit import Part, cross_fit, draw_folds
 from tad_plugin.experiments.audit.page import audit_page, shown_samples
-from tad_plugin.experiments.audit.table import summary, suspect_rows, write_suspects
+from tad_plugin.experiments.audit.table import COLUMNS, suspect_rows, summary
 from tad_plugin.experiments.audit.verdicts import Verdicts, decide
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import Plan, resolve
+from tad_plugin.utils.csv_file import write_csv
 from tad_plugin.utils.files import atomic_write
 from tad_plugin.utils.machine import command_line, versions
 from tad_plugin.utils.progress import bar
@@ -121,7 +122,7 @@ def audit(
         names = splits.class_names or tuple(map(str, range(splits.num_classes)))
         rows = suspect_rows(verdicts, data.labels, splits.source_index, names, splits.source_paths)
         if done is None:
-            write_suspects(rows, place.path / _FILES[0])
+            write_csv(rows, COLUMNS, place.path / _FILES[0])
             found = summary(verdicts, data.labels, names)
             atomic_write(place.path / "summary.json", json.dumps(found, indent=1) + "\n")
             chosen = torch.as_tensor(shown_samples(verdicts, data.labels, len(names)), dtype=torch.int64)

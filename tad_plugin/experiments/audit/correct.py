@@ -10,7 +10,8 @@ from typing import Any
 
 from tad_plugin.data.image_tree import open_tree
 from tad_plugin.errors import ConfigError, explain, unknown_name
-from tad_plugin.experiments.audit.table import write_suspects
+from tad_plugin.experiments.audit.table import COLUMNS
+from tad_plugin.utils.csv_file import write_csv
 from tad_plugin.utils.files import atomic_save, atomic_write
 from tad_plugin.utils.write_errors import writing_to
 
@@ -71,7 +72,7 @@ def write_corrected(rows: Sequence[Mapping[str, Any]], dataset: str, to: str, ki
         labelled = [_corrected(row) for row in rows if row["verdict"] in ("keep", "relabel")]
         for known in labelled:
             counts[known["verdict"]] = counts.get(known["verdict"], 0) + 1
-        write_suspects(labelled, target / "labels.csv")
+        write_csv(labelled, COLUMNS, target / "labels.csv")
         return counts
     taken: set[str] = set()
     with open_tree(source) as tree:

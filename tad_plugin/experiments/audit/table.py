@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tad_plugin.experiments.audit.verdicts import WORDS, Verdicts, transition_matrix
-from tad_plugin.utils.files import atomic_save
 
-__all__ = ["COLUMNS", "summary", "suspect_rows", "write_suspects"]
+__all__ = ["COLUMNS", "summary", "suspect_rows"]
 
 COLUMNS = (
     "path", "index", "label", "class", "trust", "loss", "proposed", "proposed_class", "proposed_confidence", "verdict",
 )  # fmt: skip
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def suspect_rows(
@@ -43,19 +39,6 @@ def suspect_rows(
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
-
-
-def write_suspects(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes the rows as CSV. A text that a spreadsheet would run as a formula gets an apostrophe before it."""
-
-    def save(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: f"'{v}" if str(v).startswith(_FORMULA) else v for k, v in row.items()})
-
-    atomic_save(path, save)
 
 
 def summary(verdicts: Verdicts, observed: Tensor, class_names: Sequence[str]) -> dict[str, Any]:

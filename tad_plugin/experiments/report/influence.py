@@ -6,7 +6,6 @@ scores the influence of samples keeps them under these names.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -24,12 +23,11 @@ from tad_plugin.experiments.folder import RunFolder
 from tad_plugin.experiments.loading import load_noisy, truth_known
 from tad_plugin.experiments.plan import resolve
 from tad_plugin.experiments.report.style import VERMILLION, picture
+from tad_plugin.utils.csv_file import write_csv
 from tad_plugin.utils.files import atomic_save
 from tad_plugin.utils.image_store import Images
 
 __all__ = ["extremes", "influence_table", "plot_influence", "report_influence", "write_table"]
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def extremes(state: SampleState, top: int) -> list[tuple[Tensor, Tensor]]:
@@ -107,13 +105,7 @@ def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
         raise InvalidInputError(explain("at least one row", "none", "Lower --top, or score more samples"))
     path = Path(path).with_suffix(".csv")
 
-    def save(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-
-    atomic_save(path, save)
+    write_csv(rows, list(rows[0]), path)
     written = [path]
     try:
         pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
@@ -122,10 +114,6 @@ def write_table(rows: list[dict[str, Any]], path: str | Path) -> list[Path]:
     table = pyarrow.Table.from_pylist(rows)
     atomic_save(path.with_suffix(".parquet"), lambda temporary: parquet.write_table(table, str(temporary)))
     return [*written, path.with_suffix(".parquet")]
-
-
-def _cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def plot_influence(

@@ -14,8 +14,9 @@ from tad_plugin.core.registry import load_method
 from tad_plugin.errors import ConfigError, NotEnoughSamplesError, UnknownNameError
 from tad_plugin.experiments.audit.correct import check_fix, write_corrected
 from tad_plugin.experiments.audit.cross_fit import draw_folds
-from tad_plugin.experiments.audit.table import COLUMNS, summary, suspect_rows, write_suspects
+from tad_plugin.experiments.audit.table import COLUMNS, summary, suspect_rows
 from tad_plugin.experiments.audit.verdicts import WORDS, decide, transition_matrix
+from tad_plugin.utils.csv_file import write_csv
 
 OBSERVED = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1])
 #: the first three samples of each class agree with their label; the last two do not
@@ -146,7 +147,7 @@ def test_images_of_an_archive_are_copied_out(tmp_path: Path) -> None:
 def test_the_table_and_the_corrected_labels(tmp_path: Path) -> None:
     found = rows(tmp_path / "photos")
     found[0]["path"] = "=HYPERLINK()"
-    write_suspects(found, tmp_path / "suspects.csv")
+    write_csv(found, COLUMNS, tmp_path / "suspects.csv")
     with open(tmp_path / "suspects.csv", newline="") as file:
         read = list(csv.DictReader(file))
     assert tuple(read[0]) == COLUMNS and read[0]["path"] == "'=HYPERLINK()" and len(read) == 8
