@@ -33,6 +33,7 @@ __all__ = [
     "Scores",
     "features_and_logits",
     "score_all",
+    "train_logits",
     "weighted_cross_entropy",
 ]
 
@@ -258,3 +259,30 @@ def _strategy(name: str, data: RealData) -> str:
         return ""
     # A mirrored digit is no digit. Small rotations and scalings replace the flip.
     return "crop_scale_rotate" if data.dataset.lower() in ("digits", "mnist", "svhn") else "crop_flip"
+
+
+def train_logits(
+    data: RealData, config: ScorerConfig, *, seed: int, on: Tensor | None = None, average_last: int = 1
+) -> list[Tensor]:
+    """Trains one network on the observed labels and returns its logits on all of ``data``.
+
+    Args:
+        data: the real data.
+        config: settings of the scorer; runs ``config.epochs`` epochs.
+        seed: of the network and its batches.
+        on: int64 indices to train on; None trains on everything.
+        average_last: number of last epochs whose logits are returned.
+
+    Returns:
+        ``average_last`` tensors float32 [N, K], in the order of the epochs.
+    """
+    training = data if on is None else data.subset(on)
+    # A cross-validation fold may have no sample of a small class.
+    state = SampleState.of(training, allow_empty=True)
+    scorer = Scorer(training, config, seed=seed)
+    kept: list[Tensor] = []
+    for epoch in range(config.epochs):
+        scorer.run_epoch(state, CallbackList())
+        if epoch >= config.epochs - average_last:
+            kept.append(score_all(scorer.network, data, ranks()).logits)
+    return kept

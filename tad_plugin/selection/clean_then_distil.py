@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.scorer import ScorerConfig, train_logits
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
 from tad_plugin.data.splits import dealt_evenly
 from tad_plugin.errors import NotEnoughSamplesError, explain, missing_extra
-from tad_plugin.selection.ranking import keep_lowest, train_logits
+from tad_plugin.selection.ranking import keep_lowest
 from tad_plugin.selection.rival import Rival
 from tad_plugin.utils.settings import Settings, setting
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.scorer import ScorerConfig, train_logits
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
-from tad_plugin.selection.ranking import keep_lowest, mean_losses, train_logits
+from tad_plugin.selection.ranking import keep_lowest, mean_losses
 from tad_plugin.selection.rival import Rival
 from tad_plugin.utils.settings import Settings, setting
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.scorer import ScorerConfig, train_logits
 from tad_plugin.data.real import RealData
-from tad_plugin.selection.ranking import keep_lowest, mean_losses, train_logits
+from tad_plugin.selection.ranking import keep_lowest, mean_losses
 from tests.problems import blobs
 
 SMALL = ScorerConfig(width=4, epochs=3, batch_size=16)

@@ -13,11 +13,10 @@ from torch import Tensor
 from tad_plugin import attach
 from tad_plugin.core.hook.hook import Hook
 from tad_plugin.core.registry import load_method, make_callbacks
-from tad_plugin.core.scorer import ScorerConfig
+from tad_plugin.core.scorer import ScorerConfig, train_logits
 from tad_plugin.data.real import RealData
 from tad_plugin.data.splits import dealt_evenly
 from tad_plugin.errors import ConfigError, MissingExtraError, NotEnoughSamplesError
-from tad_plugin.selection.ranking import train_logits
 from tests.problems import blobs, flip
 
 SCORER = {"width": 8, "epochs": 8, "batch_size": 16, "lr": 0.05}

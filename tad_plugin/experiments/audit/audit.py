@@ -19,7 +19,7 @@ from tad_plugin.data.real import RealData
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.experiments.audit.cross_fit import Part, cross_fit, draw_folds
 from tad_plugin.experiments.audit.page import audit_page, shown_samples
-from tad_plugin.experiments.audit.table import COLUMNS, suspect_rows, summary
+from tad_plugin.experiments.audit.table import COLUMNS, summary, suspect_rows
 from tad_plugin.experiments.audit.verdicts import Verdicts, decide
 from tad_plugin.experiments.config import MAY_DIFFER, RunConfig
 from tad_plugin.experiments.folder import RunFolder

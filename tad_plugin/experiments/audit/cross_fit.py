@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tad_plugin.core.dispatch import CallbackList
-from tad_plugin.core.scorer import Scorer, ScorerConfig, score_all
-from tad_plugin.core.state import SampleState
+from tad_plugin.core.scorer import ScorerConfig, train_logits
 from tad_plugin.data.real import RealData
 from tad_plugin.data.splits import dealt_evenly
 from tad_plugin.errors import NotEnoughSamplesError, explain
@@ -72,15 +70,10 @@ def predict_fold(data: RealData, used: Tensor, config: ScorerConfig, *, last: in
     Returns:
         float32 [N, K], probabilities.
     """
-    training = data.subset(used.nonzero().flatten())
-    # A part may have no sample of a small class.
-    state = SampleState.of(training, allow_empty=True)
-    scorer = Scorer(training, config, seed=seed)
-    total = torch.zeros(len(data), data.num_classes, device=data.labels.device)
-    for epoch in range(config.epochs):
-        scorer.run_epoch(state, CallbackList())
-        if epoch >= config.epochs - last:
-            total += score_all(scorer.network, data).logits.softmax(1) / min(last, config.epochs)
+    logits = train_logits(data, config, seed=seed, on=used.nonzero().flatten(), average_last=last)
+    total = torch.zeros_like(logits[0])
+    for each in logits:
+        total += each.softmax(1) / len(logits)
     return total
 
 
