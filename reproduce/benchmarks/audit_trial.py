@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tad_plugin.core.diagnostics import average_precision
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.data.image_tree import open_tree
 from tad_plugin.experiments.audit.audit import AuditConfig, audit
@@ -43,13 +44,6 @@ def make_folder(source: Path, target: Path, per_class: int, rate: float, seed: i
                 (place / random_name).write_bytes(tree.read(file))
                 truth[random_name] = name
     return truth
-
-
-def average_precision(score: Tensor, wrong: Tensor) -> float:
-    """Average precision of a ranking, greater = more doubtful."""
-    hit = wrong[score.argsort(descending=True, stable=True)].double()
-    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
-    return float((precision * hit).sum() / hit.sum())
 
 
 def cleanlab_scores(probabilities: Tensor, observed: Tensor) -> dict[str, Tensor]:

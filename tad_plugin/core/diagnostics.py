@@ -11,7 +11,14 @@ from torch import Tensor
 from tad_plugin.core.observer import Observer, StateView
 from tad_plugin.data.real import RealData
 
-__all__ = ["InfluenceDiagnostics", "SplitDiagnostics", "area_under_roc", "influence_quality", "split_quality"]
+__all__ = [
+    "InfluenceDiagnostics",
+    "SplitDiagnostics",
+    "area_under_roc",
+    "average_precision",
+    "influence_quality",
+    "split_quality",
+]
 
 
 def area_under_roc(score: Tensor, positive: Tensor) -> float:
@@ -29,6 +36,21 @@ def area_under_roc(score: Tensor, positive: Tensor) -> float:
         return float("nan")
     ranks = torch.from_numpy(rankdata(score.detach().cpu().double().numpy()))
     return float((ranks[hit].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def average_precision(score: Tensor, positive: Tensor) -> float:
+    """Computes the average precision of a ranking by falling score; ties by index. [standard]
+
+    Args:
+        score: float [N].
+        positive: bool [N], what the ranking is to find.
+
+    Returns:
+        In [0, 1]; 0 without a positive.
+    """
+    hit = positive[score.argsort(descending=True, stable=True)].double()
+    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1, device=hit.device)
+    return float((precision * hit).sum() / hit.sum().clamp_min(1))
 
 
 def split_quality(observed: Tensor, target: Tensor, trusted: Tensor, trust: Tensor, true: Tensor) -> dict[str, float]:

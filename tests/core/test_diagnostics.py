@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from tad_plugin.core.diagnostics import SplitDiagnostics, area_under_roc, split_quality
+from tad_plugin.core.diagnostics import SplitDiagnostics, area_under_roc, average_precision, split_quality
 from tad_plugin.core.observer import StateView
 from tad_plugin.core.state import SampleState
 from tad_plugin.data.real import RealData
@@ -62,3 +62,12 @@ def test_where_all_are_trusted_alike_trust_ranks_nothing() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     found = split_quality(labels, labels, torch.ones(4, dtype=torch.bool), torch.ones(4), torch.tensor([0, 1, 1, 1]))
     assert math.isnan(found["auc"]) and found["precision"] == 0.75 and found["recall"] == 1.0
+
+
+def test_average_precision_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    score, positive = torch.rand(50, generator=generator), torch.rand(50, generator=generator) < 0.3
+    expected = metrics.average_precision_score(positive.numpy(), score.numpy())
+    assert average_precision(score, positive) == pytest.approx(expected)
+    assert average_precision(score, torch.zeros(50, dtype=torch.bool)) == 0.0

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tad_plugin.core.callback import Callback
+from tad_plugin.core.diagnostics import average_precision
 from tad_plugin.core.registry import available_methods, load_method
 from tad_plugin.core.scorer import ScorerConfig
 from tad_plugin.data.real import RealData
@@ -81,8 +83,6 @@ class Audit:
 
 def judging_methods() -> list[str]:
     """Names of the registered methods that can judge cross-fitted predictions."""
-    from tad_plugin.core.callback import Callback
-
     return [n for n in available_methods() if load_method(n).judge.__func__ is not Callback.judge.__func__]  # type: ignore[attr-defined]
 
 
@@ -186,12 +186,10 @@ def _judged(
 
 def _quality(verdicts: Verdicts, observed: Tensor, true: Tensor) -> dict[str, float]:
     """Against known true labels: average precision of the suspects, and label accuracy before and after."""
-    wrong = (observed != true)[verdicts.order].double()
-    precision = wrong.cumsum(0) / torch.arange(1, len(wrong) + 1, device=wrong.device)
     label = torch.where(verdicts.verdict == 1, verdicts.proposed, observed)
     left = verdicts.verdict <= 1
     return {
-        "average_precision": float((precision * wrong).sum() / wrong.sum().clamp_min(1)),
+        "average_precision": average_precision(verdicts.doubt, observed != true),
         "label_accuracy_before": float((observed == true).double().mean()),
         "label_accuracy_after": float((label == true)[left].double().mean()),
         "kept_share": float(left.double().mean()),
