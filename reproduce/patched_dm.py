@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import pickle
 import shutil
 import statistics
 import sys
@@ -41,6 +40,7 @@ from tad_plugin.errors import InvalidInputError, explain
 from tad_plugin.evaluate import EvaluateConfig, evaluate
 from tad_plugin.experiments.compare import compare
 from tad_plugin.experiments.config import RunConfig
+from tad_plugin.experiments.grid.script_data import torchvision_folder
 from tad_plugin.experiments.report.tables import Row, markdown_table, noise_label, summarise
 from tad_plugin.upstream.checkout import apply
 from tad_plugin.upstream.patch import load_patch
@@ -59,21 +59,6 @@ SETTING = {
 }  # fmt: skip
 SCRIPT, BUNDLED, SAME_START = "main_DM.py, patched", "dm", "dm from the script's start"
 COMMAND = "bash reproduce/patched_dm.sh cifar10-jpeg.zip DatasetCondensation"
-
-
-def torchvision_folder(raw: RawSplits, place: Path) -> None:
-    """Writes ``raw`` as torchvision's CIFAR-10 files, in the order given (class after class)."""
-    folder = place / "cifar-10-batches-py"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, rows: Any, labels: list[int]) -> None:
-        atomic_write(folder / name, pickle.dumps({"data": rows.reshape(len(labels), -1), "labels": labels}))
-
-    parts = np.array_split(np.arange(len(raw.train)), 5)
-    for number, part in enumerate(parts, 1):
-        write(f"data_batch_{number}", raw.train[part].numpy(), raw.train_labels[part].tolist())
-    write("test_batch", raw.test.numpy(), raw.test_labels.tolist())
-    atomic_write(folder / "batches.meta", pickle.dumps({"label_names": list(raw.class_names)}))
 
 
 def run_main_dm(checkout: Path, arm: str, seed: int, save: Path, args: argparse.Namespace, **changed: object) -> Path:

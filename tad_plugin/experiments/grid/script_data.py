@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tad_plugin.data.sources import read_source
+from tad_plugin.data.sources import RawSplits, read_source
 from tad_plugin.errors import ConfigError, explain
 from tad_plugin.experiments.config import RunConfig
 from tad_plugin.utils.files import atomic_write, read_json
 
-__all__ = ["write_torchvision"]
+__all__ = ["torchvision_folder", "write_torchvision"]
 
 
 def write_torchvision(config: RunConfig, place: Path) -> str:
@@ -32,7 +32,6 @@ def write_torchvision(config: RunConfig, place: Path) -> str:
         ConfigError: not ten classes of 32x32 colour images, or the folder holds another dataset.
     """
     wanted = {"dataset": config.dataset, "per_class": config.per_class, "image_size": config.image_size}
-    folder = place / "cifar-10-batches-py"
     note = place / "made_from.json"
     if note.is_file():
         held = read_json(note)
@@ -51,6 +50,14 @@ def write_torchvision(config: RunConfig, place: Path) -> str:
     if shape != (3, 32, 32) or classes != 10:
         do = "Use a dataset like CIFAR-10 for cells that run public scripts"
         raise ConfigError(explain("10 classes of images [3, 32, 32]", f"{classes} of {list(shape)}", do))
+    torchvision_folder(raw, place)
+    atomic_write(note, json.dumps({"made_from": wanted, "name": raw.name}))
+    return raw.name
+
+
+def torchvision_folder(raw: RawSplits, place: Path) -> None:
+    """Writes ``raw`` as torchvision's CIFAR-10 files below ``place``, in the order given (class after class)."""
+    folder = place / "cifar-10-batches-py"
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, rows: Any, labels: list[int]) -> None:
@@ -61,5 +68,3 @@ def write_torchvision(config: RunConfig, place: Path) -> str:
         write(f"data_batch_{number}", raw.train[chosen].numpy(), raw.train_labels[chosen].tolist())
     write("test_batch", raw.test.numpy(), raw.test_labels.tolist())
     atomic_write(folder / "batches.meta", pickle.dumps({"label_names": list(raw.class_names)}))
-    atomic_write(note, json.dumps({"made_from": wanted, "name": raw.name}))
-    return raw.name
