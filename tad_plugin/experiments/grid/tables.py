@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tad_plugin.experiments.grid.statistics import Gain, GridRow
 from tad_plugin.experiments.report.marks import leaders, marked
-from tad_plugin.experiments.report.tables import Line, Table
+from tad_plugin.experiments.report.tables import Line, Table, markdown_text
 
 __all__ = [
     "COLUMNS",
@@ -96,10 +94,10 @@ def grid_markdown(rows: Sequence[GridRow]) -> str:
     blocks = []
     for table in grid_tables(rows):
         bold = table.header.index("last") if "last" in table.header else -1
-        lines = [f"**{_escaped(table.title)}**", "", "| " + " | ".join(table.header) + " |"]
+        lines = [f"**{markdown_text(table.title)}**", "", "| " + " | ".join(table.header) + " |"]
         lines += ["| " + " | ".join(":--" if name in _LEFT else "--:" for name in table.header) + " |"]
         for line in table.lines:
-            cells = [_escaped(cell) for cell in line.cells]
+            cells = [markdown_text(cell) for cell in line.cells]
             if line.best and bold >= 0:
                 cells[bold] = f"**{cells[bold]}**"
             lines.append("| " + " | ".join(cells) + " |")
@@ -145,8 +143,4 @@ def plain_markdown(lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
     shown = [lines[0], ["--"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in shown)
-
-
-def _escaped(text: str) -> str:
-    return " ".join(re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(text, quote=False)).split())
+    return "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in shown)

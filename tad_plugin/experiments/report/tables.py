@@ -25,6 +25,7 @@ __all__ = [
     "Table",
     "build_tables",
     "markdown_table",
+    "markdown_text",
     "noise_label",
     "notes",
     "summarise",
@@ -378,20 +379,20 @@ def markdown_table(rows: Sequence[Row]) -> str:
         align = [":--" if name == "arm" else "--:" for name in table.header]
         body = [_markdown_cells(line, table.header) for line in table.lines]
         lines = ["| " + " | ".join(cells) + " |" for cells in [table.header, align, *body]]
-        blocks.append("\n".join([f"**{_markdown(table.title)}**", "", *lines]))
-    note = textwrap.fill(_markdown(notes(rows)), 118)
+        blocks.append("\n".join([f"**{markdown_text(table.title)}**", "", *lines]))
+    note = textwrap.fill(markdown_text(notes(rows)), 118)
     return "\n\n".join([*blocks, note]) if blocks else "No results."
 
 
 def _markdown_cells(line: Line, header: Sequence[str]) -> list[str]:
-    cells = [_markdown(cell) for cell in line.cells]
+    cells = [markdown_text(cell) for cell in line.cells]
     if line.best and "last" in header:
         place = header.index("last")
         cells[place] = f"**{cells[place]}**"
     return cells
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """``text`` as Markdown shows it: no markup, no HTML, no end of a cell or line."""
     escaped = re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(text, quote=False))
     return " ".join(escaped.split())
